@@ -1,0 +1,50 @@
+# `make demo` and `make test` are each enough alone on a fresh machine with Python 3.12 or 3.13.
+#   make demo EHR_ROOT=<folder>   the same on real MIMIC-IV tables
+.PHONY: setup demo test test-slow lint format bench bench-quick clean
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 2
+EHR_ROOT ?=
+OUTPUT ?= demo-output
+
+help:
+	@echo "make demo [EHR_ROOT=<MIMIC-IV folder>] [OUTPUT=<folder>]   tables to attributions"
+	@echo "make test          lint, types and every test (make test-slow: the exhaustive forms too)"
+	@echo "make setup         .venv with everything"
+	@echo "make lint | format | bench | bench-quick | clean"
+
+$(VENV)/.ready: pyproject.toml
+	@python=$$(sh .ci/find-python) && rm -rf $(VENV) && "$$python" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]'
+	@touch $@
+
+setup: $(VENV)/.ready
+
+demo: setup
+	$(BIN)/rollout demo --output "$(OUTPUT)" --overwrite $(if $(EHR_ROOT),--ehr-root "$(EHR_ROOT)")
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: lint
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m bench.run
+
+bench-quick: setup
+	$(BIN)/python -m bench.run --quick
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
