@@ -1,0 +1,81 @@
+"""Backends, and why one cannot serve a call."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rollout_kernels import _torch, reference
+from rollout_kernels._problem import Problem, QKProblem
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+
+
+class BackendError(ValueError):
+    """No backend, or not the one asked for, can serve the call; the message lists every reason."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute. `refusals` gives the reasons why it cannot serve a problem; none means it can."""
+
+    name: str
+    refusals: Callable[[Problem], list[str]]
+    run: Callable[[Problem], Tensor]
+
+
+def _never_refuses(problem: Problem) -> list[str]:
+    return []
+
+
+def _run_reference(problem: Problem) -> Tensor:
+    return reference.rollout(problem).to(problem.compute_dtype)
+
+
+def _triton_refusals(problem: Problem) -> list[str]:
+    try:
+        from rollout_kernels import _triton
+    except ImportError as error:
+        return [f"Triton cannot be imported ({error})"]
+    if isinstance(problem, QKProblem):
+        return _triton.refusals_qk(problem)
+    return _triton.refusals_maps(problem)
+
+
+def _run_triton(problem: Problem) -> Tensor:
+    from rollout_kernels import _triton
+
+    if isinstance(problem, QKProblem):
+        return _triton.rows_from_qk(problem)
+    return _triton.full_from_maps(problem) if problem.form == "full" else _triton.rows_from_maps(problem)
+
+
+_TABLE = {
+    "triton": Backend("triton", _triton_refusals, _run_triton),
+    "torch": Backend("torch", _never_refuses, _torch.rollout),
+    "reference": Backend("reference", _never_refuses, _run_reference),
+}
+_AUTO = ("triton", "torch")
+
+
+def choose(problem: Problem, backend: str) -> Backend:
+    """The backend that will serve `problem`: the one named, or for `"auto"` the first of triton, torch that can.
+
+    Raises:
+        ValueError: no backend has that name.
+        BackendError: it cannot serve the call; the message gives every reason.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{problem.name}: backend must be one of {BACKENDS}, got {backend!r}")
+    reasons = []
+    for name in _AUTO if backend == "auto" else (backend,):
+        refusals = _TABLE[name].refusals(problem)
+        if not refusals:
+            return _TABLE[name]
+        reasons.append(f"{name}: " + "; ".join(refusals))
+    raise BackendError(f"{problem.name}: backend={backend!r} cannot serve this call: " + " | ".join(reasons))
+
+
+def run(problem: Problem, backend: str) -> Tensor:
+    """The result of `problem` by the backend chosen for it."""
+    return choose(problem, backend).run(problem)

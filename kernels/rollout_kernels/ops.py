@@ -1,0 +1,191 @@
+"""The public operations: check a call, hand it to a backend, check the result.
+
+`rollout.attention_rollout` and `rollout.attention_rollout_qk` are these with methods by name; the arguments are
+documented there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rollout_kernels import _checks, _checks_qk, _diagnose, _dispatch
+from rollout_kernels._problem import MapsProblem, QKProblem
+from rollout_kernels.method import Method
+
+
+def attention_rollout(
+    attentions: Sequence[Tensor],
+    *,
+    query: int | Tensor | None = None,
+    lengths: Tensor | None = None,
+    gradients: Sequence[Tensor] | None = None,
+    method: Method,
+    backend: str = "auto",
+    validate: bool = True,
+) -> Tensor:
+    """Rollout from attention maps; see `rollout.attention_rollout`."""
+    with torch.no_grad():
+        problem = maps_problem(attentions, query, lengths, gradients, method, validate)
+        with torch.autocast(problem.device.type, enabled=False):
+            result = _dispatch.run(problem, backend)
+        if validate:
+            _diagnose.check_result(problem, result)
+        return result
+
+
+def attention_rollout_qk(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    *,
+    query: int | Tensor | None = None,
+    lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    bias: Tensor | Sequence[Tensor | None] | None = None,
+    scale: float | None = None,
+    logsumexp: Sequence[Tensor] | None = None,
+    method: Method,
+    backend: str = "auto",
+    validate: bool = True,
+) -> Tensor:
+    """Rollout from queries and keys; see `rollout.attention_rollout_qk`."""
+    with torch.no_grad():
+        problem = qk_problem(
+            queries, keys, query, lengths, key_mask, causal, window, bias, scale, logsumexp, method, validate
+        )
+        with torch.autocast(problem.device.type, enabled=False):
+            result = _dispatch.run(problem, backend)
+        if validate:
+            _diagnose.check_result(problem, result)
+        return result
+
+
+def maps_problem(
+    attentions: Sequence[Tensor],
+    query: int | Tensor | None,
+    lengths: Tensor | None,
+    gradients: Sequence[Tensor] | None,
+    method: Method,
+    validate: bool,
+) -> MapsProblem:
+    """A checked call of `attention_rollout` in its normal form.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; nothing has been computed.
+    """
+    name = "attention_rollout"
+    maps = _checks.maps(name, "attentions", attentions)
+    _check_supplied_matrices(name, maps, method)
+    start = _start_layer(name, method, len(maps))
+    grads = None if method.gradients is None else _checks.gradients(name, gradients, maps, len(maps))
+    batch, seq, device = maps[0].shape[0], maps[0].shape[-1], maps[0].device
+    wide = any(tensor.dtype == torch.float64 for tensor in maps)
+    dtype = torch.float64 if wide else torch.float32
+    valid = _checks.lengths(name, lengths, batch, seq, device, validate)
+    rows, weights, squeeze = _checks.query(name, query, valid, batch, seq, device, dtype, validate)
+    return MapsProblem(
+        name=name,
+        method=replace(method, start_layer=0),
+        first_layer=start,
+        head_weights=_head_weights(name, method, [tensor.shape[1] for tensor in maps], start),
+        rows=rows,
+        weights=weights,
+        lengths=valid,
+        squeeze=squeeze,
+        batch=batch,
+        seq=seq,
+        device=device,
+        compute_dtype=dtype,
+        maps=tuple(maps[start:]),
+        gradients=None if grads is None else tuple(grads[start:]),
+    )
+
+
+def qk_problem(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    query: int | Tensor | None,
+    lengths: Tensor | None,
+    key_mask: Tensor | None,
+    causal: bool,
+    window: tuple[int | None, int | None] | None,
+    bias: Tensor | Sequence[Tensor | None] | None,
+    scale: float | None,
+    logsumexp: Sequence[Tensor] | None,
+    method: Method,
+    validate: bool,
+) -> QKProblem:
+    """A checked call of `attention_rollout_qk` in its normal form.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; nothing has been computed.
+    """
+    name = "attention_rollout_qk"
+    if method.gradients is not None or method.matrices:
+        raise ValueError(
+            f"{name}: method must form M_l from Q and K alone, got one that needs "
+            f"{'gradients' if method.gradients is not None else 'the matrices themselves'}: use attention_rollout"
+        )
+    qs, ks = _checks_qk.queries_and_keys(name, queries, keys)
+    batch, _, seq, _ = qs[0].shape
+    start, device = _start_layer(name, method, len(qs)), qs[0].device
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in (*qs, *ks)) else torch.float32
+    valid = _checks.lengths(name, lengths, batch, seq, device, validate)
+    rows, weights, squeeze = _checks.query(name, query, valid, batch, seq, device, dtype, validate)
+    biases = _checks_qk.bias(name, bias, qs)
+    lse = _checks_qk.logsumexp(name, logsumexp, qs)
+    return QKProblem(
+        name=name,
+        method=replace(method, start_layer=0),
+        first_layer=start,
+        head_weights=_head_weights(name, method, [tensor.shape[1] for tensor in qs], start),
+        rows=rows,
+        weights=weights,
+        lengths=valid,
+        squeeze=squeeze,
+        batch=batch,
+        seq=seq,
+        device=device,
+        compute_dtype=dtype,
+        queries=tuple(qs[start:]),
+        keys=tuple(ks[start:]),
+        logsumexp=None if lse is None else tuple(lse[start:]),
+        bias=None if biases is None else tuple(biases[start:]),
+        key_mask=_checks_qk.key_mask(name, key_mask, batch, seq, device),
+        causal=_checks_qk.flag(name, "causal", causal),
+        window=_checks_qk.window(name, window),
+        scale=_checks_qk.scale(name, scale, qs[0].shape[-1]),
+    )
+
+
+def _start_layer(name: str, method: Method, layers: int) -> int:
+    if method.start_layer >= layers:
+        raise ValueError(f"{name}: start_layer must leave a layer, less than L = {layers}, got {method.start_layer}")
+    return method.start_layer
+
+
+def _check_supplied_matrices(name: str, maps: list[Tensor], method: Method) -> None:
+    if not method.matrices:
+        return
+    for i, tensor in enumerate(maps):
+        if tensor.shape[1] != 1:
+            raise ValueError(
+                f"{name}: attentions[{i}] must be a matrix [B, S, S] for a method of supplied matrices, "
+                f"got {list(tensor.shape)}"
+            )
+
+
+def _head_weights(name: str, method: Method, heads: list[int], start: int) -> tuple[Tensor, ...] | None:
+    """Per kept layer the normalised weights [H_l]; a map with one head has the weight 1."""
+    if not isinstance(method.head_fusion, Tensor):
+        return None
+    many = sorted({h for h in heads if h > 1})
+    if len(many) > 1:
+        raise ValueError(f"{name}: head_fusion weights need the same H in every layer, got {many}")
+    weights = method.head_weights(len(heads), many[0] if many else 1, name)
+    assert weights is not None
+    one = torch.ones(1, dtype=torch.float64)
+    return tuple(weights[i] if h > 1 else one for i, h in enumerate(heads))[start:]
