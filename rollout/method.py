@@ -1,0 +1,74 @@
+"""The methods by name. A method is a `Method`: how each layer's matrix M_l is formed; the chain is the same for all.
+
+To add one, add an entry to `METHODS` (see CONTRIBUTING.md).
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from rollout_kernels.method import Method
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "rollout": Method(
+            residual=0.5,
+            renormalize=True,
+            paper="Abnar & Zuidema 2020, Quantifying Attention Flow in Transformers, arXiv:2005.00928, section 3",
+        ),
+        "pyhealth": Method(
+            residual=0.5,
+            renormalize=False,
+            paper="Abnar & Zuidema 2020 as pyhealth.interpret.methods.AttentionRollout computes it: no renormalisation",
+        ),
+        "chefer_rollout": Method(
+            residual=1.0,
+            attention=1.0,
+            renormalize=True,
+            paper="The rollout baseline of Chefer, Gur & Wolf 2021 (CVPR), arXiv:2012.09838: rownorm(I + mean_h A)",
+        ),
+        "discard": Method(
+            head_fusion="max",
+            residual=0.5,
+            renormalize=True,
+            discard_ratio=0.9,
+            paper="Gildenblat 2020, Exploring Explainability for Vision Transformers (vit-explain)",
+        ),
+        "grad_rollout": Method(
+            residual=0.5,
+            renormalize=True,
+            gradients="fuse_then_clamp",
+            paper="Gradient attention rollout, Gildenblat 2020 (vit-explain): rownorm(½(I + max(mean_h A∘∇A, 0)))",
+        ),
+        "chefer": Method(
+            residual=1.0,
+            attention=1.0,
+            renormalize=False,
+            gradients="clamp_then_fuse",
+            paper="Chefer, Gur & Wolf 2021 (ICCV), arXiv:2103.15679, equations 5 and 6, self-attention: "
+            "I + mean_h max(A∘∇A, 0)",
+        ),
+        "product": Method(
+            residual=0.0,
+            attention=1.0,
+            renormalize=False,
+            matrices=True,
+            paper="The caller's own matrices (ALTI, GlobEnc, DecompX, value-norm weighting): their product only",
+        ),
+    }
+)
+
+
+def get_method(method: str | Method, name: str = "attention_rollout") -> Method:
+    """The `Method` for a name in `METHODS`; a `Method` is passed through.
+
+    Raises:
+        ValueError: no such name; the message lists the names.
+        TypeError: neither a string nor a `Method`.
+    """
+    if isinstance(method, Method):
+        return method
+    if not isinstance(method, str):
+        raise TypeError(f"{name}: method must be a name in rollout.METHODS or a rollout.Method, got {method!r}")
+    if method not in METHODS:
+        raise ValueError(f"{name}: method must be one of {sorted(METHODS)} or a rollout.Method, got {method!r}")
+    return METHODS[method]
