@@ -1,0 +1,196 @@
+"""PyHealth's `AttentionRollout`, by the row chain: change one import line, nothing else.
+
+    from rollout.pyhealth import AttentionRollout        # was: from pyhealth.interpret.methods import AttentionRollout
+
+The same numbers, shapes, device and dtype, from one forward pass without gradients. It also runs where PyHealth's
+cannot: under `torch.no_grad()` and `torch.inference_mode()`, with frozen parameters, in float16, for sequences beyond
+`max_seq_len`, for empty features, and for a StageAttentionNet of flat features.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout import _pyhealth_readout as readout_of
+from rollout._pyhealth_capture import (
+    READOUT_METHODS,
+    BaseInterpreter,
+    CapturedForward,
+    Sites,
+    StageAttentionNet,
+    attention_sites,
+    captured_forward,
+    is_own,
+)
+from rollout._pyhealth_protocol import protocol_maps
+from rollout._pyhealth_readout import MissingFeatureError, Relevance
+from rollout.api import attention_rollout
+from rollout.method import METHODS, get_method
+from rollout_kernels import Method
+from rollout_kernels._dispatch import BACKENDS
+from rollout_kernels.method import HEAD_FUSIONS, HeadFusion
+
+__all__ = ["AttentionRollout", "MissingFeatureError"]
+
+READOUTS = ("model", "forward")
+
+
+class AttentionRollout(BaseInterpreter):
+    """Attention rollout of a PyHealth model, a drop-in for `pyhealth.interpret.methods.AttentionRollout`.
+
+    R = M_L · … · M_1 with M_l = ½(I + mean_h A_l), and of R the row the model reads, per feature.
+
+    For PyHealth's Transformer and StageAttentionNet only that row is computed. Which one it is, is asked of
+    `get_relevance_tensor`; when that does anything but pick one row per sample, it is handed the full R. A model that
+    overrides a readout method, or any other model that has the three, is run by PyHealth's protocol and handed the full
+    R [B, S, S].
+
+    Nothing is left on the model: no hook, no map, no flag, no `.grad`, also after an exception. `model.eval()` is
+    called once, here; a model put back in training mode is attributed with its dropout, as by PyHealth.
+
+    Args:
+        model: has `set_attention_hooks`, `get_attention_layers` and `get_relevance_tensor`.
+        head_fusion: `"mean"`: PyHealth's numbers. `"max"`, `"min"`, or a tensor of head weights [H] or [L, H]: fused
+            so, and renormalised.
+        method: a name in `rollout.METHODS` or a `rollout.Method`, instead of `head_fusion`; gradient-free ones only.
+        backend: as in `rollout.attention_rollout`.
+        readout: `"model"`: the row `get_relevance_tensor` picks. `"forward"`: the row the forward pass predicted from.
+            They differ for a StageAttentionNet with `stagenet_tensor` features, whose readout takes its mask from the
+            raw values while the model takes it from their embedding. PyHealth's own two models only.
+
+    Raises:
+        ValueError: unknown `head_fusion`, `method`, `backend` or `readout`; `head_fusion` and `method` both given; a
+            method that needs gradients.
+        TypeError: the model lacks a readout method; `head_fusion` or `method` is of the wrong type.
+
+    Source: Abnar & Zuidema 2020, arXiv:2005.00928, section 3.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        head_fusion: HeadFusion = "mean",
+        *,
+        method: str | Method | None = None,
+        backend: str = "auto",
+        readout: str = "model",
+    ) -> None:
+        self.method = _resolve_method(head_fusion, method)
+        if backend not in BACKENDS:
+            raise ValueError(f"AttentionRollout: backend must be one of {BACKENDS}, got {backend!r}")
+        if readout not in READOUTS:
+            raise ValueError(f"AttentionRollout: readout must be one of {READOUTS}, got {readout!r}")
+        missing = [name for name in READOUT_METHODS if not hasattr(model, name)]
+        if missing:
+            raise TypeError(
+                f"AttentionRollout: model must have the attention readout methods {', '.join(READOUT_METHODS)}; got "
+                f"{type(model).__name__}. Missing: {', '.join(missing)}"
+            )
+        super().__init__(model)
+        self.head_fusion = head_fusion
+        self.backend = backend
+        self.readout = readout
+
+    def attribute(self, target_class_idx: int | None = None, **data: Any) -> Relevance:
+        """The relevance of every input position for the row the model reads.
+
+        Args:
+            target_class_idx: accepted and ignored: rollout is class-agnostic.
+            **data: a batch of the dataloader, labels and ids included.
+
+        Returns:
+            Per feature key a tensor of the shape of the feature's value tensor, on the model's device, in the dtype of
+            its attention maps. Over the positions the model read it is non-negative and sums to 1, before a visit's
+            score is copied to its codes.
+
+        Raises:
+            MissingFeatureError: the batch lacks a feature of the model (a `ValueError` and a `KeyError`).
+            RuntimeError: the model gave no attention map for a feature.
+        """
+        sites = attention_sites(self.model)
+        if sites is None:
+            relevance = self._by_protocol(data)
+            return readout_of.to_value_shapes(self.model, relevance, data)
+        keys = list(sites)
+        readout_of.check_features(keys, data)
+        nothing = readout_of.empty_batch(self.model, keys, data)
+        if nothing is not None:
+            return nothing
+        runnable = readout_of.without_empty_features(keys, data)
+        relevance = self._by_capture(sites, runnable)
+        return readout_of.to_value_shapes(self.model, relevance, data)
+
+    def _by_protocol(self, data: dict[str, Any]) -> Relevance:
+        """Any model with the three methods: its own hooks, and the full R to its readout."""
+        if self.readout == "forward":
+            raise ValueError(
+                "AttentionRollout: readout='forward' needs PyHealth's own Transformer or StageAttentionNet, "
+                f"got {type(self.model).__name__} with attention or readout methods of its own; use readout='model'"
+            )
+        maps = protocol_maps(self.model, data)
+        matrices = {key: self._rollout(maps.pop(key), None) for key in list(maps)}
+        return self._read_matrices(matrices, data)
+
+    def _by_capture(self, sites: Sites, data: dict[str, Any]) -> Relevance:
+        """PyHealth's own models: maps by forward hooks, and one row per sample where one row is read."""
+        captured = captured_forward(self.model, sites, data)
+        rows = self._rows(captured, data)
+        relevance = {key: self._rollout(captured.take(key), None if rows is None else rows[key]) for key in sites}
+        return self._read_matrices(relevance, data) if rows is None else relevance
+
+    def _rows(self, captured: CapturedForward, data: dict[str, Any]) -> Relevance | None:
+        """The row read per feature, long [B]; None when the readout must be handed the full R."""
+        shapes = captured.shapes()
+        if self.readout == "forward":
+            return captured.rows
+        if not is_own(self.model, *READOUT_METHODS):
+            return None
+        device = next(iter(captured.rows.values())).device
+        try:
+            with torch.no_grad():
+                return readout_of.rows_read(self.model.get_relevance_tensor, shapes, device, data)
+        except Exception:
+            # PyHealth's readout of a StageAttentionNet fails on flat features whatever R is; the model did read a row.
+            return captured.rows if isinstance(self.model, StageAttentionNet) else None
+
+    def _rollout(self, maps: list[Tensor], rows: Tensor | None) -> Tensor:
+        """Rows [B, S] of the rollout, or all of it [B, S, S], in the maps' dtype; a NaN stays in its sample."""
+        result = attention_rollout(maps, query=rows, method=self.method, backend=self.backend, validate=False)
+        return result.to(_stock_dtype(maps[0]))
+
+    def _read_matrices(self, matrices: Relevance, data: dict[str, Any]) -> Relevance:
+        with torch.no_grad():
+            relevance: Relevance = self.model.get_relevance_tensor(matrices, **data)
+        return relevance
+
+
+def _stock_dtype(attention: Tensor) -> torch.dtype:
+    """The dtype of PyHealth's product of maps: the map's own, or autocast's where it is on."""
+    kind = attention.device.type
+    if attention.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return attention.dtype
+
+
+def _resolve_method(head_fusion: HeadFusion, method: str | Method | None) -> Method:
+    """The method that `head_fusion` or `method` stands for: PyHealth's own by default."""
+    if not (isinstance(head_fusion, Tensor) or callable(head_fusion) or head_fusion in HEAD_FUSIONS):
+        raise ValueError(
+            f"AttentionRollout: head_fusion must be one of {HEAD_FUSIONS} or a tensor of head weights [H] or [L, H], "
+            f"got {head_fusion!r}"
+        )
+    by_mean = isinstance(head_fusion, str) and head_fusion == "mean"
+    if method is None:
+        return METHODS["pyhealth"] if by_mean else Method(head_fusion=head_fusion, residual=0.5, renormalize=True)
+    if not by_mean:
+        raise ValueError(
+            "AttentionRollout: give head_fusion or method, not both; rollout.Method(head_fusion=...) says both"
+        )
+    chosen = get_method(method, "AttentionRollout")
+    if chosen.gradients is not None:
+        raise ValueError(
+            f"AttentionRollout: method must be gradient-free, got {method!r}, which weights maps by their gradients; "
+            f"use rollout.attention_rollout(maps, gradients=...)"
+        )
+    return chosen
