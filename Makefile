@@ -36,6 +36,7 @@ format: setup
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m bench.run --quick
 
 test-slow: lint
 	$(BIN)/python -m pytest
