@@ -67,6 +67,7 @@ def attention_rollout_qk(
     query: int | Tensor | None = None,
     lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     bias: Tensor | Sequence[Tensor | None] | None = None,
@@ -87,20 +88,22 @@ def attention_rollout_qk(
         query, lengths, method, backend, validate: as in `attention_rollout`. A method with gradients, or of supplied
             matrices, is refused.
         key_mask: bool [B, S], True = may be attended; combined with `lengths` by AND.
+        query_mask: bool [B, S], False = this row attends nothing, hence is uniform over the keys of its sample.
         causal: row i attends to columns j ≤ i only.
         window: (left, right): row i attends to i − left ≤ j ≤ i + right; None or −1 is unbounded.
-        bias: added to the scaled scores, broadcastable to [B, H, S, S]; −inf masks. One tensor for all layers, or one
+        bias: added to the scaled scores, broadcastable to [B, H, S, S]; −inf masks. A finite fill is added as it is. One tensor for all layers, or one
             (or None) per layer.
         scale: default D**-0.5.
         logsumexp: L float32 tensors [B, H, S], natural log of Σ_j exp(scale·q·k_j + mask), as fused attention returns
-            it; saves a pass. It must belong to the same mask.
+            it; saves a pass. It must belong to the same mask. One row per sample, head and layer is checked, the rest
+            trusted: every row is taken to sum to 1.
 
     Returns:
         As `attention_rollout`. A row with no key allowed is uniform over the keys of its sample, 1/lengths[b].
 
     Raises:
-        TypeError, ValueError, rollout_kernels.BackendError: as `attention_rollout`; also when the relevance does not
-            sum to what it must because `logsumexp` is not that of the scores.
+        TypeError, ValueError, rollout_kernels.BackendError: as `attention_rollout`; also when `logsumexp` is not that
+            of the scores, by the sum of one row of the softmax per sample, head and layer.
 
     Source: Abnar & Zuidema 2020, arXiv:2005.00928, section 3; the tiled softmax is that of Dao et al. 2022,
     arXiv:2205.14135.
@@ -111,6 +114,7 @@ def attention_rollout_qk(
         query=query,
         lengths=lengths,
         key_mask=key_mask,
+        query_mask=query_mask,
         causal=causal,
         window=window,
         bias=bias,

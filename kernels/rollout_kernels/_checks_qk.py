@@ -60,8 +60,11 @@ def bias(name: str, value: object, queries: list[Tensor]) -> list[Tensor | None]
     if value is None:
         return None
     values = [value] * len(queries) if isinstance(value, Tensor) else value
-    if not isinstance(values, list | tuple) or len(values) != len(queries):
-        raise ValueError(f"{name}: bias must be one tensor, or one tensor or None per layer ({len(queries)})")
+    wanted = f"{name}: bias must be one tensor, or a list of one tensor or None per layer ({len(queries)})"
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{wanted}, got {type(values).__name__}")
+    if len(values) != len(queries):
+        raise ValueError(f"{wanted}, got {len(values)}")
     views: list[Tensor | None] = []
     for i, (tensor, q) in enumerate(zip(values, queries, strict=True)):
         if tensor is None:
@@ -69,28 +72,32 @@ def bias(name: str, value: object, queries: list[Tensor]) -> list[Tensor | None]
             continue
         if not isinstance(tensor, Tensor) or tensor.dtype not in _checks.FLOATS:
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name}: bias must be a floating-point tensor (for a bool mask, use key_mask), got {got}")
+            raise TypeError(
+                f"{name}: bias[{i}] must be a floating-point tensor (for a bool mask, use key_mask), got {got}"
+            )
         _checks.same_device(name, queries[0].device, f"bias[{i}]", tensor)
-        wanted = (*q.shape[:3], q.shape[2])
+        shape = (*q.shape[:3], q.shape[2])
         try:
-            views.append(tensor.detach().expand(wanted))
+            views.append(tensor.detach().expand(shape))
         except RuntimeError:
             raise ValueError(
-                f"{name}: bias[{i}] must be broadcastable to [B, H, S, S] = {list(wanted)}, got {list(tensor.shape)}"
+                f"{name}: bias[{i}] must be broadcastable to [B, H, S, S] = {list(shape)}, got {list(tensor.shape)}"
             ) from None
     return views
 
 
-def key_mask(name: str, value: object, batch: int, seq: int, device: torch.device) -> Tensor | None:
-    """`key_mask` as bool [B, S], or None."""
+def mask(
+    name: str, argument: str, meaning: str, value: object, batch: int, seq: int, device: torch.device
+) -> Tensor | None:
+    """`key_mask` or `query_mask` as bool [B, S], or None; `meaning` is what True stands for."""
     if value is None:
         return None
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name}: key_mask must be a bool tensor [B, S], True = may be attended, got {got}")
+        raise TypeError(f"{name}: {argument} must be a bool tensor [B, S], True = {meaning}, got {got}")
     if tuple(value.shape) != (batch, seq):
-        raise ValueError(f"{name}: key_mask must be [B, S] = [{batch}, {seq}], got {list(value.shape)}")
-    _checks.same_device(name, device, "key_mask", value)
+        raise ValueError(f"{name}: {argument} must be [B, S] = [{batch}, {seq}], got {list(value.shape)}")
+    _checks.same_device(name, device, argument, value)
     return value.detach()
 
 

@@ -5,13 +5,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rollout_kernels._problem import MapsProblem, Problem, QKProblem, start_weights
+from rollout_kernels._fuse import Scratch
+from rollout_kernels._problem import MapsProblem, Problem, QKProblem
+from rollout_kernels._torch_qk import QKSource
 
 LOGSUMEXP_TOLERANCE = 0.05
 
 
 def check_result(problem: Problem, result: Tensor) -> None:
-    """Refuse a result that is not finite, and one that shows the log-sum-exp given was not that of the scores.
+    """Refuse a result that is not finite, and one made with a log-sum-exp that is not that of the scores.
 
     Raises:
         ValueError: the message names the argument, layer and sample where the trouble starts.
@@ -19,7 +21,7 @@ def check_result(problem: Problem, result: Tensor) -> None:
     if not bool(torch.isfinite(result).all()):
         raise ValueError(_cause(problem, result))
     if isinstance(problem, QKProblem) and problem.logsumexp is not None:
-        _check_logsumexp(problem, result)
+        _check_logsumexp(problem)
 
 
 def _cause(problem: Problem, result: Tensor) -> str:
@@ -67,21 +69,21 @@ def _valid_block(argument: str, sample: Tensor, n: int) -> Tensor:
     return sample[:, :n]
 
 
-def _check_logsumexp(problem: QKProblem, result: Tensor) -> None:
-    """With head fusions that keep row sums, what comes out must sum to what the start rows put in."""
-    method = problem.method
-    if isinstance(method.head_fusion, str) and method.head_fusion != "mean":
-        return
-    if callable(method.head_fusion) or method.discard_ratio or not method.renormalize:
-        return
-    if problem.form == "full" or not problem.batch:
-        return
-    weights = start_weights(problem)
-    given = weights.abs().sum(-1).clamp(min=1e-30)
-    off = ((result.view(weights.shape).sum(-1) - weights.sum(-1)).abs() / given).amax(-1)
+def _check_logsumexp(problem: QKProblem) -> None:
+    """The middle row of every sample, head and layer must sum to 1: 1/S of the work, whatever backend and method."""
+    source = QKSource(problem, Scratch(problem.compute_dtype, problem.device))
+    middle = torch.full((problem.batch,), problem.seq // 2, device=problem.device)
+    if problem.lengths is not None:
+        middle = problem.lengths // 2
+    off = torch.zeros(problem.layers, problem.batch, device=problem.device)
+    for layer in range(problem.layers):
+        for samples in source.chunks(layer):
+            sums = source.row_maps(layer, samples, middle[samples]).sum(-1)
+            off[layer, samples] = (sums - 1).abs().amax((1, 2)).float()
     if bool((off > LOGSUMEXP_TOLERANCE).any()):
-        b = int(off.argmax())
+        layer, b = (off > LOGSUMEXP_TOLERANCE).nonzero()[0].tolist()
         raise ValueError(
-            f"{problem.name}: logsumexp must be the natural log of sum_j exp(scale·q·k_j + mask); with the one given "
-            f"the relevance of sample {b} is off by {float(off[b]):.0%} of what it must sum to"
+            f"{problem.name}: logsumexp[{problem.first_layer + layer}] must be the natural log of "
+            f"sum_j exp(scale·q·k_j + mask), with the mask of this call; with the one given, row {int(middle[b])} of "
+            f"the softmax of sample {b} sums to 1 only within {float(off[layer, b]):.0%}"
         )

@@ -22,10 +22,27 @@ class Scratch:
     def take(self, name: str, *shape: int) -> Tensor:
         """An uninitialised tensor of `shape`; the next call with the same name may reuse its memory."""
         size = math.prod(shape)
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self._device)
-        return buffer[:size].view(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers.pop(name, None)  # freed before the larger one is made
+            self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self._device)
+        return self._buffers[name][:size].view(shape)
+
+
+def fuse_by_function(maps: Tensor, gradients: Tensor | None, method: Method, dtype: torch.dtype) -> Tensor:
+    """F of one sample, [1, n, n], by the method's own function.
+
+    Raises:
+        TypeError: it gave no tensor.
+        ValueError: it gave another shape.
+    """
+    assert callable(method.head_fusion)
+    fused = method.head_fusion(maps.to(dtype), None if gradients is None else gradients.to(dtype))
+    wanted = [maps.shape[0], *maps.shape[2:]]
+    if not isinstance(fused, Tensor):
+        raise TypeError(f"Method: the head_fusion function must return a tensor [b, n, n], got {type(fused).__name__}")
+    if list(fused.shape) != wanted:
+        raise ValueError(f"Method: the head_fusion function must return [b, n, n] = {wanted}, got {list(fused.shape)}")
+    return fused.to(dtype)
 
 
 def fuse_heads(

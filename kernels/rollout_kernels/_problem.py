@@ -20,7 +20,7 @@ class Problem:
 
     Attributes:
         name: the public function called, the prefix of every message.
-        method: how M_l is formed; its `start_layer` has been applied already.
+        method: how M_l is formed. Its `start_layer` has been applied already: `layers` counts what is left.
         first_layer: the number of layers left out below; messages count the caller's layers.
         head_weights: None, or per layer a float64 [H_l] on CPU that sums to 1.
         rows: long [B], non-negative: the one-hot start row of each sample.
@@ -85,6 +85,7 @@ class QKProblem(Problem):
         logsumexp: per layer float32 [B, H, S], the natural log of Σ_j exp(scale·q·k_j + mask), or None.
         bias: per layer a view [B, H, S, S] (strides may be 0), or None.
         key_mask: bool [B, S], True = may be attended, or None; `lengths` is combined with it by AND.
+        query_mask: bool [B, S], False = this row attends nothing, hence is uniform over the sample's keys; or None.
         causal: key j is attended from row i only when j ≤ i.
         window: (left, right), None = unbounded: key j is attended only when i − left ≤ j ≤ i + right.
         scale: factor on q·k.
@@ -95,6 +96,7 @@ class QKProblem(Problem):
     logsumexp: tuple[Tensor, ...] | None
     bias: tuple[Tensor | None, ...] | None
     key_mask: Tensor | None
+    query_mask: Tensor | None
     causal: bool
     window: tuple[int | None, int | None]
     scale: float

@@ -19,8 +19,7 @@ class Tile:
         samples, rows: slices of the batch and of the query positions.
         width: n, the longest length in the tile.
         lengths: the valid length of each sample, on the host; empty when they were left on the device.
-        padded: bool [b, r, n], True outside a sample's valid block, or None when there is none.
-        padded_rows: bool [b, r], likewise for whole rows.
+        beyond: bool [b, n], True past a sample's end, or None when no sample ends before n.
         skippable: whether it pays to look if all start weights of the tile are 0, and skip it.
     """
 
@@ -28,9 +27,18 @@ class Tile:
     rows: slice
     width: int
     lengths: list[int]
-    padded: Tensor | None = None
-    padded_rows: Tensor | None = None
+    beyond: Tensor | None = None
     skippable: bool = False
+
+    @property
+    def padded(self) -> Tensor | None:
+        """bool [b, r, n], True outside a sample's valid block; made anew each time: kept, they would add up to B·S²."""
+        return None if self.beyond is None else self.beyond[:, self.rows, None] | self.beyond[:, None, :]
+
+    @property
+    def padded_rows(self) -> Tensor | None:
+        """bool [b, r], True for rows past a sample's end."""
+        return None if self.beyond is None else self.beyond[:, self.rows]
 
 
 def tiles(
@@ -39,6 +47,7 @@ def tiles(
     lengths: Tensor | None,
     budget: int,
     *,
+    columns: int = 0,
     whole: bool = False,
     single: bool = False,
     skippable: bool = False,
@@ -50,6 +59,7 @@ def tiles(
         lengths: long [B] or None. On a GPU they stay there unless `whole` or `single` asks for the values: tiles are
             then S wide and masked.
         budget: entries a tile may have; one row of one sample is always allowed.
+        columns: entries a row takes in memory, where that is more than its width.
         whole: keep all rows of a sample in one tile, even past the budget.
         single: one sample a tile.
         skippable: passed on to the tiles.
@@ -63,34 +73,34 @@ def tiles(
     result: list[Tile] = []
     first = 0
     while first < batch:
-        last = first + 1 if single else _run(valid, first, budget)
+        last = first + 1 if single else _run(valid, first, budget, columns)
         width = max(valid[first:last])
-        padding = _padding(valid[first:last], width, device)
-        step = width if whole or last - first > 1 else max(1, min(width, budget // width))
+        beyond = _beyond(valid[first:last], width, device)
+        step = width if whole or last - first > 1 else max(1, min(width, budget // max(width, columns)))
         for row in range(0, width, step):
             rows = slice(row, min(row + step, width))
-            result.append(Tile(slice(first, last), rows, width, valid[first:last], *padding, skippable=skippable))
+            result.append(Tile(slice(first, last), rows, width, valid[first:last], beyond, skippable))
         first = last
     return result
 
 
-def _run(valid: list[int], first: int, budget: int) -> int:
+def _run(valid: list[int], first: int, budget: int, columns: int) -> int:
     """The end of the run of samples from `first` that share a tile."""
     width, used, last = valid[first], valid[first] ** 2, first + 1
     while last < len(valid):
         wider, more = max(width, valid[last]), used + valid[last] ** 2
-        area = wider * wider * (last + 1 - first)
-        if area > budget or area - more > max(PADDING_SHARE * area, PADDING_ENTRIES):
+        rows = wider * (last + 1 - first)
+        area = rows * wider
+        if rows * max(wider, columns) > budget or area - more > max(PADDING_SHARE * area, PADDING_ENTRIES):
             break
         width, used, last = wider, more, last + 1
     return last
 
 
-def _padding(valid: list[int], width: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+def _beyond(valid: list[int], width: int, device: torch.device) -> Tensor | None:
     if min(valid) == width:
-        return None, None
-    padded = torch.arange(width, device=device) >= torch.tensor(valid, device=device)[:, None]
-    return padded[:, :, None] | padded[:, None, :], padded
+        return None
+    return torch.arange(width, device=device) >= torch.tensor(valid, device=device)[:, None]
 
 
 def _device_tiles(batch: int, seq: int, lengths: Tensor, budget: int) -> list[Tile]:
@@ -100,8 +110,8 @@ def _device_tiles(batch: int, seq: int, lengths: Tensor, budget: int) -> list[Ti
     result = []
     for first in range(0, batch, samples):
         chunk = slice(first, min(first + samples, batch))
-        padded = positions >= lengths[chunk, None]
+        beyond = positions >= lengths[chunk, None]
         for row in range(0, seq, step):
             rows = slice(row, min(row + step, seq))
-            result.append(Tile(chunk, rows, seq, [], padded[:, rows, None] | padded[:, None, :], padded[:, rows]))
+            result.append(Tile(chunk, rows, seq, [], beyond))
     return result

@@ -131,7 +131,8 @@ def _full(problem: Problem, source: Source) -> Tensor:
                 matrix.div_(sums)
             product = matrix if product is None else torch.bmm(matrix, product)
         assert product is not None
-        if tile.padded is not None:
-            product.masked_fill_(tile.padded, 0.0)
+        padded = tile.padded
+        if padded is not None:
+            product.masked_fill_(padded, 0.0)
         result[tile.samples, :n, :n] = product
     return result

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rollout_kernels._fuse import Scratch, fuse_heads
+from rollout_kernels._fuse import Scratch, fuse_by_function, fuse_heads
 from rollout_kernels._problem import MapsProblem
 from rollout_kernels._tiles import Tile, tiles
 
@@ -31,6 +31,7 @@ class MapsSource:
             problem.seq,
             problem.lengths,
             budget // problem.compute_dtype.itemsize,
+            columns=problem.seq if problem.seq <= WHOLE_ROWS else 0,
             whole=problem.method.needs_whole_map or problem.form == "full",
             single=callable(problem.method.head_fusion),
         )
@@ -42,10 +43,11 @@ class MapsSource:
         gradients = None
         if problem.gradients is not None:
             gradients = problem.gradients[layer][tile.samples, :, tile.rows, :read]
-        values, factor = self._fuse(layer, maps, gradients, own=tile.padded is not None)
+        values, factor = self._fuse(layer, maps, gradients, own=tile.beyond is not None)
         values = values[:, :, :n]
-        if tile.padded is not None:
-            values.masked_fill_(tile.padded, 0.0)
+        padded = tile.padded
+        if padded is not None:
+            values.masked_fill_(padded, 0.0)
         return values, factor
 
     def weighted(self, layer: int, tile: Tile, weights: Tensor) -> Tensor:
@@ -65,8 +67,7 @@ class MapsSource:
         """F from maps [b, H, r, n], as (values, factor)."""
         method, weights = self._problem.method, None
         if callable(method.head_fusion):
-            dtype = self._problem.compute_dtype
-            return method.head_fusion(maps.to(dtype), None if gradients is None else gradients.to(dtype)), 1.0
+            return fuse_by_function(maps, gradients, method, self._problem.compute_dtype), 1.0
         if self._problem.head_weights is not None:
             weights = self._problem.head_weights[layer]
         return fuse_heads(maps, gradients, method, weights, self._scratch, own=own)

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from rollout_kernels._fuse import Scratch, fuse_heads
+from rollout_kernels._fuse import Scratch, fuse_by_function, fuse_heads
 from rollout_kernels._problem import QKProblem
 from rollout_kernels._tiles import Tile, tiles
 
@@ -64,20 +64,32 @@ class QKSource:
         return torch.bmm(per_head, maps.view(samples * heads, rows, n)).view(samples, heads, n).mean(1, keepdim=True)
 
     def top_rows(self) -> tuple[Tensor, float]:
-        problem, layer = self._problem, self._problem.layers - 1
+        problem, layer, factor = self._problem, self._problem.layers - 1, 1.0
         assert problem.rows is not None
-        every, samples = slice(0, problem.batch), torch.arange(problem.batch, device=problem.device)
-        at = samples, slice(None), problem.rows
-        maps = self._softmax(
+        top = torch.empty(problem.batch, 1, problem.seq, dtype=problem.compute_dtype, device=problem.device)
+        for samples in self.chunks(layer):
+            top[samples], factor = self._fuse(layer, self.row_maps(layer, samples, problem.rows[samples]))
+        return top, factor
+
+    def chunks(self, layer: int) -> list[slice]:
+        """The batch in pieces whose keys, which may have to be copied, fit in a tile."""
+        problem, (_, groups, seq, dim) = self._problem, self._problem.keys[layer].shape
+        step = max(1, self._budget() // (seq * max(groups * dim, problem.queries[layer].shape[1])))
+        return [slice(first, min(first + step, problem.batch)) for first in range(0, problem.batch, step)]
+
+    def row_maps(self, layer: int, samples: slice, rows: Tensor) -> Tensor:
+        """Row `rows[b]` of every head of A_l, [b, H, 1, S], of the samples in the slice; rows long [b]."""
+        problem, bias = self._problem, self._bias(layer)
+        at = torch.arange(samples.start, samples.stop, device=problem.device), slice(None), rows
+        return self._softmax(
             layer,
-            every,
+            samples,
             problem.queries[layer][at].unsqueeze(2),
-            problem.rows[:, None],
+            rows[:, None],
             slice(0, problem.seq),
             None if problem.logsumexp is None else problem.logsumexp[layer][at].unsqueeze(2),
-            None if self._bias(layer) is None else self._bias(layer)[at].unsqueeze(2),  # type: ignore[index]
+            None if bias is None else bias[at].unsqueeze(2),
         )
-        return self._fuse(layer, maps)
 
     def _budget(self) -> int:
         budget = CPU_TILE_BYTES if self._problem.device.type == "cpu" else GPU_TILE_BYTES
@@ -89,7 +101,7 @@ class QKSource:
     def _fuse(self, layer: int, maps: Tensor) -> tuple[Tensor, float]:
         problem = self._problem
         if callable(problem.method.head_fusion):
-            return problem.method.head_fusion(maps, None), 1.0
+            return fuse_by_function(maps, None, problem.method, problem.compute_dtype), 1.0
         weights = None if problem.head_weights is None else problem.head_weights[layer]
         return fuse_heads(maps, None, problem.method, weights, self._scratch)
 
@@ -167,6 +179,9 @@ class QKSource:
             conditions += [j < ends, i < ends]
         if problem.key_mask is not None:
             conditions.append(problem.key_mask[samples, None, columns])
+        if problem.query_mask is not None:
+            queried = problem.query_mask[samples]
+            conditions.append(queried.gather(1, positions.expand(len(queried), -1)).unsqueeze(-1))
         if problem.causal:
             conditions.append(j <= i)
         if left is not None:

@@ -7,8 +7,10 @@ Every rollout-like method is the same chain of matrices R = M_L · … · M_1; t
     M_l = M_l / rowsum(M_l)                   renormalisation, when `renormalize`
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -37,7 +39,7 @@ class Method:
         start_layer: layers below it (input side) are left out of the chain.
         gradients: `None`, or how G_l enters: `"clamp_then_fuse"`, F_l = fuse_h(max(A∘G, 0)), or `"fuse_then_clamp"`,
             F_l = max(fuse_h(A∘G), 0). Either one makes the `gradients=` argument mandatory.
-        matrices: True when the caller supplies the matrices themselves, [B, S, S]: maps with a head axis are refused.
+        matrices: True when the caller supplies the matrices themselves, [B, S, S]: maps of several heads are refused.
         paper: where the method comes from.
 
     Raises:
@@ -63,7 +65,7 @@ class Method:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"Method: {name} must be a real number, got {value!r}")
-            if not torch.isfinite(torch.tensor(float(value))):
+            if not math.isfinite(value):
                 raise ValueError(f"Method: {name} must be finite, got {value!r}")
         if not 0.0 <= self.discard_ratio < 1.0:
             raise ValueError(f"Method: discard_ratio must be in [0, 1), got {self.discard_ratio!r}")
@@ -92,13 +94,20 @@ class Method:
         """
         if not isinstance(self.head_fusion, Tensor):
             return None
-        weights = self.head_fusion.detach().to("cpu", torch.float64)
+        weights = self._normalised
         if tuple(weights.shape) not in ((heads,), (layers, heads)):
             raise ValueError(
                 f"{name}: head_fusion weights must be [H] = [{heads}] or [L, H] = [{layers}, {heads}], "
                 f"got {list(weights.shape)}"
             )
-        return (weights / weights.sum(-1, keepdim=True)).expand(layers, heads)
+        return weights.expand(layers, heads)
+
+    @cached_property
+    def _normalised(self) -> Tensor:
+        """The head weights with sum 1; kept, so that weights given on a GPU are fetched from it once."""
+        assert isinstance(self.head_fusion, Tensor)
+        weights = self.head_fusion.detach().to("cpu", torch.float64)
+        return weights / weights.sum(-1, keepdim=True)
 
 
 def _check_head_fusion(fusion: object) -> None:

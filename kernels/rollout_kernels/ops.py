@@ -5,7 +5,6 @@ documented there.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -42,6 +41,7 @@ def attention_rollout_qk(
     query: int | Tensor | None = None,
     lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     bias: Tensor | Sequence[Tensor | None] | None = None,
@@ -54,7 +54,19 @@ def attention_rollout_qk(
     """Rollout from queries and keys; see `rollout.attention_rollout_qk`."""
     with torch.no_grad():
         problem = qk_problem(
-            queries, keys, query, lengths, key_mask, causal, window, bias, scale, logsumexp, method, validate
+            queries,
+            keys,
+            query,
+            lengths,
+            key_mask,
+            query_mask,
+            causal,
+            window,
+            bias,
+            scale,
+            logsumexp,
+            method,
+            validate,
         )
         with torch.autocast(problem.device.type, enabled=False):
             result = _dispatch.run(problem, backend)
@@ -88,7 +100,7 @@ def maps_problem(
     rows, weights, squeeze = _checks.query(name, query, valid, batch, seq, device, dtype, validate)
     return MapsProblem(
         name=name,
-        method=replace(method, start_layer=0),
+        method=method,
         first_layer=start,
         head_weights=_head_weights(name, method, [tensor.shape[1] for tensor in maps], start),
         rows=rows,
@@ -110,6 +122,7 @@ def qk_problem(
     query: int | Tensor | None,
     lengths: Tensor | None,
     key_mask: Tensor | None,
+    query_mask: Tensor | None,
     causal: bool,
     window: tuple[int | None, int | None] | None,
     bias: Tensor | Sequence[Tensor | None] | None,
@@ -139,7 +152,7 @@ def qk_problem(
     lse = _checks_qk.logsumexp(name, logsumexp, qs)
     return QKProblem(
         name=name,
-        method=replace(method, start_layer=0),
+        method=method,
         first_layer=start,
         head_weights=_head_weights(name, method, [tensor.shape[1] for tensor in qs], start),
         rows=rows,
@@ -154,7 +167,8 @@ def qk_problem(
         keys=tuple(ks[start:]),
         logsumexp=None if lse is None else tuple(lse[start:]),
         bias=None if biases is None else tuple(biases[start:]),
-        key_mask=_checks_qk.key_mask(name, key_mask, batch, seq, device),
+        key_mask=_checks_qk.mask(name, "key_mask", "may be attended", key_mask, batch, seq, device),
+        query_mask=_checks_qk.mask(name, "query_mask", "attends", query_mask, batch, seq, device),
         causal=_checks_qk.flag(name, "causal", causal),
         window=_checks_qk.window(name, window),
         scale=_checks_qk.scale(name, scale, qs[0].shape[-1]),

@@ -19,7 +19,7 @@ def rollout(problem: Problem) -> Tensor:
     for b in range(problem.batch):
         n = problem.seq if problem.lengths is None else int(problem.lengths[b])
         product = torch.eye(n, dtype=torch.float64, device=problem.device)
-        for layer in range(problem.layers):  # type: ignore[attr-defined]
+        for layer in range(problem.layers):
             maps, gradients = layer_maps(problem, layer, b, n)
             weights = None if problem.head_weights is None else problem.head_weights[layer]
             product = layer_matrix(maps, gradients, problem.method, weights) @ product
@@ -65,6 +65,8 @@ def softmax_maps(problem: QKProblem, layer: int, b: int, n: int) -> Tensor:
         allowed &= j <= i + problem.window[1]
     if problem.key_mask is not None:
         allowed &= problem.key_mask[b, :n]
+    if problem.query_mask is not None:
+        allowed &= problem.query_mask[b, :n, None]
     scores = scores.masked_fill(~allowed, -math.inf)
 
     if problem.logsumexp is not None:

@@ -1,0 +1,162 @@
+"""What an import loads, what a wheel contains, and that `kernels/` stays a source root."""
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONAL = (
+    "pyhealth",
+    "transformers",
+    "pyarrow",
+    "dask",
+    "distributed",
+    "matplotlib",
+    "polars",
+    "typer",
+    "timm",
+    "torchvision",
+)
+
+PROBE = """
+import json, sys
+before = set(sys.modules)
+import {package}
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+def loaded_by(package: str) -> set[str]:
+    """Every module that importing `package` in a new process brings in."""
+    paths = [str(ROOT), str(ROOT / "kernels")]
+    script = f"import sys; sys.path[:0] = {paths!r}\n" + PROBE.format(package=package)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_import_rollout_loads_no_optional_package():
+    modules = loaded_by("rollout")
+    assert {"rollout.api", "rollout_kernels.ops", "torch"} <= modules
+    assert not {name.partition(".")[0] for name in modules} & set(OPTIONAL)
+    assert "rollout.pyhealth" not in modules
+    assert not any(name.startswith("rollout_kernels._triton") for name in modules)
+
+
+def test_kernels_load_without_the_engine():
+    modules = loaded_by("rollout_kernels")
+    assert "rollout_kernels.ops" in modules
+    assert not any(name == "rollout" or name.startswith("rollout.") for name in modules)
+
+
+def imports_of(path: Path) -> set[str]:
+    """The top-level packages a file names in an import, at any depth of the code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+def test_kernels_import_torch_triton_and_themselves_only():
+    files = sorted((ROOT / "kernels").rglob("*.py"))
+    assert len(files) >= 10
+    for path in files:
+        others = imports_of(path) - set(sys.stdlib_module_names)
+        assert others <= {"torch", "triton", "rollout_kernels"}, path
+
+
+def test_kernels_is_a_source_root_and_no_package():
+    assert (ROOT / "kernels" / "rollout_kernels" / "__init__.py").is_file()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not list(ROOT.glob("kernels/*.py"))
+    probe = (
+        "import importlib.util, sys; sys.path.insert(0, '.'); "
+        "spec = importlib.util.find_spec('kernels'); print(spec and spec.origin)"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert str(ROOT / "kernels" / "__init__.py") != done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel of a copy of this checkout, built offline by the declared backend."""
+    source, out = tmp_path_factory.mktemp("source") / "tree", tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "output", "demo-*")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    for extra in ("bench", "examples", "tests"):  # present, so that leaving them out is a choice
+        (source / extra).mkdir(exist_ok=True)
+        (source / extra / "probe.py").touch()
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = out.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_wheel_holds_the_two_packages_and_nothing_else(wheel: zipfile.ZipFile):
+    names = set(wheel.namelist())
+    top = {name.partition("/")[0] for name in names}
+    (info,) = (name for name in top if name.endswith(".dist-info"))
+    assert top == {"rollout", "rollout_kernels", info}
+    expected = {
+        str(path.relative_to(base))
+        for base, package in ((ROOT, "rollout"), (ROOT / "kernels", "rollout_kernels"))
+        for path in (base / package).rglob("*.py")
+    }
+    assert {name for name in names if name.endswith(".py")} == expected
+    assert {"rollout/py.typed", "rollout_kernels/py.typed"} <= names
+    tables = {str(p.relative_to(ROOT / "kernels")) for p in (ROOT / "kernels").rglob("tuned/*.json")}
+    assert {name for name in names if name.endswith(".json")} == tables
+
+
+def test_wheel_metadata(wheel: zipfile.ZipFile):
+    (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
+    metadata = wheel.read(name).decode()
+    header, _, readme = metadata.partition("\n\n")
+    assert "Name: attention-rollout" in header
+    assert f"Version: {project()['version']}" in header
+    assert "Requires-Python: >=3.12" in header
+    assert "License-Expression: MIT" in header
+    assert "rollout" in readme
+    (entry,) = (n for n in wheel.namelist() if n.endswith("entry_points.txt"))
+    assert "rollout = rollout.cli:main" in wheel.read(entry).decode()
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_project_declares_its_dependencies_and_extras():
+    core = {requirement.split(">")[0].strip() for requirement in project()["dependencies"]}
+    assert core == {"torch", "numpy", "triton"}
+    (triton,) = (r for r in project()["dependencies"] if r.startswith("triton"))
+    assert "sys_platform == 'linux'" in triton
+    extras = project()["optional-dependencies"]
+    assert set(extras) == {"pyhealth", "cohort", "dask", "hf", "plots", "bench", "dev", "all"}
+    assert extras["pyhealth"] == ["pyhealth>=2.1,<3"]
+    named = extras["all"][0].partition("[")[2].rstrip("]").split(",")
+    assert set(named) == set(extras) - {"dev", "all"}
+
+
+def test_version_is_said_once():
+    import rollout
+
+    assert rollout.__version__ == project()["version"]
+    assert (ROOT / ".python-version").read_text(encoding="utf-8").strip() == "3.12"
+
+
+def test_public_names():
+    import rollout
+
+    for name in ("METHODS", "Method", "attention_rollout", "attention_rollout_qk"):
+        assert name in rollout.__all__
+        assert hasattr(rollout, name)
