@@ -1,0 +1,29 @@
+"""Output folders: made if missing, refused if they hold anything or cannot be written."""
+
+import os
+from pathlib import Path
+
+
+def empty_folder(path: str | Path, name: str) -> Path:
+    """Return ``path`` as a folder that exists, is empty and can be written.
+
+    Args:
+        path: The folder; its parents are made too.
+        name: What to call it in an error.
+
+    Raises:
+        ValueError: If it is a file, is not empty, or cannot be made or written.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{name} must be a folder, got the file {folder}; give another path")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{name} must be a new or empty folder, got {folder}, which is not empty; give another path")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-probe"
+        probe.touch()
+        os.unlink(probe)
+    except OSError as error:
+        raise ValueError(f"{name} must be a folder that can be written, got {folder}: {error.strerror}") from error
+    return folder

@@ -1,0 +1,167 @@
+"""The demo end to end on a small synthetic cohort: its folder, its rows, and the table it prints."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from PIL import Image
+from pyhealth.interpret.methods import AttentionRollout as StockRollout
+from typer.testing import CliRunner
+
+import rollout.demo
+from rollout.cli import app
+from rollout.mimic import mortality_samples
+from rollout.synthetic import write_synthetic_cohort
+from rollout.training import Recipe, collate, predict, train_transformer
+
+PATIENTS = 500
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, home: Path) -> dict[str, Any]:
+    """One run by the command line, with the samples and the model it used."""
+    output, kept = tmp_path_factory.mktemp("demo") / "out", {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+
+        def trained(dataset: Any, samples: Any, *arguments: Any, **named: Any) -> Any:
+            result = train_transformer(dataset, samples, *arguments, **named)
+            kept.update(samples=samples, model=result.model)
+            return result
+
+        patch.setattr(rollout.demo, "train_transformer", trained)
+        arguments = ["demo", "--output", output, "--patients", PATIENTS, "--epochs", 2, "--batch-size", 24]
+        result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    rows = pl.read_parquet(output / "attributions" / "*.parquet")
+    return {"output": output, "printed": result.output, "rows": rows, **kept}
+
+
+def test_the_folder_holds_the_results_and_no_cache(run: dict[str, Any], home: Path) -> None:
+    names = {path.name for path in run["output"].iterdir()}
+    assert names == {"attributions", "predictions", "cohort", "ranking.csv", "top_codes.png", "record.png",
+                     "manifest.json"}  # fmt: skip
+    assert not [path for path in home.rglob("*") if path.is_file() and path.suffix in (".bin", ".parquet")]
+
+
+def test_every_code_of_every_sample_has_a_row(run: dict[str, Any]) -> None:
+    rows, samples = run["rows"], run["samples"]
+    lengths = rows.group_by("sample", "feature").len().sort("sample", "feature")
+    expected = [(i, f, len(s[f])) for i, s in enumerate(samples) for f in sorted(("conditions", "procedures", "drugs"))]
+    assert lengths.rows() == expected
+    owners = rows.select("sample", "patient_id", "visit_id").unique().sort("sample")
+    assert owners.rows() == [(i, s["patient_id"], str(s["visit_id"])) for i, s in enumerate(samples)]
+
+
+def test_rows_are_pyhealths_own_attributions(run: dict[str, Any]) -> None:
+    samples, stock = run["samples"], StockRollout(run["model"])
+    chosen = [0, len(samples) // 2, len(samples) - 1]
+    batch = collate([samples[i] for i in chosen])
+    scores = stock.attribute(**batch)
+    for k, sample in enumerate(chosen):
+        for feature in ("conditions", "procedures", "drugs"):
+            part = run["rows"].filter((pl.col("sample") == sample) & (pl.col("feature") == feature)).sort("position")
+            size = len(samples[sample][feature])
+            expected = scores[feature][k, :size].detach().numpy()
+            np.testing.assert_allclose(part["attribution"].to_numpy(), expected, atol=1e-6)
+            assert part["attribution"].sum() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_codes_are_those_of_the_tables(run: dict[str, Any]) -> None:
+    table = pl.read_csv(run["output"] / "cohort" / "hosp" / "diagnoses_icd.csv.gz", infer_schema=False)
+    written = run["rows"].filter(pl.col("feature") == "conditions").select("visit_id", "code").sort("visit_id", "code")
+    source = table.filter(pl.col("hadm_id").is_in(written["visit_id"].unique().to_list()))
+    assert written.rows() == source.select("hadm_id", "icd_code").sort("hadm_id", "icd_code").rows()
+
+
+def test_predictions_are_the_models(run: dict[str, Any]) -> None:
+    table = pl.read_parquet(run["output"] / "predictions" / "*.parquet")
+    samples = run["samples"]
+    again = predict(run["model"], samples, np.arange(len(samples)), batch_size=7, progress=False)
+    np.testing.assert_allclose(np.array(table["y_prob"].to_list())[:, 0], again, atol=1e-5)
+    assert [row[0] for row in table["y_true"]] == [float(s["mortality"]) for s in samples]
+
+
+def test_the_label_is_death_in_the_next_admission(run: dict[str, Any]) -> None:
+    table = pl.read_csv(run["output"] / "cohort" / "hosp" / "admissions.csv.gz", infer_schema=False)
+    table = table.sort("subject_id", "admittime").with_columns(
+        died_next=pl.col("hospital_expire_flag").shift(-1).over("subject_id")
+    )
+    died = dict(zip(table["hadm_id"], table["died_next"], strict=True))
+    labels = [float(sample["mortality"]) for sample in run["samples"]]
+    assert labels == [float(died[str(sample["visit_id"])]) for sample in run["samples"]]
+    assert 0.15 < np.mean(labels) < 0.5
+
+
+def test_the_printed_table_agrees_with_the_files(run: dict[str, Any]) -> None:
+    printed, rows = run["printed"], run["rows"]
+    manifest = json.loads((run["output"] / "manifest.json").read_text())
+    patients = len({sample["patient_id"] for sample in run["samples"]})
+    assert f"{len(run['samples']):,} ({patients:,})" in printed
+    assert re.search(rf"tokens +{len(rows):,}\n", printed)
+    assert manifest["entries"] == len(rows)
+    assert re.search(rf"test AUROC +{manifest['test_auroc']:.3f} ", printed)
+    rates = [float(r.replace(",", "")) for r in re.findall(r"([\d,]+) patients/s", printed)]
+    assert len(rates) == 2
+    assert min(rates) > 0
+    difference = float(re.search(r"largest difference between the two +(\S+)", printed).group(1))
+    assert difference <= 1e-5
+
+
+def test_planted_codes_are_marked_and_counted(run: dict[str, Any]) -> None:
+    truth = json.loads((run["output"] / "cohort" / "truth.json").read_text())
+    ranking = pl.read_csv(run["output"] / "ranking.csv", schema_overrides={"code": pl.String})
+    total = 0
+    for feature, planted in truth["planted"].items():
+        codes = {row["code"] for row in planted}
+        leaders = ranking.filter(pl.col("feature") == feature).sort("rank")["code"].to_list()
+        total += len(codes & set(leaders[: len(codes)]))
+        for code in leaders[:8]:
+            line = next(line for line in run["printed"].splitlines() if re.search(rf"\b{code}\b", line))
+            assert ("★" in line) == (code in codes)
+    assert f"k = planted codes there): {total} of 11" in run["printed"]
+
+
+def test_pictures_are_large_enough_to_read_and_not_blank(run: dict[str, Any]) -> None:
+    for name in ("top_codes.png", "record.png"):
+        with Image.open(run["output"] / name) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        assert pixels.shape[0] >= 700
+        assert pixels.shape[1] >= 1200
+        assert pixels[0, 0].tolist() == [255, 255, 255]
+        assert 0.02 < (pixels.min(axis=2) < 250).mean() < 0.6
+
+
+def test_training_is_deterministic_and_leaves_the_generator_alone(run: dict[str, Any], tmp_path: Path) -> None:
+    write_synthetic_cohort(tmp_path / "tables", 150, 1)
+    dataset = mortality_samples(tmp_path / "tables", tmp_path / "cache")
+    samples = list(dataset)
+    split = rollout.demo.split_patients(
+        [s["patient_id"] for s in samples], np.array([float(s["mortality"]) for s in samples])
+    )
+    before = torch.get_rng_state()
+    models = [train_transformer(dataset, samples, split, Recipe(epochs=1), seed=s).model for s in (0, 0, 1)]
+    assert torch.equal(before, torch.get_rng_state())
+    states = [torch.cat([p.flatten() for p in model.state_dict().values()]) for model in models]
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+def test_a_cohort_without_a_second_admission_is_refused(tmp_path: Path) -> None:
+    write_synthetic_cohort(tmp_path / "tables", 3, 0)
+    path = tmp_path / "tables" / "hosp" / "admissions.csv.gz"
+    table = pl.read_csv(path, infer_schema=False).sort("subject_id", "admittime").unique("subject_id", keep="first")
+    path.unlink()
+    table.write_csv(path.with_suffix(""))
+    with pytest.raises(ValueError, match="give no mortality task"):
+        mortality_samples(tmp_path / "tables", tmp_path / "cache")
