@@ -6,10 +6,21 @@
 torch.Size([2, 8])
 """
 
+from rollout._capture import CaptureError, capture, register_capture
 from rollout.api import attention_rollout, attention_rollout_qk
 from rollout.method import METHODS
+from rollout.tape import Record
 from rollout_kernels.method import Method
 
 __version__ = "0.1.0"
 
-__all__ = ["METHODS", "Method", "attention_rollout", "attention_rollout_qk"]
+__all__ = [
+    "METHODS",
+    "CaptureError",
+    "Method",
+    "Record",
+    "attention_rollout",
+    "attention_rollout_qk",
+    "capture",
+    "register_capture",
+]

@@ -1,0 +1,70 @@
+"""An attention mask written out, taken apart into the key mask, causality and window that kernels know."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["structure"]
+
+
+def structure(mask: Tensor, batch: int) -> dict[str, Any]:
+    """The fields of a `Record` that say what a mask says.
+
+    A mask that is the same for every head and says no more than which keys there are, that no row looks ahead, and how
+    far a row looks, becomes `key_mask`, `causal` and `window`; it is put together again and compared. Any other becomes
+    a bias.
+
+    Args:
+        mask: broadcastable to [B, H, S, S]; bool, True = may be attended, or additive. Additive values of −inf or of
+            the dtype's lowest number mask.
+        batch: B.
+    """
+    allowed = mask if mask.dtype == torch.bool else _allowed(mask)
+    if allowed is None or allowed.shape[1] > 1:
+        return {"bias": _additive(mask)}
+    seq = allowed.shape[-1]
+    allowed = allowed[:, 0].expand(-1, seq, -1)
+    keys = allowed.any(1)
+    for rows in _patterns(allowed.any(0)):
+        if torch.equal(keys[:, None] & _pattern(seq, mask.device, **rows), allowed):
+            masked = {} if bool(keys.all()) else {"key_mask": keys.expand(batch, -1)}
+            return masked | rows
+    return {"bias": _additive(mask)}
+
+
+def _patterns(reached: Tensor) -> Iterator[dict[str, Any]]:
+    """What `causal` and `window` could be, the simplest first; `reached` [S, S] are the keys a row has anywhere."""
+    i, j = reached.nonzero().unbind(1)
+    if not len(i):
+        yield {}
+        return
+    left, right = int((i - j).amax().clamp(min=0)), int((j - i).amax().clamp(min=0))
+    yield {}
+    yield {"causal": True}
+    yield {"causal": True, "window": (left, None)} if right == 0 else {"window": (left, right)}
+
+
+def _pattern(seq: int, device: torch.device, causal: bool = False, window: Any = (None, None)) -> Tensor:
+    i, j = torch.arange(seq, device=device)[:, None], torch.arange(seq, device=device)
+    allowed = j <= i if causal else torch.ones(seq, seq, dtype=torch.bool, device=device)
+    if window[0] is not None:
+        allowed = allowed & (j >= i - window[0])
+    if window[1] is not None:
+        allowed = allowed & (j <= i + window[1])
+    return allowed
+
+
+def _allowed(mask: Tensor) -> Tensor | None:
+    """Where an additive mask lets a row attend; None when it has values other than 0 and masking ones."""
+    attended = mask == 0
+    masking = mask <= torch.finfo(mask.dtype).min
+    return attended if bool((attended | masking).all()) else None
+
+
+def _additive(mask: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, -math.inf)
