@@ -63,7 +63,7 @@ def _rank_feature(rows: pl.DataFrame, minimum_share: float) -> pl.DataFrame:
     relevance = rows["attribution"].to_numpy().astype(np.float64)
     size = np.bincount(record)
     total = np.bincount(record, relevance)
-    lift = relevance * (size / np.maximum(total, np.finfo(float).tiny))[record]
+    lift = relevance * np.divide(size, total, out=np.zeros_like(total), where=total > 0)[record]
     effect, error = _code_effects(np.log(np.maximum(lift, FLOOR)), record, code)
     table = pl.DataFrame({"code": names[code], "sample": record, "lift": lift})
     counted = table.group_by("code").agg(

@@ -36,6 +36,15 @@ def test_lift_of_a_hand_made_record() -> None:
     assert ranking["records"].to_list() == [5, 5]
 
 
+def test_a_record_without_relevance_says_nothing() -> None:
+    entries = [(s, p, c, r) for s in range(5) for p, c, r in ((0, "a", 0.7), (1, "b", 0.2), (2, "c", 0.1))]
+    silent = [(s, p, c, 0.0) for s in (5, 6) for p, c in ((0, "a"), (1, "b"), (2, "c"))]
+    ranking = rank_codes(records(entries + silent))
+    assert ranking["code"].to_list() == ["b", "c"]
+    assert ranking["lift"].to_list() == pytest.approx([5 / 7 * 4 / 3, 5 / 7 * 2 / 3])
+    assert ranking["effect"].to_list() == pytest.approx([5 / 7 * np.log(2) / 2, -5 / 7 * np.log(2) / 2])
+
+
 def test_effects_are_the_attention_logits_whatever_the_company() -> None:
     rng = np.random.default_rng(0)
     codes = [f"c{k}" for k in range(12)]

@@ -1,0 +1,204 @@
+"""The examples as a user runs them, each in a process of its own, and the numbers they print."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from rollout.intervals import Interval
+from rollout.synthetic import write_synthetic_cohort
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+BENCHMARK = "attention_rollout_benchmark_mimic4_demo.py"
+METHODS = ["Random", "Chefer (PyHealth)", "Chefer, predicted class", "Rollout (PyHealth)", "Rollout (ours)"]
+INTERVAL = re.compile(r"([+-]\d+\.\d{4}) \[([+-]\d+\.\d{4}), ([+-]\d+\.\d{4})\]")
+
+
+def run(name: str, *arguments: str, status: int = 0) -> tuple[str, str]:
+    """What an example prints to stdout and stderr; its exit status must be `status`."""
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=EXAMPLES.parent, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def numbers(line: str) -> list[float]:
+    return [float(text) for text in re.findall(r"-?\d+\.\d+(?:e[+-]\d+)?", line)]
+
+
+def naive_rollout(maps: list[torch.Tensor]) -> torch.Tensor:
+    """Abnar & Zuidema as written, float64."""
+    eye = torch.eye(maps[0].shape[-1], dtype=torch.float64)
+    full = eye.expand(maps[0].shape[0], -1, -1)
+    for attention in maps:
+        layer = 0.5 * eye + 0.5 * attention.double().mean(1)
+        full = layer / layer.sum(-1, keepdim=True) @ full
+    return full
+
+
+def test_quickstart() -> None:
+    out, _ = run("quickstart.py")
+    blocks = [[numbers(line) for line in block.splitlines()[1:]] for block in out.strip().split("\n\n")]
+    torch.manual_seed(0)
+    queries = [torch.randn(3, 2, 6, 8) for _ in range(4)]
+    keys = [torch.randn(3, 2, 6, 8) for _ in range(4)]
+    scores = [(q @ k.transpose(-1, -2)).double() / 8**0.5 for q, k in zip(queries, keys, strict=True)]
+    expected = naive_rollout([s.softmax(-1) for s in scores])[:, 0].numpy()
+
+    for block in blocks[:2]:
+        assert np.allclose(block[:3], expected, atol=1e-4)
+        assert 0 <= block[3][0] < 1e-6
+    assert "rows sum to 1" in out
+    for sample, length in enumerate((6, 4, 2)):
+        cut = naive_rollout([s[sample : sample + 1, :, :length, :length].softmax(-1) for s in scores])
+        assert np.allclose(blocks[2][sample][:length], cut[0, -1].numpy(), atol=1e-4)
+        assert blocks[2][sample][length:] == [0.0] * (6 - length)
+    methods = dict(re.findall(r"^   ([a-z]\S*(?: 3:1)?)\s+((?:\d\.\d{4} ?)+)$", out, re.MULTILINE))
+    assert {"rollout", "pyhealth", "chefer_rollout", "discard", "heads 3:1"} <= methods.keys()
+    assert np.allclose(numbers(methods["rollout"]), expected[0], atol=1e-4)
+    assert all(sum(numbers(values)) == pytest.approx(1, abs=4e-4) for values in methods.values())
+    assert not np.allclose(numbers(methods["heads 3:1"]), expected[0], atol=1e-3)
+
+
+def test_pyhealth_dropin() -> None:
+    pytest.importorskip("pyhealth")
+    out, _ = run("pyhealth_dropin.py")
+    differences = [numbers(line)[-1] for line in out.splitlines() if "largest difference" in line]
+    assert len(differences) == 2
+    assert max(differences) <= 1e-5
+    assert "ours gives the same numbers: True" in out
+    assert "PyHealth's raises" in out
+    record = [float(x) for x in re.findall(r"^  \S+\s+(\d\.\d{3})$", out, re.MULTILINE)]
+    assert record == sorted(record, reverse=True)
+    assert sum(record) == pytest.approx(1, abs=5e-3)
+
+
+def sections(out: str) -> dict[str, str]:
+    """The numbered tables of the benchmark by number, and what comes before them as "0"."""
+    parts = re.split(r"\n(?=\d\. )", out)
+    return {"0": parts[0], **{part[0]: part for part in parts[1:]}}
+
+
+def rows(table: str, indent: str = "") -> dict[str, list[float]]:
+    """Method → the estimates in its row of a table."""
+    found = {}
+    for line in table.splitlines():
+        for method in METHODS:
+            if line.startswith(indent + method + " "):
+                found[method] = [float(estimate) for estimate, _, _ in INTERVAL.findall(line)]
+    return found
+
+
+def test_benchmark_on_a_tiny_cohort() -> None:
+    pytest.importorskip("pyhealth")
+    out, _ = run(
+        BENCHMARK, "--synthetic", "--patients", "500", "--seeds", "1", "--folds", "3", "--splits", "2", "--epochs", "1",
+        "--pyhealth_samples", "8",
+    )  # fmt: skip
+    parts = sections(out)
+    samples, patients, positive = map(int, re.search(r"(\d+) samples of (\d+) patients, (\d+) positive", out).groups())
+    assert 100 < positive + 50 < samples
+    assert patients < samples
+
+    for low, _, high in ((float(a), 0, float(b)) for _, a, b in INTERVAL.findall(out)):
+        assert low <= high
+    assert re.search(r"Random +8/8 ", parts["2"])
+    assert list(rows(parts["2"])) == METHODS
+
+    table = rows(parts["3"].split("predicted positive")[0])
+    assert list(table) == METHODS
+    comprehensiveness, sufficiency = table["Random"][0], table["Random"][2]
+    assert table["Random"] == [comprehensiveness, 0.0, sufficiency, 0.0]
+    for values in table.values():
+        assert values[1] == pytest.approx(values[0] - comprehensiveness, abs=1.01e-4)
+        assert values[3] == pytest.approx(values[2] - sufficiency, abs=1.01e-4)
+    assert table["Rollout (ours)"] == pytest.approx(table["Rollout (PyHealth)"], abs=2e-4)
+    assert table["Rollout (ours)"] != table["Random"]
+
+    by_class = [rows(part, "  ") for part in re.split("predicted (?:positive|negative)", parts["3"])[1:]]
+    assert by_class[0]["Chefer (PyHealth)"] == pytest.approx(by_class[0]["Chefer, predicted class"], abs=2e-4)
+    assert by_class[1]["Chefer (PyHealth)"] != by_class[1]["Chefer, predicted class"]
+    counts = re.findall(r"predicted (?:positive|negative): (\d+) of (\d+) rows", out)
+    assert sum(int(count) for count, _ in counts) == int(counts[0][1])
+    assert int(counts[0][1]) == pytest.approx(2 / 3 * samples, rel=0.2)
+    means = [sum(int(c) * part["Chefer (PyHealth)"][0] for (c, _), part in zip(counts, by_class, strict=True))]
+    assert means[0] / int(counts[0][1]) == pytest.approx(table["Chefer (PyHealth)"][0], abs=2e-4)
+
+    planted = re.findall(r"^(\S.*?) +(\d+) of 11 +(\d) of 4 +(\d) of 3 +(\d) of 4$", parts["4"], re.MULTILINE)
+    assert [name for name, *_ in planted] == METHODS * 2
+    assert all(int(total) == sum(map(int, each)) for _, total, *each in planted)
+    assert float(re.search(r"PyHealth's rollout and ours: (\S+)", out).group(1)) <= 1e-5
+    assert "FAILED" not in out
+    assert len(re.findall(r"^- (?:The models|\d+ patients do not|Chefer|Rollout)", out, re.MULTILINE)) == 4
+
+
+def test_benchmark_refuses_a_folder_without_tables(tmp_path: Path) -> None:
+    _, err = run(BENCHMARK, "--ehr_root", str(tmp_path), status=2)
+    assert "ehr_root must be a MIMIC-IV folder" in err
+    assert "hosp/admissions" in err
+    root = tmp_path / "cohort"
+    write_synthetic_cohort(root, 20)
+    (root / "hosp" / "prescriptions.csv.gz").unlink()
+    _, err = run(BENCHMARK, "--ehr_root", str(root), status=2)
+    assert "hosp/prescriptions" in err
+    assert "hosp/admissions" not in err
+    _, err = run(BENCHMARK, "--ehr_root", str(root), "--folds", "2", status=2)
+    assert "--folds must be in 3..50, got 2" in err
+    _, err = run(BENCHMARK, "--synthetic", "--device", "nowhere", status=2)
+    assert "--device must be cpu, or cuda where torch finds a GPU; got nowhere" in err
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_example", EXAMPLES / BENCHMARK)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_folds_are_by_patient_and_balanced(script: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    patients = [f"p{i}" for i in rng.integers(0, 40, 150)]
+    labels = np.array([float(int(p[1:]) % 4 == 0 and rng.random() < 0.7) for p in patients])
+    tested = []
+    for split in script.splits_by_patient(patients, labels, 5, seed=3):
+        parts = [{patients[i] for i in part} for part in (split.train, split.validation, split.test)]
+        assert not parts[0] & parts[1]
+        assert not parts[0] & parts[2]
+        assert not parts[1] & parts[2]
+        assert sorted(np.concatenate([split.train, split.validation, split.test])) == list(range(150))
+        assert labels[split.test].sum() >= 1
+        tested += split.test.tolist()
+    assert sorted(tested) == list(range(150))
+    other = next(script.splits_by_patient(patients, labels, 5, seed=4))
+    assert set(other.test) != set(next(script.splits_by_patient(patients, labels, 5, seed=3)).test)
+
+
+def test_conclusion_follows_the_intervals(script: ModuleType) -> None:
+    def results(area: Interval, comprehensiveness: Interval, sufficiency: Interval) -> SimpleNamespace:
+        found = {"comprehensiveness": comprehensiveness, "sufficiency": sufficiency}
+        return SimpleNamespace(auroc=lambda: area, interval=lambda method, metric, minus: found[metric])
+
+    unsure, plus, minus = Interval(0.0, -0.04, 0.06, 43), Interval(0.2, 0.1, 0.3, 43), Interval(-0.2, -0.3, -0.1, 43)
+    lines = script.conclusion(results(Interval(0.55, 0.4, 0.7, 43), unsure, unsure))
+    assert "43 patients do not show that the models predict the outcome: AUROC 0.40 to 0.70 holds 0.5" in lines[0]
+    assert all("±0.050 would not show" in line for line in lines[1:4])
+    assert lines[4] == "43 patients are not enough to tell any of these methods from Random."
+    lines = script.conclusion(results(Interval(0.8, 0.7, 0.9, 43), plus, minus))
+    assert lines[0] == "The models predict the outcome: AUROC 0.70 to 0.90."
+    assert len(lines) == 4
+    assert all("comprehensiveness better" in line and "sufficiency better" in line for line in lines[1:])
+    lines = script.conclusion(results(Interval(0.8, 0.7, 0.9, 43), minus, plus))
+    assert all("comprehensiveness worse" in line and "sufficiency worse" in line for line in lines[1:])
+
+
+def test_rollouts_that_differ_fail_the_benchmark(script: ModuleType) -> None:
+    assert [script.agree(x) for x in (0.0, 1e-5, 1.1e-5, float("nan"))] == [True, True, False, False]
