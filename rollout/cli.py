@@ -69,6 +69,22 @@ def demo(
     typer.echo("\n" + report(found))
 
 
+@app.command()
+def doctor(
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: a GPU if there is one.")] = None,
+) -> None:
+    """Which backend serves which call on this machine and why, each checked against the float64 oracle."""
+    from rollout.doctor import lines
+
+    bad = 0
+    for line, good in lines(device):
+        typer.echo(line)
+        bad += not good
+    if bad:
+        typer.echo(f"{bad} checks failed", err=True)
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the command line; wrong input ends with one line on stderr and exit status 2."""
     try:

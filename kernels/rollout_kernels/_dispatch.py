@@ -1,12 +1,13 @@
 """Backends, and why one cannot serve a call."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from rollout_kernels import _torch, reference
-from rollout_kernels._problem import Problem, QKProblem
+from rollout_kernels._problem import MapsProblem, Problem, QKProblem
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -33,12 +34,16 @@ def _run_reference(problem: Problem) -> Tensor:
 
 
 def _triton_refusals(problem: Problem) -> list[str]:
+    # Asked first, so that a call on CPU tensors does not import Triton.
+    if problem.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return ["tensors are on cpu"]
     try:
         from rollout_kernels import _triton
     except ImportError as error:
         return [f"Triton cannot be imported ({error})"]
     if isinstance(problem, QKProblem):
         return _triton.refusals_qk(problem)
+    assert isinstance(problem, MapsProblem)
     return _triton.refusals_maps(problem)
 
 
@@ -47,6 +52,7 @@ def _run_triton(problem: Problem) -> Tensor:
 
     if isinstance(problem, QKProblem):
         return _triton.rows_from_qk(problem)
+    assert isinstance(problem, MapsProblem)
     return _triton.full_from_maps(problem) if problem.form == "full" else _triton.rows_from_maps(problem)
 
 
@@ -56,6 +62,11 @@ _TABLE = {
     "reference": Backend("reference", _never_refuses, _run_reference),
 }
 _AUTO = ("triton", "torch")
+
+
+def refusals(problem: Problem, backend: str) -> list[str]:
+    """Why a backend cannot serve `problem`; empty when it can."""
+    return _TABLE[backend].refusals(problem)
 
 
 def choose(problem: Problem, backend: str) -> Backend:
@@ -69,10 +80,10 @@ def choose(problem: Problem, backend: str) -> Backend:
         raise ValueError(f"{problem.name}: backend must be one of {BACKENDS}, got {backend!r}")
     reasons = []
     for name in _AUTO if backend == "auto" else (backend,):
-        refusals = _TABLE[name].refusals(problem)
-        if not refusals:
+        against = refusals(problem, name)
+        if not against:
             return _TABLE[name]
-        reasons.append(f"{name}: " + "; ".join(refusals))
+        reasons.append(f"{name}: " + "; ".join(against))
     raise BackendError(f"{problem.name}: backend={backend!r} cannot serve this call: " + " | ".join(reasons))
 
 

@@ -1,0 +1,192 @@
+"""The GPU kernels, behind three functions and the reasons why they cannot serve a call."""
+
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from rollout_kernels._problem import MapsProblem, Problem, QKProblem, shape_result
+from rollout_kernels._triton import inputs, launch, qk_inputs
+from rollout_kernels._triton.discard import without_discard
+from rollout_kernels._triton.fuse_heads import fuse_heads
+from rollout_kernels._triton.matrix_product import matrix_product
+from rollout_kernels._triton.qk_columns import columns
+from rollout_kernels._triton.qk_logsumexp import logsumexp
+from rollout_kernels._triton.rows_resident import rows_resident
+from rollout_kernels._triton.rows_split import rows_split
+
+__all__ = ["full_from_maps", "refusals_maps", "refusals_qk", "rows_from_maps", "rows_from_qk"]
+
+HEAD_DIMENSIONS = (16, 32, 64, 128)
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, so that tensors may be on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def refusals_maps(problem: Problem) -> list[str]:
+    """Why the kernels cannot compute this problem; empty when they can."""
+    assert isinstance(problem, MapsProblem)
+    reasons = _device_refusals(problem.device)
+    tensors = problem.maps if problem.gradients is None else (*problem.maps, *problem.gradients)
+    for name, group in (("maps", problem.maps), ("gradients", problem.gradients or ())):
+        dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in group})
+        if len(dtypes) > 1:
+            reasons.append(f"{name} have different dtypes ({', '.join(dtypes)})")
+        elif group and group[0].dtype not in inputs.DTYPES:
+            reasons.append(f"{name} are {dtypes[0]}, not float32, bfloat16 or float16")
+    if problem.compute_dtype == torch.float64 and not any("float64" in reason for reason in reasons):
+        reasons.append("the result is wanted in float64")
+    if callable(problem.method.head_fusion):
+        reasons.append("head_fusion is a Python function")
+    if problem.seq > launch.MAX_ROW:
+        reasons.append(f"S = {problem.seq} is beyond the {launch.MAX_ROW} columns of a row held on chip")
+    if any(t.shape[1] == 0 for t in tensors):
+        reasons.append("a map has no heads")
+    return reasons
+
+
+def refusals_qk(problem: QKProblem) -> list[str]:
+    """Why the kernels cannot compute this problem; empty when they can."""
+    reasons = _device_refusals(problem.device)
+    tensors = (*problem.queries, *problem.keys)
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors})
+    if len(dtypes) > 1:
+        reasons.append(f"queries and keys have different dtypes ({', '.join(dtypes)})")
+    elif tensors[0].dtype not in inputs.DTYPES:
+        reasons.append(f"queries and keys are {dtypes[0]}, not float32, bfloat16 or float16")
+    for name, group in (("queries", problem.queries), ("keys", problem.keys)):
+        if len({t.shape for t in group}) > 1:
+            reasons.append(f"layers differ in the shape of their {name}")
+    if problem.queries[0].shape[-1] not in HEAD_DIMENSIONS:
+        wanted = ", ".join(map(str, HEAD_DIMENSIONS))
+        reasons.append(f"head dimension {problem.queries[0].shape[-1]} is not one of {wanted}")
+    if any(t.stride(-1) != 1 for t in tensors):
+        reasons.append("queries or keys are not contiguous along the head dimension")
+    if problem.bias is not None and any(bias is not None for bias in problem.bias):
+        reasons.append("bias is not supported")
+    if problem.form == "full":
+        reasons.append("there is no kernel for the full matrix from Q and K")
+    if problem.method.head_fusion != "mean" and problem.head_weights is None:
+        reasons.append("head_fusion is neither the mean nor head weights: it needs every map whole")
+    if problem.method.discard_ratio > 0:
+        reasons.append("discard_ratio needs the order of a whole map")
+    return reasons
+
+
+def _device_refusals(device: torch.device) -> list[str]:
+    if device.type == "cpu":
+        return [] if interpreting() else ["tensors are on cpu"]
+    if device.type != "cuda":
+        return [f"tensors are on {device.type}"]
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return [f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"]
+    return []
+
+
+def rows_from_maps(problem: Problem, split: bool | None = None) -> Tensor:
+    """Start rows times R from maps, [B, S] or [B, R, S] float32: every layer in one launch, after a
+    first pass over the maps when entries are to be discarded.
+
+    Args:
+        problem: one that `refusals_maps` has nothing against, in row form.
+        split: whether to split samples over programs; None leaves it to `launch.splits`. The bits are the same.
+    """
+    assert isinstance(problem, MapsProblem)
+    if problem.method.discard_ratio > 0:
+        problem = without_discard(problem)
+    start, starts = problem.rows, 1
+    if start is None:
+        assert problem.weights is not None
+        start, starts = problem.weights.float().contiguous(), problem.weights.shape[1]
+    arguments = inputs.map_inputs(problem, start.contiguous(), starts)
+    if arguments.out.numel() == 0:
+        return shape_result(problem, arguments.out)
+    name = launch.table_name(problem.device)
+    config = inputs.launch_of(problem, arguments, name)
+    if split is None:
+        split = launch.splits(problem.batch * starts, problem.seq, name, _processors(problem.device))
+    with _on(problem.device):
+        if split:
+            _with_fallback(rows_split, rows_resident, arguments, config)
+        else:
+            rows_resident(arguments, config)
+    return shape_result(problem, arguments.out)
+
+
+def full_from_maps(problem: Problem) -> Tensor:
+    """The whole matrix R of every sample from maps, [B, S, S] float32: R ← M_l·R from the bottom layer up.
+
+    Three matrices [B, S, S] are held beside the result. Products are float32-accurate.
+    """
+    assert isinstance(problem, MapsProblem)
+    if problem.method.discard_ratio > 0:
+        problem = without_discard(problem)
+    batch, seq, device = problem.batch, problem.seq, problem.device
+    out = torch.empty(batch, seq, seq, dtype=torch.float32, device=device)
+    if out.numel() == 0:
+        return out
+    nothing = torch.empty(batch, 0, dtype=torch.float32, device=device)
+    arguments = inputs.map_inputs(problem, nothing, 0)
+    name = launch.table_name(device)
+    fuse = inputs.launch_of(problem, arguments, name)
+    product = launch.product_launch(name)
+    precision = "ieee" if interpreting() else "bf16x6"
+    padded = -(-seq // 4) * 4  # rows that start on 16 bytes
+    scratch = [torch.empty(batch, seq, padded, dtype=torch.float32, device=device)[..., :seq] for _ in range(3)]
+    with _on(device):
+        result = out if problem.layers == 1 else scratch[0]
+        fuse_heads(arguments, fuse, 0, result)
+        for layer in range(1, problem.layers):
+            fuse_heads(arguments, fuse, layer, scratch[2])
+            target = out if layer == problem.layers - 1 else scratch[layer % 2]
+            matrix_product(scratch[2], result, problem.lengths, target, product, precision)
+            result = target
+    return out
+
+
+def rows_from_qk(problem: QKProblem) -> Tensor:
+    """Start rows times R from queries and keys, [B, S] or [B, R, S] float32: one launch for the log-sum-exp unless it
+    was given, one for every layer of the chain.
+
+    Args:
+        problem: one that `refusals_qk` has nothing against.
+    """
+    arguments = qk_inputs.qk_inputs(problem, interpreting())
+    if arguments.out.numel() == 0:
+        return shape_result(problem, arguments.out)
+    name, dtype, size = launch.table_name(problem.device), problem.queries[0].dtype, problem.queries[0].shape[-1]
+    with _on(problem.device):
+        if arguments.lse is not None:
+            logsumexp(arguments, launch.scores_launch("logsumexp", dtype, size, name))
+        columns(arguments, launch.scores_launch("columns", dtype, size, name))
+    return shape_result(problem, arguments.out)
+
+
+def _with_fallback(first: Callable[..., None], then: Callable[..., None], *arguments: object) -> None:
+    """Runs `first`; when this device cannot compile or hold it, says so and runs `then`."""
+    try:
+        first(*arguments)
+    except (CompilationError, OutOfResources, PTXASError) as error:
+        warnings.warn(
+            f"rollout_kernels: {first.__name__} cannot run on this device "
+            f"({type(error).__name__}: {error}); {then.__name__} takes its place",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        then(*arguments)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

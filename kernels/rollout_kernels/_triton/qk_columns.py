@@ -1,0 +1,184 @@
+"""Rows from Q and K: no map in memory, every layer in one launch.
+
+A program owns BLOCK_N columns of one step of one chain (one start row of one sample):
+
+    out_j = residual·w_j + attention·Σ_h c_h Σ_i w_i·2^(score_ij − lse_i)
+
+It forms the transposed scores K·Qᵀ, so that the sum over rows i is taken once, after the loop. Programs take tickets,
+numbered step-major (step 0 is the top layer), and wait for every column of the step before: only for lower tickets,
+which running programs hold, so no order of starting programs can deadlock. w lives in two buffers: a step reads one
+and writes the other, and the step after it begins for a chain when it has ended.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from rollout_kernels._triton.launch import ScoresLaunch
+from rollout_kernels._triton.qk_inputs import QKInputs
+from rollout_kernels._triton.qk_tile import head_matrix, load_rows
+from rollout_kernels._triton.tickets import arrive, wait_for
+
+
+@triton.jit
+def load_w(w_ptr, dead_ptr, offs, n, HAS_DEAD: tl.constexpr):
+    """w [S] of the step before at `offs`, and the part of it on rows that attend to no key."""
+    w = tl.load(w_ptr + offs, mask=offs < n, other=0.0, cache_modifier=".cg")
+    lost = tl.zeros(offs.shape, tl.float32)
+    if HAS_DEAD:
+        dead = tl.load(dead_ptr + offs, mask=offs < n, other=0) != 0
+        lost = tl.where(dead, w, 0.0)
+        w = tl.where(dead, 0.0, w)
+    return w, lost
+
+
+@triton.jit
+def add_rows(
+    acc, k, q_matrix, stride_q, lse_ptr, w_ptr, dead_ptr, offs_j, low, inner, outer, high, n,
+    scale2, lse_scale, head_weight, left, right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DEAD: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """acc[j, i mod BLOCK_M] += w_i·A_ij for the rows low … high of one head; inner … outer need no mask."""
+    for start in range(low, high, BLOCK_M):
+        offs_i = start + tl.arange(0, BLOCK_M)
+        q = load_rows(q_matrix, stride_q, offs_i, n, D, UPCAST)
+        w, _ = load_w(w_ptr, dead_ptr, offs_i, n, HAS_DEAD)
+        lse = tl.load(lse_ptr + offs_i, mask=offs_i < n, other=0.0) * lse_scale
+        # A row of weight 0 may be padding, or have no log-sum-exp: 2^−∞ keeps it out.
+        lse = tl.where(w == 0.0, float("inf"), lse)
+
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        p = tl.exp2(scores * scale2 - lse[None, :])
+        masked = (start < inner) | (start >= outer)  # known at run time, the flags when compiling
+        if HAS_LEFT:  # noqa: SIM102
+            if masked:
+                p = tl.where(offs_j[:, None] >= offs_i[None, :] - left, p, 0.0)
+        if HAS_RIGHT:  # noqa: SIM102
+            if masked:
+                p = tl.where(offs_j[:, None] <= offs_i[None, :] + right, p, 0.0)
+        acc += p * (w * head_weight)[None, :]
+    return acc
+
+
+@triton.jit(do_not_specialize=["L", "B", "R", "H", "S", "group", "left", "right", "chains"])
+def columns_kernel(
+    # pointers
+    queries_ptr,  # int64 [L, 4]: address, strides of batch, head and row of [B, H, S, D]
+    keys_ptr,  # int64 [L, 4]: the same of [B, H_kv, S, D]
+    lengths_ptr,  # int64 [B]
+    key_valid_ptr,  # uint8 [B, S]
+    lse_table_ptr,  # int64 [L, 4]: the same of float32 [B, H, S], rows contiguous
+    dead_ptr,  # uint8 [B, S]: rows that attend to no key
+    head_weights_ptr,  # float32 [L, H]
+    w_ptr,  # float32 [2, B, R, S]: the start rows in the first half
+    out_ptr,  # float32 [B, R, S]
+    ready_ptr,  # int32 [L, chains], zeros; chains = B·R
+    ticket_ptr,  # int32 [1], zero
+    # sizes, weights
+    L, B, H, S, group, scale2, left, right, R, chains, lse_scale, residual, attention,
+    # flags
+    HAS_LENGTHS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_DEAD: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    DTYPE: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    # blocks
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """This program computes BLOCK_N columns of w·M_l for one chain, in layer L−1−step."""
+    ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed")
+    blocks = tl.cdiv(S, BLOCK_N)
+    column = ticket % blocks * BLOCK_N
+    chain = ticket // blocks % chains
+    step = ticket // blocks // chains
+    layer = L - 1 - step
+    sample = chain // R
+
+    n = S
+    if HAS_LENGTHS:
+        n = tl.load(lengths_ptr + sample).to(tl.int32)
+    offs_j = column + tl.arange(0, BLOCK_N)
+
+    half = chains.to(tl.int64) * S
+    from_ptr = w_ptr + (step % 2) * half + chain.to(tl.int64) * S
+    to_ptr = w_ptr + (1 - step % 2) * half + chain.to(tl.int64) * S
+    if step == L - 1:
+        to_ptr = out_ptr + chain.to(tl.int64) * S
+    ready_ptr += step.to(tl.int64) * chains + chain
+    key_valid_ptr += sample.to(tl.int64) * S
+    dead_ptr += sample.to(tl.int64) * S
+
+    result = tl.zeros((BLOCK_N,), tl.float32)
+    if column < n:
+        if step > 0:
+            wait_for(ready_ptr - chains, tl.cdiv(n, BLOCK_N))
+
+        # The rows low … high hold every weight that is not 0.
+        low = n
+        high = 0
+        lost = 0.0
+        for start in range(0, n, BLOCK_N):
+            offs = start + tl.arange(0, BLOCK_N)
+            w, lost_here = load_w(from_ptr, dead_ptr, offs, n, HAS_DEAD)
+            low = tl.minimum(low, tl.min(tl.where(w != 0.0, offs, n), 0))
+            high = tl.maximum(high, tl.max(tl.where(w != 0.0, offs + 1, 0), 0))
+            lost += tl.sum(lost_here, 0)
+
+        # Of them, whole blocks between inner and outer may attend to every one of these columns.
+        inner = low
+        outer = high
+        if HAS_RIGHT:
+            low = tl.maximum(low, column - right)
+            inner = column + BLOCK_N - 1 - right
+        if HAS_LEFT:
+            high = tl.minimum(high, column + BLOCK_N + left)
+            outer = column + left - BLOCK_M + 2
+        low = low // BLOCK_M * BLOCK_M
+
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for head in range(H):
+            q_matrix, stride_q = head_matrix(queries_ptr, layer, sample, head, DTYPE, VEC, ALIGNED)
+            k_matrix, stride_k = head_matrix(keys_ptr, layer, sample, head // group, DTYPE, VEC, ALIGNED)
+            lse_matrix, _ = head_matrix(lse_table_ptr, layer, sample, head, tl.float32, 1, False)
+            k = load_rows(k_matrix, stride_k, offs_j, n, D, UPCAST)
+            head_weight = 1.0
+            if HAS_WEIGHTS:
+                head_weight = tl.load(head_weights_ptr + layer * H + head)
+
+            acc = add_rows(
+                acc, k, q_matrix, stride_q, lse_matrix, from_ptr, dead_ptr, offs_j, low, inner, outer, high, n,
+                scale2, lse_scale, head_weight, left, right,
+                HAS_LEFT, HAS_RIGHT, HAS_DEAD, D, BLOCK_M, PRECISION, UPCAST,
+            )  # fmt: skip
+
+        sums = tl.sum(acc, 1)
+        if not HAS_WEIGHTS:
+            sums = sums / H
+        if HAS_KEY_MASK:
+            sums = tl.where(tl.load(key_valid_ptr + offs_j, mask=offs_j < n, other=0) != 0, sums, 0.0)
+        if HAS_DEAD:
+            sums += lost / n  # a row that attends to no key is uniform over the sample's keys
+        own, lost_own = load_w(from_ptr, dead_ptr, offs_j, n, HAS_DEAD)
+        result = tl.where(offs_j < n, residual * (own + lost_own) + attention * sums, 0.0)
+
+    tl.store(to_ptr + offs_j, result, mask=offs_j < S)
+    arrive(ready_ptr, (column < n).to(tl.int32))
+
+
+def columns(inputs: QKInputs, launch: ScoresLaunch) -> None:
+    """Fills `inputs.out` [B, R, S] from the log-sum-exp of every row.
+
+    Scratch: float32 [2, B, R, S] and int32 [L, B·R]. The wait between programs is checked by the interpreter only in
+    ticket order, one program after another. Not yet run on a GPU.
+    """
+    batch, starts, seq = inputs.out.shape
+    chains = batch * starts
+    counters = torch.zeros(inputs.layers * chains + 1, dtype=torch.int32, device=inputs.out.device)
+    w = torch.empty(2, batch, starts, seq, dtype=torch.float32, device=inputs.out.device)
+    w[0] = inputs.weights
+    grid = (inputs.layers * chains * -(-seq // launch.block_n),)
+    columns_kernel[grid](
+        *inputs.score_pointers, *inputs.column_pointers, w, inputs.out, counters, counters[-1:],
+        *inputs.score_scalars, starts, chains, *inputs.column_scalars,
+        **inputs.score_flags, **inputs.column_flags, PRECISION="ieee" if inputs.exact else launch.precision,
+        **launch.blocks, **launch.options,
+    )  # fmt: skip

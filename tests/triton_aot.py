@@ -1,0 +1,118 @@
+"""Compiles a kernel with no device and reads what came out: registers, memory, and the instructions."""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_SCALARS = {"residual": "fp32", "attention": "fp32", "scale2": "fp32", "lse_scale": "fp32"}
+_POINTERS = {
+    "maps_ptr": "*i64", "grads_ptr": "*i64", "queries_ptr": "*i64", "keys_ptr": "*i64", "lse_table_ptr": "*i64",
+    "lengths_ptr": "*i64", "key_valid_ptr": "*u8", "dead_ptr": "*u8", "ready_ptr": "*i32", "ticket_ptr": "*i32",
+}  # fmt: skip
+
+
+@dataclass
+class Compiled:
+    """One compiled kernel.
+
+    Attributes:
+        registers, stack, shared, local: as `cuobjdump -res-usage` gives them; -1 where there is no tool.
+        sass, ttgir: the listing, and the IR whose layouts it was made from.
+    """
+
+    registers: int = -1
+    stack: int = -1
+    shared: int = -1
+    local: int = -1
+    sass: str = ""
+    ttgir: str = ""
+
+    @property
+    def wide_loads(self) -> int:
+        """Loads of 16 bytes a thread, to registers or to shared memory."""
+        return self.count(r"(LDG|LDGSTS)[.A-Z0-9]*\.128")
+
+    def reductions(self, dtype: str, shape: str) -> list[str]:
+        """The layouts in which tensors of one shape and type are reduced, spelled out, in a fixed order."""
+        layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", self.ttgir, re.MULTILINE))
+        used = re.findall(rf'"tt\.reduce".*?\}}\) : \(tensor<{shape}x{dtype}, (#\w+)>\)', self.ttgir, re.DOTALL)
+        return sorted({layouts[name] for name in used})
+
+    def inner_loop(self, containing: str) -> str:
+        """The shortest loop of the listing with an instruction that matches, from its label to its branch back."""
+        lines = self.sass.splitlines()
+        labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_\w+):", line))}
+        found = []
+        for end, line in enumerate(lines):
+            branch = re.search(r"BRA[^`]*`\((\.L_\w+)\)", line)
+            if branch and labels.get(branch[1], end) < end:
+                body = "\n".join(lines[labels[branch[1]] : end + 1])
+                if re.search(containing, body):
+                    found.append(body)
+        return min(found, key=len, default="")
+
+    def count(self, pattern: str) -> int:
+        """How many instructions match a regular expression."""
+        return len(re.findall(pattern, self.sass))
+
+
+@cache
+def tool(name: str) -> str | None:
+    """The path of cuobjdump or nvdisasm: Triton's own, or one on PATH."""
+    own = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return str(own) if own.is_file() and os.access(own, os.X_OK) else shutil.which(name)
+
+
+def compile_kernel(kernel: Any, constants: dict[str, Any], capability: int, options: dict[str, Any]) -> Compiled:
+    """Compiles `kernel` for sm_`capability` with a launch's options, pointers aligned to 16 bytes."""
+    target = GPUTarget("cuda", capability, 32)
+    return _read(triton.compile(_source(kernel, constants), target=target, options=options))
+
+
+def compile_amd(kernel: Any, constants: dict[str, Any], num_warps: int) -> int:
+    """Compiles for gfx942; the size of the code object."""
+    target = GPUTarget("hip", "gfx942", 64)
+    built = triton.compile(_source(kernel, constants), target=target, options={"num_warps": num_warps})
+    return len(built.asm["hsaco"])
+
+
+def _source(kernel: Any, constants: dict[str, Any]) -> ASTSource:
+    signature, values, attrs = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            values[(index,)] = constants[name]
+        elif name.endswith("_ptr"):
+            rows = name == "start_ptr" and constants.get("ONE_HOT")
+            signature[name] = "*i64" if rows else _POINTERS.get(name, "*fp32")
+            attrs[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = _SCALARS.get(name, "i32")
+    return ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attrs)
+
+
+def _read(built: Any) -> Compiled:
+    found = Compiled(ttgir=str(built.asm["ttgir"]), shared=built.metadata.shared)
+    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
+    if cuobjdump is None or nvdisasm is None:
+        return found
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True)
+        listing = subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True, check=True)
+    fields = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage.stdout + usage.stderr))
+    found.registers, found.stack = int(fields["REG"]), int(fields["STACK"])
+    found.local = int(fields["LOCAL"])
+    found.sass = listing.stdout
+    return found

@@ -1,0 +1,73 @@
+"""What the interpreter lane's modules share: cases, poisoned memory, pairwise tables, the error against the oracle."""
+
+import itertools
+import math
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from rollout_kernels import _problem, reference
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+MARKS = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1 and its own process"),
+]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUERIES = ("row", "last", "rows", "weights", "negative weights")
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is not initialised holds NaN, so an element no program writes shows."""
+    empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> Tensor:
+        memory = empty(*args, **kwargs)
+        return memory.fill_(math.nan) if memory.is_floating_point() else memory
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def pairwise(*factors: list) -> list[tuple]:
+    """A few tuples in which every two values of two factors meet at least once: each new tuple takes, factor by
+    factor, the value that meets the most it has not met yet."""
+    missing = {
+        (i, a, j, b) for i, j in itertools.combinations(range(len(factors)), 2) for a in factors[i] for b in factors[j]
+    }
+    chosen = []
+    while missing:
+        i, a, j, b = min(missing, key=repr)
+        row = {i: a, j: b}
+        for k in set(range(len(factors))) - {i, j}:
+            row[k] = max(factors[k], key=lambda value: len(missing & pairs_of({**row, k: value})))
+        chosen.append(tuple(row[k] for k in range(len(factors))))
+        missing -= pairs_of(row)
+    return chosen
+
+
+def pairs_of(row: dict[int, object]) -> set[tuple]:
+    return {(i, row[i], j, row[j]) for i, j in itertools.combinations(sorted(row), 2)}
+
+
+def make_query(kind: str, batch: int, seq: int, lengths: Tensor | None) -> int | Tensor:
+    limit = lengths if lengths is not None else torch.full((batch,), seq)
+    if kind == "row":
+        return 0
+    if kind == "last":
+        return -1
+    if kind == "rows":
+        return (torch.arange(batch) * 7 + 3) % limit
+    weights = torch.rand(batch, seq) if kind == "weights" else torch.randn(batch, 2, seq)
+    return weights
+
+
+def error(result: Tensor, problem: _problem.Problem) -> float:
+    """max|err| / max|ref| against the oracle; infinite for a NaN."""
+    wanted = reference.rollout(problem)
+    assert result.shape == wanted.shape
+    assert result.dtype == torch.float32
+    worst = float((result.double() - wanted).abs().max() / wanted.abs().max())
+    return worst if math.isfinite(worst) else math.inf
