@@ -34,9 +34,6 @@ def _run_reference(problem: Problem) -> Tensor:
 
 
 def _triton_refusals(problem: Problem) -> list[str]:
-    # Asked first, so that a call on CPU tensors does not import Triton.
-    if problem.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return ["tensors are on cpu"]
     try:
         from rollout_kernels import _triton
     except ImportError as error:
@@ -61,7 +58,6 @@ _TABLE = {
     "torch": Backend("torch", _never_refuses, _torch.rollout),
     "reference": Backend("reference", _never_refuses, _run_reference),
 }
-_AUTO = ("triton", "torch")
 
 
 def refusals(problem: Problem, backend: str) -> list[str]:
@@ -79,7 +75,12 @@ def choose(problem: Problem, backend: str) -> Backend:
     if backend not in BACKENDS:
         raise ValueError(f"{problem.name}: backend must be one of {BACKENDS}, got {backend!r}")
     reasons = []
-    for name in _AUTO if backend == "auto" else (backend,):
+    candidates: tuple[str, ...] = (backend,)
+    if backend == "auto":
+        # On the CPU only Triton's interpreter could serve, and asking it would import Triton.
+        hopeless = problem.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
+        candidates = ("torch",) if hopeless else ("triton", "torch")
+    for name in candidates:
         against = refusals(problem, name)
         if not against:
             return _TABLE[name]
