@@ -42,7 +42,7 @@ def cases(device: torch.device) -> Iterator[Case]:
             ("row, ragged, discard", 0, lengths, Method(head_fusion="max", discard_ratio=0.5)),
             ("full, ragged", None, lengths, Method()),
         ):
-            problem = ops.maps_problem(maps, query, valid, None, method, True)
+            problem: Problem = ops.maps_problem(maps, query, valid, None, method, True)
             yield Case(f"maps {kind} S=197: {label}", problem, MAPS_BOUND)
         queries, keys = ([random(4, h, 256, 64, dtype=dtype) for _ in range(3)] for h in (4, 2))
         for label, causal, query in (("row", False, 0), ("row, causal", True, -1), ("full", False, None)):
