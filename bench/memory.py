@@ -20,11 +20,10 @@ def peak_extra_bytes(run: Callable[[], object]) -> int | None:
     """The most resident memory one call adds to what the process held before it, in bytes; None where there is no
     /proc to ask.
 
-    The call is run once before, so that libraries' own first-call memory is not counted.
+    Run it once before: libraries' own first-call memory is not meant.
     """
     if not _CLEAR.exists():
         return None
-    run()
     gc.collect()
     # Memory the allocator kept after earlier calls would hide what this one needs.
     ctypes.CDLL(None).malloc_trim(0)

@@ -14,6 +14,10 @@ TARGETS = {
     "rows from Q,K": {64: 2.0, 128: 2.8, 256: 4.5, 512: 5.0},
     "rows from bf16 maps": {128: 20.0, 256: 20.0},
 }
+# Case → the least speed-up over PyHealth's interpreter asked of it.
+PYHEALTH_TARGETS = {"lengths 256-512": 6.0, "log-normal, sorted": 8.0}
+CAPTURE_TARGET = 1.40  # of a plain fused forward
+BERT_SPEED, BERT_MEMORY = 3.0, 0.25  # times as fast as stored maps, and of their memory
 READ = "one read of the maps"
 READ_SHARE_TARGET = 0.70  # from S = 256
 
@@ -37,7 +41,53 @@ def tables(record: dict[str, Any]) -> str:
         parts.append(
             f"Extra memory of rows from maps against the number of layers (S={memory[0]['shape']['S']}): {held}."
         )
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *_pyhealth(record), *_bert(record)])
+
+
+def _bert(record: dict[str, Any]) -> list[str]:
+    """A Hugging Face encoder from tokens to relevance, against stored maps and the naive chain."""
+    found = {r["provider"]: r for r in record["results"] if r["suite"] == "BERT-base from tokens"}
+    if len(found) < 2:
+        return []
+    naive, ours = found["naive chain"], found["ours"]
+    speed, memory = _ratio(naive, ours), ours["peak_extra_bytes"] / naive["peak_extra_bytes"]
+    shape = ", ".join(f"{name}={size}" for name, size in ours["shape"].items())
+    return [
+        f"BERT-base-shaped encoder ({shape}), tokens to relevance, against `output_attentions` and the naive chain: "
+        f"{naive['seconds']['median']:.1f} s and {ours['seconds']['median']:.1f} s, {speed:.2f}× "
+        f"(target {BERT_SPEED:g}×{', missed' if speed < BERT_SPEED else ''}); extra memory {_mib(naive)} and "
+        f"{_mib(ours)}, {memory:.2f} of it (target {BERT_MEMORY:g}{', missed' if memory > BERT_MEMORY else ''})."
+    ]
+
+
+def _pyhealth(record: dict[str, Any]) -> list[str]:
+    """PyHealth's Transformer end to end, and what capture adds to its forward."""
+    found = {(r["case"], r["provider"]): r for r in record["results"] if r["suite"] == "PyHealth end to end"}
+    parts = []
+    rows = [_pyhealth_row(case, found) for case in dict.fromkeys(case for case, _ in found)]
+    if rows:
+        header = ["batches of 32", "plain forward", "PyHealth's", "ours", "speed-up", "target", "max err", "memory"]
+        head = "**PyHealth's interpreter and ours, patients/s** (L=4, E=128; memory: PyHealth's, ours)"
+        parts.append(f"{head}\n\n" + _markdown(header, rows))
+    cost = {r["provider"]: r for r in record["results"] if r["suite"] == "overhead of capture, PyHealth"}
+    if "capture" in cost and "fused forward" in cost:
+        ratio, seq = _ratio(cost["capture"], cost["fused forward"]), cost["capture"]["shape"]["S"]
+        missed = ", missed" if seq == 256 and ratio > CAPTURE_TARGET else ""
+        parts.append(
+            f"Capture takes {ratio:.2f} of a plain forward on fused attention at S={seq} "
+            f"(target {CAPTURE_TARGET:.2f}{missed})."
+        )
+    return parts
+
+
+def _pyhealth_row(case: str, found: dict[tuple[str, str], Result]) -> list[str]:
+    theirs, ours = found[case, "PyHealth"], found[case, "ours"]
+    speed = [f"{r['patients'] / r['seconds']['median']:.0f}" for r in (found[case, "plain forward"], theirs, ours)]
+    ratio, target = _ratio(theirs, ours), PYHEALTH_TARGETS.get(case)
+    missed = ", missed" if target is not None and ratio < target else ""
+    wanted = "–" if target is None else f"{target:g}×{missed}"
+    memory = f"{_mib(theirs)}, {_mib(ours)}"
+    return [case, *speed, f"{ratio:.1f}×", wanted, f"{ours['error']:.1e}", memory]
 
 
 def _row(record: dict[str, Any], suite: str, seq: int) -> list[str] | None:

@@ -1,11 +1,11 @@
-"""One forward pass of PyHealth's own Transformer or StageAttentionNet, and the attention maps it made.
+"""PyHealth's own Transformer and StageAttentionNet: where their attention is, and one forward pass watched.
 
-A forward hook on each `Attention` module takes the map while the model runs under `torch.inference_mode()`. Other
-models are run by their own protocol, in `rollout._pyhealth_protocol`.
+`FusedCapture` (`rollout._pyhealth_fused`) keeps queries and keys and lets torch's fused attention run; `MapCapture`
+here lets PyHealth's run and keeps its maps. Other models are run by their own protocol, `rollout._pyhealth_protocol`.
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,21 +13,27 @@ import torch
 from torch import Tensor, nn
 
 try:
+    from pyhealth.interpret.api import CheferInterpretable
     from pyhealth.interpret.methods.base_interpreter import BaseInterpreter
     from pyhealth.models import StageAttentionNet, Transformer
     from pyhealth.models.transformer import Attention, MultiHeadedAttention
 except ImportError as error:
     raise ImportError("rollout.pyhealth needs PyHealth: pip install 'attention-rollout[pyhealth]'") from error
 
+from rollout._capture_patch import Around, around_forward, foreign_forward
+
 __all__ = [
     "READOUT_METHODS",
     "BaseInterpreter",
-    "CapturedForward",
+    "CheferInterpretable",
+    "MapCapture",
+    "ModelCapture",
     "Sites",
     "StageAttentionNet",
+    "Transformer",
     "attention_sites",
-    "captured_forward",
     "is_own",
+    "listener",
 ]
 
 READOUT_METHODS = ("set_attention_hooks", "get_attention_layers", "get_relevance_tensor")
@@ -56,7 +62,7 @@ def attention_sites(model: Any) -> Sites | None:
     else:
         heads = {key: [model.stagenet[key].mha] for key in model.feature_keys}
     every = [mha for layers in heads.values() for mha in layers]
-    if any(type(mha) is not MultiHeadedAttention or "forward" in vars(mha) for mha in every):
+    if any(type(mha) is not MultiHeadedAttention or foreign_forward(mha) is not None for mha in every):
         return None
     if len(set(every)) < len(every):  # layers shared by streams or depths: PyHealth keeps the last map of each
         return None
@@ -65,129 +71,173 @@ def attention_sites(model: Any) -> Sites | None:
     return {key: [mha.attention for mha in layers] for key, layers in heads.items()}
 
 
-class CapturedForward:
-    """The maps of one forward pass, and the row of each that the model predicted from.
+_local = threading.local()
+
+
+def _open() -> list["ModelCapture"]:
+    if not hasattr(_local, "captures"):
+        _local.captures = []
+    captures: list[ModelCapture] = _local.captures
+    return captures
+
+
+def listener(module: nn.Module) -> "ModelCapture | None":
+    """The capture that this thread opened last, if it watches the module: an earlier one waits for it to close."""
+    captures = _open()
+    return captures[-1] if captures and module in captures[-1].key_of else None
+
+
+class ModelCapture:
+    """One forward pass of a model, watched.
 
     Attributes:
-        sites: per feature key the modules watched, input side first.
-        rows: per feature key long [B]: 0 for a Transformer, the last valid position for a StageAttentionNet.
+        sites: per feature key the `Attention` modules watched, input side first.
+        key_of: the feature key of each module watched.
+        rows: per feature key long [B], the row the model predicted from: 0 for a Transformer, the last valid position
+            for a StageAttentionNet.
     """
 
-    def __init__(self, sites: Sites) -> None:
-        self.sites = sites
+    def __init__(self, model: Any, sites: Sites) -> None:
+        self.model, self.sites = model, sites
+        self.key_of = {site: key for key, layers in sites.items() for site in layers}
         self.rows: dict[str, Tensor] = {}
-        self._maps: dict[nn.Module, Tensor] = {}
-        self._narrowed: dict[nn.Module, torch.dtype] = {}
+        if isinstance(model, StageAttentionNet):
+            self.key_of |= {model.stagenet[key]: key for key in sites}
 
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(B, S) per feature key.
+    def shape(self, key: str) -> tuple[int, int]:
+        """(B, S) of a feature key.
 
         Raises:
-            RuntimeError: a layer made no map.
+            RuntimeError: a layer did not run, or there is none.
         """
-        return {key: (self._top(key).shape[0], self._top(key).shape[-1]) for key in self.sites}
+        raise NotImplementedError
 
-    def _top(self, key: str) -> Tensor:
-        made = [site in self._maps for site in self.sites[key]]
-        if not made or not all(made):
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(B, S) per feature key; raises as `shape`."""
+        return {key: self.shape(key) for key in self.sites}
+
+    def run(self, data: Batch) -> None:
+        """Run the model once under `torch.inference_mode()`, its own hooks off."""
+        with torch.inference_mode():
+            self.forward(data)
+
+    def forward(self, data: Batch) -> Any:
+        """Run the model once, its own hooks off, and give what it returns."""
+        with _hooks_off(self.model), self._watching():
+            output = self.model(**data)
+        if isinstance(self.model, Transformer):
+            for key, (batch, _) in self.shapes().items():
+                self.rows[key] = torch.zeros(batch, dtype=torch.int64, device=self.model.device)
+        return output
+
+    def watched(self) -> dict[nn.Module, Around]:
+        """The modules whose calls go through a function, which asks `listener` for the capture."""
+        if isinstance(self.model, StageAttentionNet):
+            return {self.model.stagenet[key]: _through_stage for key in self.sites}
+        return {}
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        with around_forward(self.watched()):
+            _open().append(self)
+            try:
+                yield
+            finally:
+                _open().remove(self)
+
+    def check_layers(self, key: str, ran: list[bool]) -> None:
+        """Raise RuntimeError unless every layer of a feature ran, and there is one."""
+        if not ran or not all(ran):
             raise RuntimeError(
-                f"AttentionRollout: the forward pass must make an attention map in every layer of feature '{key}' and "
-                f"there must be a layer; got {sum(made)} maps from {len(made)} layers"
+                f"rollout.pyhealth: the forward pass must make an attention map in every layer of feature '{key}' and "
+                f"there must be a layer; got {sum(ran)} maps from {len(ran)} layers"
             )
-        return self._maps[self.sites[key][-1]]
+
+
+def _through_stage(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    x: Tensor,
+    time: Tensor | None = None,
+    mask: Tensor | None = None,
+    register_hook: bool = False,
+) -> Any:
+    """A StageNetAttentionLayer: the position it will predict from, from the mask it is given."""
+    capture = listener(module)
+    if capture is not None:
+        last = torch.full((len(x),), x.shape[1] - 1, device=x.device) if mask is None else mask.long().sum(1) - 1
+        capture.rows[capture.key_of[module]] = last.clamp(min=0)
+    return forward(x, time=time, mask=mask, register_hook=register_hook)
+
+
+class MapCapture(ModelCapture):
+    """The maps of one forward pass, as PyHealth's attention makes them."""
+
+    def __init__(self, model: Any, sites: Sites) -> None:
+        super().__init__(model, sites)
+        self._maps: dict[nn.Module, Tensor] = {}
+        self._narrowed: set[nn.Module] = set()
+
+    def run(self, data: Batch) -> None:
+        """Run the model once under `torch.inference_mode()`, its own hooks off."""
+        try:
+            super().run(data)
+        except RuntimeError as error:
+            if "without overflow" in str(error):
+                raise RuntimeError(
+                    "rollout.pyhealth: PyHealth masks scores with -1e9, which float16 cannot hold under autocast; "
+                    "use torch.autocast with bfloat16, or none"
+                ) from error
+            raise
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Hooks, so that the maps are those that reach the model, past the hooks of others."""
+        handles = []
+        with super()._watching():
+            try:
+                for site in (site for layers in self.sites.values() for site in layers):
+                    handles.append(site.register_forward_pre_hook(self._widen, with_kwargs=True))
+                    handles.append(site.register_forward_hook(self._record))
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def _widen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before an `Attention`: float16 cannot hold the −1e9 that masks a score, so it runs in float32."""
+        half = any(isinstance(x, Tensor) and x.dtype == torch.float16 for x in (*args, *kwargs.values()))
+        if not half or listener(module) is not self:
+            return None
+        self._narrowed.add(module)
+        return tuple(map(_to_float32, args)), {name: _to_float32(x) for name, x in kwargs.items()}
+
+    def _record(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> Any:
+        """After an `Attention`: keep its map; the last one counts when a module runs twice, as in PyHealth."""
+        if listener(module) is not self:
+            return None
+        output, half = self.keep(module, args, *output), module in self._narrowed
+        self._narrowed.discard(module)
+        return tuple(part.half() for part in output) if half else output
+
+    def keep(self, module: nn.Module, args: tuple[Any, ...], mixed: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep a map; what the model is to go on with is returned."""
+        self._maps[module] = attention.detach().half() if module in self._narrowed else attention.detach()
+        return mixed, attention
+
+    def shape(self, key: str) -> tuple[int, int]:
+        self.check_layers(key, [site in self._maps for site in self.sites[key]])
+        top = self._maps[self.sites[key][-1]]
+        return top.shape[0], top.shape[-1]
 
     def take(self, key: str) -> list[Tensor]:
         """The maps of one feature key, [B, H, S, S] each, input side first; they are dropped here."""
-        self._top(key)
+        self.shape(key)
         return [self._maps.pop(site) for site in self.sites[key]]
-
-    def widen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before an `Attention`: float16 cannot hold the −1e9 that masks a score, so it runs in float32."""
-        half = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dtype == torch.float16]
-        if not self._listening() or not half:
-            return None
-        self._narrowed[module] = torch.float16
-        return tuple(_to_float32(x) for x in args), {name: _to_float32(x) for name, x in kwargs.items()}
-
-    def record(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> Any:
-        """After an `Attention`: keep its map; the last one counts when a module runs twice, as in PyHealth."""
-        if not self._listening():
-            return None
-        dtype = self._narrowed.pop(module, None)
-        mixed, attention = output
-        self._maps[module] = attention.detach() if dtype is None else attention.detach().to(dtype)
-        return None if dtype is None else (mixed.to(dtype), attention.to(dtype))
-
-    def record_row(self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a StageNetAttentionLayer: the position it will predict from, from the mask it is given."""
-        if not self._listening():
-            return
-        mask = kwargs.get("mask", args[2] if len(args) > 2 else None)
-        if mask is None:
-            batch, seq = args[0].shape[:2]
-            self.rows[key] = torch.full((batch,), seq - 1, dtype=torch.int64, device=args[0].device)
-        else:
-            self.rows[key] = (mask.long().sum(1) - 1).clamp(min=0)
-
-    def _listening(self) -> bool:
-        """False while a forward pass nested in this one, or one in another thread, runs the same modules."""
-        return bool(_captures()) and _captures()[-1] is self
 
 
 def _to_float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype == torch.float16 else value
-
-
-_local = threading.local()
-
-
-def _captures() -> list[CapturedForward]:
-    if not hasattr(_local, "captures"):
-        _local.captures = []
-    captures: list[CapturedForward] = _local.captures
-    return captures
-
-
-def captured_forward(model: Any, sites: Sites, data: Batch) -> CapturedForward:
-    """Run the model once under `torch.inference_mode()`, its own hooks off, and keep the maps of `sites`."""
-    captured = CapturedForward(sites)
-    with _hooks_off(model), _watching(model, captured), torch.inference_mode():
-        try:
-            model(**data)
-        except RuntimeError as error:
-            if "without overflow" in str(error):
-                raise RuntimeError(
-                    "AttentionRollout: PyHealth masks scores with -1e9, which float16 cannot hold under autocast; "
-                    "use torch.autocast with bfloat16, or none"
-                ) from error
-            raise
-    if isinstance(model, Transformer):
-        for key, (batch, _) in captured.shapes().items():
-            captured.rows[key] = torch.zeros(batch, dtype=torch.int64, device=captured._top(key).device)
-    return captured
-
-
-@contextmanager
-def _watching(model: Any, captured: CapturedForward) -> Iterator[None]:
-    handles = []
-    _captures().append(captured)
-    try:
-        for site in (site for layers in captured.sites.values() for site in layers):
-            handles.append(site.register_forward_pre_hook(captured.widen, with_kwargs=True))
-            handles.append(site.register_forward_hook(captured.record))
-        if isinstance(model, StageAttentionNet):
-            for key in captured.sites:
-                hook = _row_hook(captured, key)
-                handles.append(model.stagenet[key].register_forward_pre_hook(hook, with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        _captures().remove(captured)
-
-
-def _row_hook(captured: CapturedForward, key: str) -> Any:
-    return lambda module, args, kwargs: captured.record_row(key, args, kwargs)
 
 
 @contextmanager

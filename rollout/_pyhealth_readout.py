@@ -72,13 +72,12 @@ class MissingFeatureError(KeyError, ValueError):
         return str(self.args[0])
 
 
-def check_features(keys: list[str], data: Batch) -> None:
+def check_features(keys: list[str], data: Batch, caller: str) -> None:
     """Raise MissingFeatureError unless every feature key is in the batch."""
     missing = [key for key in keys if key not in data]
     if missing:
         raise MissingFeatureError(
-            f"AttentionRollout: the batch must hold every feature of the model, {keys}; missing {missing}, "
-            f"got {sorted(data)}"
+            f"{caller}: the batch must hold every feature of the model, {keys}; missing {missing}, got {sorted(data)}"
         )
 
 

@@ -91,8 +91,8 @@ def attention_rollout_qk(
         query_mask: bool [B, S], False = this row attends nothing, hence is uniform over the keys of its sample.
         causal: row i attends to columns j ≤ i only.
         window: (left, right): row i attends to i − left ≤ j ≤ i + right; None or −1 is unbounded.
-        bias: added to the scaled scores, broadcastable to [B, H, S, S]; −inf masks. A finite fill is added as it is. One tensor for all layers, or one
-            (or None) per layer.
+        bias: added to the scaled scores, broadcastable to [B, H, S, S]; −inf masks, a finite fill is added as it is.
+            One tensor for all layers, or one (or None) per layer.
         scale: default D**-0.5.
         logsumexp: L float32 tensors [B, H, S], natural log of Σ_j exp(scale·q·k_j + mask), as fused attention returns
             it; saves a pass. It must belong to the same mask. One row per sample, head and layer is checked, the rest

@@ -1,28 +1,23 @@
-"""PyHealth's `AttentionRollout`, by the row chain: change one import line, nothing else.
+"""PyHealth's `AttentionRollout` and `CheferRelevance` by the row chain: change one import line, nothing else.
 
     from rollout.pyhealth import AttentionRollout        # was: from pyhealth.interpret.methods import AttentionRollout
 
-The same numbers, shapes, device and dtype, from one forward pass without gradients. It also runs where PyHealth's
-cannot: under `torch.no_grad()` and `torch.inference_mode()`, with frozen parameters, in float16, for sequences beyond
-`max_seq_len`, for empty features, and for a StageAttentionNet of flat features.
+The same numbers, shapes, device and dtype. They also run where PyHealth's cannot: under `torch.no_grad()` and
+`torch.inference_mode()`, with frozen parameters, in float16, for sequences beyond `max_seq_len`, for empty features,
+and for a StageAttentionNet of flat features. Rollout takes one forward pass without gradients and, in float32 and
+float64, without an attention map: the model runs torch's fused attention, and the chain its queries and keys.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rollout import _pyhealth_readout as readout_of
-from rollout._pyhealth_capture import (
-    READOUT_METHODS,
-    BaseInterpreter,
-    CapturedForward,
-    Sites,
-    StageAttentionNet,
-    attention_sites,
-    captured_forward,
-    is_own,
-)
+from rollout._pyhealth_capture import READOUT_METHODS, MapCapture, Sites, is_own
+from rollout._pyhealth_chefer import CheferRelevance
+from rollout._pyhealth_fused import CannotFuseError, FusedCapture, can_fuse, can_split
+from rollout._pyhealth_interpreter import RowInterpreter
 from rollout._pyhealth_protocol import protocol_maps
 from rollout._pyhealth_readout import MissingFeatureError, Relevance
 from rollout.api import attention_rollout
@@ -31,12 +26,12 @@ from rollout_kernels import Method
 from rollout_kernels._dispatch import BACKENDS
 from rollout_kernels.method import HEAD_FUSIONS, HeadFusion
 
-__all__ = ["AttentionRollout", "MissingFeatureError"]
+__all__ = ["AttentionRollout", "CheferRelevance", "MissingFeatureError"]
 
 READOUTS = ("model", "forward")
 
 
-class AttentionRollout(BaseInterpreter):
+class AttentionRollout(RowInterpreter):
     """Attention rollout of a PyHealth model, a drop-in for `pyhealth.interpret.methods.AttentionRollout`.
 
     R = M_L · … · M_1 with M_l = ½(I + mean_h A_l), and of R the row the model reads, per feature.
@@ -45,6 +40,11 @@ class AttentionRollout(BaseInterpreter):
     `get_relevance_tensor`; when that does anything but pick one row per sample, it is handed the full R. A model that
     overrides a readout method, or any other model that has the three, is run by PyHealth's protocol and handed the full
     R [B, S, S].
+
+    In float32 and float64 those two run on fused attention and no map is made; a Transformer on a CPU runs on groups of
+    samples of like length, and of its top layer only what row 0 needs. Hooks of others inside a layer have it run on
+    the whole batch, and on an `Attention` bring its maps back, as do half precision, autocast, dropout, a mask that is
+    not made of valid positions, and an open `rollout.capture`.
 
     Nothing is left on the model: no hook, no map, no flag, no `.grad`, also after an exception. `model.eval()` is
     called once, here; a model put back in training mode is attributed with its dropout, as by PyHealth.
@@ -108,21 +108,9 @@ class AttentionRollout(BaseInterpreter):
             MissingFeatureError: the batch lacks a feature of the model (a `ValueError` and a `KeyError`).
             RuntimeError: the model gave no attention map for a feature.
         """
-        sites = attention_sites(self.model)
-        if sites is None:
-            relevance = self._by_protocol(data)
-            return readout_of.to_value_shapes(self.model, relevance, data)
-        keys = list(sites)
-        readout_of.check_features(keys, data)
-        nothing = readout_of.empty_batch(self.model, keys, data)
-        if nothing is not None:
-            return nothing
-        runnable = readout_of.without_empty_features(keys, data)
-        relevance = self._by_capture(sites, runnable)
-        return readout_of.to_value_shapes(self.model, relevance, data)
+        return super().attribute(target_class_idx, **data)
 
-    def _by_protocol(self, data: dict[str, Any]) -> Relevance:
-        """Any model with the three methods: its own hooks, and the full R to its readout."""
+    def _by_protocol(self, data: dict[str, Any], target_class_idx: int | None) -> Relevance:
         if self.readout == "forward":
             raise ValueError(
                 "AttentionRollout: readout='forward' needs PyHealth's own Transformer or StageAttentionNet, "
@@ -132,37 +120,36 @@ class AttentionRollout(BaseInterpreter):
         matrices = {key: self._rollout(maps.pop(key), None) for key in list(maps)}
         return self._read_matrices(matrices, data)
 
-    def _by_capture(self, sites: Sites, data: dict[str, Any]) -> Relevance:
-        """PyHealth's own models: maps by forward hooks, and one row per sample where one row is read."""
-        captured = captured_forward(self.model, sites, data)
+    def _by_capture(self, sites: Sites, data: dict[str, Any], target_class_idx: int | None) -> Relevance:
+        """Queries and keys where fused attention can stand in, else the maps."""
+        if can_fuse(self.model, sites):
+            with suppress(CannotFuseError):
+                return self._by_fused(sites, data)
+        captured = MapCapture(self.model, sites)
+        captured.run(data)
         rows = self._rows(captured, data)
         relevance = {key: self._rollout(captured.take(key), None if rows is None else rows[key]) for key in sites}
         return self._read_matrices(relevance, data) if rows is None else relevance
 
-    def _rows(self, captured: CapturedForward, data: dict[str, Any]) -> Relevance | None:
-        """The row read per feature, long [B]; None when the readout must be handed the full R."""
-        shapes = captured.shapes()
-        if self.readout == "forward":
-            return captured.rows
-        if not is_own(self.model, *READOUT_METHODS):
-            return None
-        device = next(iter(captured.rows.values())).device
-        try:
-            with torch.no_grad():
-                return readout_of.rows_read(self.model.get_relevance_tensor, shapes, device, data)
-        except Exception:
-            # PyHealth's readout of a StageAttentionNet fails on flat features whatever R is; the model did read a row.
-            return captured.rows if isinstance(self.model, StageAttentionNet) else None
+    def _by_fused(self, sites: Sites, data: dict[str, Any]) -> Relevance:
+        """Row 0 of each stream when that is all that is read, else any rows, else the full matrix."""
+        reads_rows = self.readout == "forward" or is_own(self.model, *READOUT_METHODS)
+        if reads_rows and not self.method.needs_whole_map and can_split(self.model):
+            captured = FusedCapture(self.model, sites, self.method, self.backend, split=True)
+            captured.run(data)
+            rows = self._rows(captured, data)
+            if rows is not None and not any(bool(row.any()) for row in rows.values()):
+                return {key: captured.rollout(key, rows[key]) for key in sites}
+        captured = FusedCapture(self.model, sites, self.method, self.backend, split=False)
+        captured.run(data)
+        rows = self._rows(captured, data)
+        relevance = {key: captured.rollout(key, None if rows is None else rows[key]) for key in sites}
+        return self._read_matrices(relevance, data) if rows is None else relevance
 
     def _rollout(self, maps: list[Tensor], rows: Tensor | None) -> Tensor:
         """Rows [B, S] of the rollout, or all of it [B, S, S], in the maps' dtype; a NaN stays in its sample."""
         result = attention_rollout(maps, query=rows, method=self.method, backend=self.backend, validate=False)
         return result.to(_stock_dtype(maps[0]))
-
-    def _read_matrices(self, matrices: Relevance, data: dict[str, Any]) -> Relevance:
-        with torch.no_grad():
-            relevance: Relevance = self.model.get_relevance_tensor(matrices, **data)
-        return relevance
 
 
 def _stock_dtype(attention: Tensor) -> torch.dtype:

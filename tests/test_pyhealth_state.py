@@ -93,32 +93,42 @@ def test_the_result_is_an_ordinary_tensor_that_keeps_nothing_alive() -> None:
         torch.testing.assert_close(scores, 2 * before)
 
 
-def test_only_the_row_that_is_read_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def spy(maps: list[Tensor], *, query: Any, **options: Any) -> Tensor:
-        asked.append(query)
-        return rollout.attention_rollout(maps, query=query, **options)
-
-    monkeypatch.setattr("rollout.pyhealth.attention_rollout", spy)
-    AttentionRollout(transformer("flat")).attribute(**batch("flat"))
-    data = batch("stagenet")
-    AttentionRollout(stage_net("stagenet")).attribute(**data)
-    assert [query.tolist() for query in asked[:2]] == [[0] * 6, [0] * 6]
-    assert asked[2].tolist() == (valid(values(data, "visits")).sum(1) - 1).tolist()
-
-
-def test_the_maps_of_a_feature_are_dropped_once_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def chained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the interpreter hands to the chain: rows, and the shapes of Q; it must not still hold what came before."""
+    seen: list[dict[str, Any]] = []
     kept: list[Any] = []
 
-    def spy(maps: list[Tensor], **options: Any) -> Tensor:
-        assert [ref() for ref in kept] == [None] * len(kept), "maps of an earlier feature are still alive"
-        kept.extend(weakref.ref(attention) for attention in maps)
-        return rollout.attention_rollout(maps, **options)
+    def spy(queries: list[Tensor], keys: list[Tensor], *, query: Any, **options: Any) -> Tensor:
+        assert [ref() for ref in kept] == [None] * len(kept), "queries of an earlier call are still alive"
+        kept.extend(weakref.ref(q) for q in (*queries, *keys))
+        seen.append({"query": query, "shape": tuple(queries[0].shape), "layers": len(queries), **options})
+        return rollout.attention_rollout_qk(queries, keys, query=query, **options)
 
-    monkeypatch.setattr("rollout.pyhealth.attention_rollout", spy)
+    monkeypatch.setattr("rollout._pyhealth_fused.attention_rollout_qk", spy)
+    return seen
+
+
+def test_only_the_row_that_is_read_is_computed(chained: list[dict[str, Any]]) -> None:
     AttentionRollout(transformer("flat")).attribute(**batch("flat"))
-    assert len(kept) == 6
+    assert sum(len(call["query"]) for call in chained) == 2 * 6
+    assert all(not call["query"].any() for call in chained)
+    assert {call["layers"] for call in chained} == {3}
+    chained.clear()
+    data = batch("stagenet")
+    AttentionRollout(stage_net("stagenet")).attribute(**data)
+    (call,) = chained
+    assert call["query"].tolist() == (valid(values(data, "visits")).sum(1) - 1).tolist()
+
+
+def test_no_map_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyHealth's own attention does not run."""
+    for build, kind in ((transformer, "flat"), (stage_net, "stagenet")):
+        model, data = build(kind), batch(kind)
+        wanted = result(Stock, model, data)
+        with monkeypatch.context() as patch:
+            patch.setattr("pyhealth.models.transformer.Attention.forward", None)
+            assert_same(AttentionRollout(model).attribute(**data), wanted)
 
 
 # Nothing is left on the model.
@@ -174,7 +184,7 @@ def test_nothing_is_left_after_an_exception(build: Any, where: str, monkeypatch:
         raise Boom
 
     if where == "readout":
-        monkeypatch.setattr("rollout.pyhealth.attention_rollout", boom)
+        monkeypatch.setattr("rollout._pyhealth_fused.attention_rollout_qk", boom)
         before = footprint(model)
     else:
         handle = (model.fc if where == "forward" else model.embedding_model).register_forward_hook(boom)
@@ -202,7 +212,9 @@ def test_a_call_from_inside_a_forward_pass() -> None:
     model, data = transformer("flat"), batch("flat")
     other = {key: value[:2] if isinstance(value, Tensor) else value for key, value in data.items()}
     interpreter = AttentionRollout(model)
-    wanted, wanted_inner = interpreter.attribute(**data), interpreter.attribute(**other)
+    block = model.transformer["drugs"].transformer[1]
+    with block.register_forward_hook(lambda *args: None):  # a layer with a hook is run on the whole batch
+        wanted, wanted_inner = interpreter.attribute(**data), interpreter.attribute(**other)
     inner: list[dict[str, Tensor]] = []
 
     def reenter(*args: Any) -> None:
@@ -210,7 +222,7 @@ def test_a_call_from_inside_a_forward_pass() -> None:
             inner.append({})
             inner[0].update(interpreter.attribute(**other))
 
-    with model.transformer["drugs"].transformer[1].register_forward_hook(reenter):
+    with block.register_forward_hook(reenter):
         outer = interpreter.attribute(**data)
     for key in wanted:
         assert torch.equal(outer[key], wanted[key])

@@ -89,6 +89,7 @@ class QKSource:
             slice(0, problem.seq),
             None if problem.logsumexp is None else problem.logsumexp[layer][at].unsqueeze(2),
             None if bias is None else bias[at].unsqueeze(2),
+            ragged=True,
         )
 
     def _budget(self) -> int:
@@ -117,6 +118,7 @@ class QKSource:
             columns,
             None if problem.logsumexp is None else problem.logsumexp[layer][samples, :, rows],
             None if bias is None else bias[samples, :, rows, columns],
+            ragged=tile.beyond is not None,
         )
 
     def _softmax(
@@ -128,12 +130,17 @@ class QKSource:
         columns: slice,
         logsumexp: Tensor | None,
         bias: Tensor | None,
+        *,
+        ragged: bool,
     ) -> Tensor:
-        """softmax(scale·QKᵀ + mask) [b, H, r, n] of queries [b, H, r, D] at positions [b or 1, r]."""
+        """softmax(scale·QKᵀ + mask) [b, H, r, n] of queries [b, H, r, D] at positions [b or 1, r].
+
+        `ragged` says that a row or column may lie past its sample's end.
+        """
         scores = self._scores(layer, samples, queries, columns)
         if bias is not None:
             scores.add_(bias)
-        allowed = self._allowed(samples, positions, columns)
+        allowed = self._allowed(samples, positions, columns, ragged)
         if allowed is not None:
             scores.masked_fill_(~allowed.unsqueeze(1), -math.inf)
         dead = None
@@ -168,13 +175,13 @@ class QKSource:
         )
         return scores.view(b, heads, rows, n)
 
-    def _allowed(self, samples: slice, positions: Tensor, columns: slice) -> Tensor | None:
+    def _allowed(self, samples: slice, positions: Tensor, columns: slice, ragged: bool) -> Tensor | None:
         """Which key each row may attend, bool [b or 1, r, n]; None when all. Rows past a sample's end attend none."""
         problem = self._problem
         i, j = positions.unsqueeze(-1), torch.arange(columns.start, columns.stop, device=problem.device)
         left, right = problem.window
         conditions = []
-        if problem.lengths is not None:
+        if ragged and problem.lengths is not None:
             ends = problem.lengths[samples, None, None]
             conditions += [j < ends, i < ends]
         if problem.key_mask is not None:
