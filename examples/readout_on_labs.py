@@ -2,7 +2,7 @@
 
     python examples/readout_on_labs.py --ehr_root <MIMIC-IV folder with labevents>
 
-Needs the pyhealth extra; about two minutes on the 100 patients of the MIMIC-IV demo. The model predicts from the last
+Needs the pyhealth extra; about half a minute on the 100 patients of the MIMIC-IV demo. The model predicts from the last
 position of its mask, which it takes from the embedding; PyHealth's `get_relevance_tensor` takes the mask from the raw
 values. On lab values the two differ: a linear embedding has a bias, so padding and missing values count as valid to the
 model. Printed per feature: in how many samples the rows differ, and how much relevance lies on padding either way.

@@ -5,6 +5,7 @@ here lets PyHealth's run and keeps its maps. Other models are run by their own p
 """
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -87,7 +88,7 @@ def listener(module: nn.Module) -> "ModelCapture | None":
     return captures[-1] if captures and module in captures[-1].key_of else None
 
 
-class ModelCapture:
+class ModelCapture(ABC):
     """One forward pass of a model, watched.
 
     Attributes:
@@ -104,13 +105,13 @@ class ModelCapture:
         if isinstance(model, StageAttentionNet):
             self.key_of |= {model.stagenet[key]: key for key in sites}
 
+    @abstractmethod
     def shape(self, key: str) -> tuple[int, int]:
         """(B, S) of a feature key.
 
         Raises:
             RuntimeError: a layer did not run, or there is none.
         """
-        raise NotImplementedError
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(B, S) per feature key; raises as `shape`."""

@@ -1,5 +1,6 @@
 """What the interpreters of PyHealth models share: the row a model reads, and the shapes given back."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -42,13 +43,13 @@ class RowInterpreter(BaseInterpreter):
         relevance = self._by_capture(sites, runnable, target_class_idx)
         return readout_of.to_value_shapes(self.model, relevance, data)
 
+    @abstractmethod
     def _by_protocol(self, data: dict[str, Any], target_class_idx: int | None) -> Relevance:
         """Any model with the three methods: its own hooks, and the full R to its readout."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _by_capture(self, sites: Sites, data: dict[str, Any], target_class_idx: int | None) -> Relevance:
         """PyHealth's own models, watched, and one row per sample where one row is read."""
-        raise NotImplementedError
 
     def _rows(self, captured: ModelCapture, data: dict[str, Any]) -> Relevance | None:
         """The row read per feature, long [B]; None when the readout must be handed the full R."""
