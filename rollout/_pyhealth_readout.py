@@ -150,7 +150,7 @@ def _is_sequence(model: Any, key: str) -> bool:
     spatial = getattr(_processor(model, key), "spatial", None)
     try:
         return spatial is None or bool(spatial()[0])
-    except (NotImplementedError, IndexError):
+    except (NotImplementedError, IndexError):  # PyHealth's base processor raises the first: it does not say
         return True
 
 
