@@ -6,21 +6,56 @@
 torch.Size([2, 8])
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from rollout._capture import CaptureError, capture, register_capture
 from rollout.api import attention_rollout, attention_rollout_qk
+from rollout.extras import require
 from rollout.method import METHODS
 from rollout.tape import Record
 from rollout_kernels.method import Method
+
+if TYPE_CHECKING:
+    from rollout.attributions import CohortAttributions
+    from rollout.cohort import attribute_cohort
+    from rollout.plots import plot_positions, plot_record, plot_top_codes
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
     "CaptureError",
+    "CohortAttributions",
     "Method",
     "Record",
     "attention_rollout",
     "attention_rollout_qk",
+    "attribute_cohort",
     "capture",
+    "plot_positions",
+    "plot_record",
+    "plot_top_codes",
     "register_capture",
 ]
+
+_FROM_EXTRAS = {
+    "CohortAttributions": ("rollout.attributions", "polars"),
+    "attribute_cohort": ("rollout.cohort", "pyarrow"),
+    "plot_positions": ("rollout.plots", "polars"),
+    "plot_record": ("rollout.plots", "polars"),
+    "plot_top_codes": ("rollout.plots", "polars"),
+}
+"""Name → its module, imported when first asked for, and what that needs of the extra ``cohort``."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FROM_EXTRAS:
+        raise AttributeError(f"module 'rollout' has no attribute {name!r}")
+    module, needed = _FROM_EXTRAS[name]
+    require(needed, "cohort")
+    return getattr(import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_FROM_EXTRAS})

@@ -1,4 +1,4 @@
-"""PyHealth's `CheferRelevance` as a row chain."""
+"""Gradient-weighted methods for PyHealth models, its `CheferRelevance` among them, as a row chain."""
 
 from typing import Any
 
@@ -11,15 +11,17 @@ from rollout._pyhealth_interpreter import RowInterpreter
 from rollout._pyhealth_protocol import Target, protocol_gradients, usable
 from rollout._pyhealth_readout import Relevance
 from rollout.api import attention_rollout
+from rollout.method import get_method
+from rollout_kernels import Method
 
-__all__ = ["CheferRelevance"]
+__all__ = ["CheferRelevance", "GradientRollout"]
 
 
-class CheferRelevance(RowInterpreter):
-    """Class-specific relevance of a PyHealth model, a drop-in for `pyhealth.interpret.methods.CheferRelevance`.
+class GradientRollout(RowInterpreter):
+    """Class-specific relevance of a PyHealth model by a method that weights attention with its gradient.
 
-    R = M_L · … · M_1 with M_l = I + mean_h max(A_l ∘ ∂y/∂A_l, 0), y the logit of the class, and of R the row the model
-    reads, per feature. Rows of R do not sum to 1.
+    R = M_L · … · M_1, M_l made of A_l ∘ ∂y/∂A_l as the method says, y the logit of the class; of R the row the model
+    reads, per feature.
 
     One forward and one backward pass, the latter to the attention maps only: no parameter's `.grad` is touched, and
     nothing is left on the model, also after an exception. Frozen parameters, `torch.no_grad()` and
@@ -30,18 +32,19 @@ class CheferRelevance(RowInterpreter):
 
     Args:
         model: implements PyHealth's `CheferInterpretable`.
+        method: a name in `rollout.METHODS` or a `rollout.Method`; gradient-weighted ones only.
 
     Raises:
-        ValueError: it does not.
-
-    Source: Chefer, Gur & Wolf 2021 (ICCV), arXiv:2103.15679, equations 5 and 6.
+        ValueError: the model does not implement it; there is no such method, or it needs no gradients.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, method: str | Method = "grad_rollout") -> None:
+        name = type(self).__name__
         if not isinstance(model, CheferInterpretable):
-            raise ValueError(
-                f"CheferRelevance: model must implement CheferInterpretable interface, got {type(model).__name__}"
-            )
+            raise ValueError(f"{name}: model must implement CheferInterpretable interface, got {type(model).__name__}")
+        self.method = get_method(method, name)
+        if self.method.gradients is None:
+            raise ValueError(f"{name}: method must be gradient-weighted, got {method!r}; use AttentionRollout for it")
         super().__init__(model)
 
     def attribute(self, target_class_idx: int | None = None, **data: Any) -> Relevance:
@@ -61,20 +64,16 @@ class CheferRelevance(RowInterpreter):
         """
         return super().attribute(target_class_idx, **data)
 
-    def get_relevance_matrix(self, **data: Any) -> Relevance:
-        """`attribute`, by PyHealth's older name for it."""
-        return self.attribute(**data)
-
     def _by_protocol(self, data: dict[str, Any], target_class_idx: int | None) -> Relevance:
         maps, gradients = protocol_gradients(self.model, data, self._target(target_class_idx))
-        matrices = {key: _chain(maps.pop(key), gradients.pop(key), None) for key in list(maps)}
+        matrices = {key: self._chain(maps.pop(key), gradients.pop(key), None) for key in list(maps)}
         return self._read_matrices(matrices, data)
 
     def _by_capture(self, sites: Sites, data: dict[str, Any], target_class_idx: int | None) -> Relevance:
         captured = GradientCapture(self.model, sites, self._target(target_class_idx))
         captured.run(data)
         rows = self._rows(captured, data)
-        relevance = {key: _chain(*captured.take_both(key), None if rows is None else rows[key]) for key in sites}
+        relevance = {key: self._chain(*captured.take_both(key), None if rows is None else rows[key]) for key in sites}
         return self._read_matrices(relevance, data) if rows is None else relevance
 
     def _target(self, target_class_idx: int | None) -> Target:
@@ -86,10 +85,31 @@ class CheferRelevance(RowInterpreter):
 
         return target
 
+    def _chain(self, maps: list[Tensor], gradients: list[Tensor], rows: Tensor | None) -> Tensor:
+        """Rows [B, S] of the relevance, or all of it [B, S, S]; a NaN stays in its sample."""
+        return attention_rollout(maps, query=rows, gradients=gradients, method=self.method, validate=False)
 
-def _chain(maps: list[Tensor], gradients: list[Tensor], rows: Tensor | None) -> Tensor:
-    """Rows [B, S] of the relevance, or all of it [B, S, S]; a NaN stays in its sample."""
-    return attention_rollout(maps, query=rows, gradients=gradients, method="chefer", validate=False)
+
+class CheferRelevance(GradientRollout):
+    """Class-specific relevance of a PyHealth model, a drop-in for `pyhealth.interpret.methods.CheferRelevance`.
+
+    `GradientRollout` with M_l = I + mean_h max(A_l ∘ ∂y/∂A_l, 0). Rows of R do not sum to 1.
+
+    Args:
+        model: implements PyHealth's `CheferInterpretable`.
+
+    Raises:
+        ValueError: it does not.
+
+    Source: Chefer, Gur & Wolf 2021 (ICCV), arXiv:2103.15679, equations 5 and 6.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, "chefer")
+
+    def get_relevance_matrix(self, **data: Any) -> Relevance:
+        """`attribute`, by PyHealth's older name for it."""
+        return self.attribute(**data)
 
 
 class GradientCapture(MapCapture):

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from rollout.method import get_method
+from rollout.stopwatch import timed
 from rollout_kernels import Method, ops
 
 
+@timed("chain")
 def attention_rollout(
     attentions: Sequence[Tensor],
     *,
@@ -60,6 +62,7 @@ def attention_rollout(
     )
 
 
+@timed("chain")
 def attention_rollout_qk(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],

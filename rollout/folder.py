@@ -1,7 +1,10 @@
-"""Output folders: made if missing, refused if they hold anything or cannot be written."""
+"""Output folders, refused if they hold anything or cannot be written; and files that are there whole or not at all."""
 
 import os
 from pathlib import Path
+
+PARTIAL = ".partial"
+"""Ending of the name a file has until it is whole."""
 
 
 def empty_folder(path: str | Path, name: str) -> Path:
@@ -27,3 +30,21 @@ def empty_folder(path: str | Path, name: str) -> Path:
     except OSError as error:
         raise ValueError(f"{name} must be a folder that can be written, got {folder}: {error.strerror}") from error
     return folder
+
+
+def write_whole(path: Path, content: bytes) -> Path:
+    """Write a file so that it is there whole or not at all, also after a power cut: another name first, then renamed.
+
+    Raises:
+        OSError: If it cannot be written; what was there before is then untouched.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

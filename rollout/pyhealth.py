@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rollout._pyhealth_capture import READOUT_METHODS, MapCapture, Sites, is_own
-from rollout._pyhealth_chefer import CheferRelevance
+from rollout._pyhealth_chefer import CheferRelevance, GradientRollout
 from rollout._pyhealth_fused import CannotFuseError, FusedCapture, can_fuse, can_split
 from rollout._pyhealth_interpreter import RowInterpreter
 from rollout._pyhealth_protocol import protocol_maps
@@ -26,7 +26,7 @@ from rollout_kernels import Method
 from rollout_kernels._dispatch import BACKENDS
 from rollout_kernels.method import HEAD_FUSIONS, HeadFusion
 
-__all__ = ["AttentionRollout", "CheferRelevance", "MissingFeatureError"]
+__all__ = ["AttentionRollout", "CheferRelevance", "GradientRollout", "MissingFeatureError"]
 
 READOUTS = ("model", "forward")
 

@@ -1,6 +1,5 @@
 """Attributions and predictions as Arrow tables, one row per real entry of a record, and as Parquet files."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+
+from rollout.folder import write_whole
+
+ROW_GROUP = 65536
+VISIT_KEYS = ("visit_id", "admission_id", "record_id")
+"""Where PyHealth's tasks put the visit a sample is of, the first that is there."""
 
 ATTRIBUTION_SCHEMA = pa.schema(
     [
@@ -77,13 +82,14 @@ def _decoder(processor: Any) -> Decoder:
     return Decoder(
         value=schema.index("value") if paired else None,
         time=schema.index("time") if "time" in schema else None,
-        codes=None if vocabulary is None else _inverted(vocabulary),
+        codes=None if vocabulary is None else vocabulary_array(vocabulary),
         multi_hot=multi_hot,
         nested=vocabulary is not None and max(processor.dim()) > 1,
     )
 
 
-def _inverted(vocabulary: Mapping[Any, int]) -> pa.Array:
+def vocabulary_array(vocabulary: Mapping[Any, int]) -> pa.Array:
+    """Return the codes by their id, string [V]; null where no code has the id."""
     names: list[str | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
     for name, number in vocabulary.items():
         names[number] = str(name)
@@ -228,7 +234,7 @@ def _rows(feature: str, samples: Sequence[Mapping[str, Any]], index: np.ndarray,
     columns = [
         pa.array(index[entries.owner]),
         _ids(samples, "patient_id").take(owner),
-        _ids(samples, "visit_id").take(owner),
+        _ids(samples, *VISIT_KEYS).take(owner),
         pa.array([feature]).take(pa.array(np.zeros(count, dtype=np.int64))),
         visit,
         pa.array(entries.position, pa.int32()),
@@ -239,42 +245,48 @@ def _rows(feature: str, samples: Sequence[Mapping[str, Any]], index: np.ndarray,
     return pa.Table.from_arrays(columns, schema=ATTRIBUTION_SCHEMA)
 
 
-def _ids(samples: Sequence[Mapping[str, Any]], key: str) -> pa.Array:
-    return pa.array([None if sample.get(key) is None else str(sample[key]) for sample in samples], pa.string())
+def _ids(samples: Sequence[Mapping[str, Any]], *keys: str) -> pa.Array:
+    """The first of the keys that a sample has, as a string; null when it has none."""
+    found = [next((sample[key] for key in keys if sample.get(key) is not None), None) for sample in samples]
+    return pa.array([None if value is None else str(value) for value in found], pa.string())
 
 
 def prediction_table(
     samples: Sequence[Mapping[str, Any]],
     index: Sequence[int] | np.ndarray,
-    probability: Tensor | np.ndarray,
+    probability: Tensor | np.ndarray | None,
     truth: Tensor | np.ndarray | None,
 ) -> pa.Table:
-    """Return one row per sample: ``y_prob`` and ``y_true`` [B, K] as lists; ``y_true`` null when ``truth`` is None."""
+    """Return one row per sample: ``y_prob`` and ``y_true`` [B, K] as lists, null where None is given."""
     columns = [
         pa.array(np.asarray(index, dtype=np.int64)),
         _ids(samples, "patient_id"),
-        _ids(samples, "visit_id"),
-        _lists(probability),
-        pa.nulls(len(samples), pa.list_(pa.float32())) if truth is None else _lists(truth),
+        _ids(samples, *VISIT_KEYS),
+        _lists(probability, len(samples)),
+        _lists(truth, len(samples)),
     ]
     return pa.Table.from_arrays(columns, schema=PREDICTION_SCHEMA)
 
 
-def _lists(values: Tensor | np.ndarray) -> pa.Array:
+def _lists(values: Tensor | np.ndarray | None, count: int) -> pa.Array:
+    if values is None:
+        return pa.nulls(count, pa.list_(pa.float32()))
     array = values.detach().float().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float32)
     rows = array.reshape(len(array), -1)
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows.ravel(), pa.float32()))
 
 
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as a Parquet file, in row groups small enough to skip most of a part when one patient is asked for."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
 def write_parquet(table: pa.Table, path: str | Path) -> Path:
-    """Write a Parquet file so that it is there whole or not at all: under another name first, then renamed."""
+    """Write a Parquet file so that it is there whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        pq.write_table(table, partial, compression="zstd")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return write_whole(path, parquet_bytes(table))

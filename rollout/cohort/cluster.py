@@ -1,0 +1,127 @@
+"""The parts of a cohort as tasks of a Dask cluster: one on this machine, or one there is already.
+
+A worker is sent model and dataset once, and a part's number per task; it sends back the part's files, which are written
+here. So the workers need not see the output folder, and one that dies loses nothing: Dask gives its tasks to another.
+"""
+
+import copy
+import logging
+import threading
+import warnings
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rollout.cohort.memory import peak_memory
+from rollout.cohort.store import CohortError
+from rollout.cohort.work import Part, Work, run_parts
+from rollout.extras import require
+
+WAIT = 120
+"""Seconds to wait for a first worker."""
+
+_one_at_a_time = threading.Lock()
+
+
+def run_on_workers(
+    count: int, work: Work, numbers: Sequence[int], device: torch.device | None, scratch: Path
+) -> Generator[Part]:
+    """Do parts in ``count`` processes of this machine, each with its share of the threads.
+
+    Args:
+        count: Processes.
+        work: Of which cohort.
+        numbers: Parts to do.
+        device: Where to run; with ``cuda``, worker k takes GPU k modulo their number.
+        scratch: Folder the workers may write to; made and emptied by them.
+    """
+    distributed = require("distributed", "dask")
+    threads = max(1, torch.get_num_threads() // count)
+    with (
+        distributed.LocalCluster(
+            n_workers=min(count, len(numbers)),
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=0,
+            dashboard_address=None,
+            local_directory=str(scratch),
+            silence_logs=logging.ERROR,
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield from _run(client, work, numbers, device, threads=threads, gpu_by_name=True)
+
+
+def run_on_client(client: Any, work: Work, numbers: Sequence[int], device: torch.device | None) -> Generator[Part]:
+    """Do parts on the workers of a cluster, as many as it has while it runs; completed parts come in any order."""
+    yield from _run(client, work, numbers, device, threads=None, gpu_by_name=False)
+
+
+def _run(client: Any, work: Work, numbers: Sequence[int], device: torch.device | None, **how: Any) -> Generator[Part]:
+    """Keep every worker two tasks ahead, no more: what is done and not yet written is held in memory."""
+    distributed = require("distributed", "dask")
+    try:
+        client.wait_for_workers(1, timeout=WAIT)
+    except TimeoutError as error:
+        raise CohortError(f"attribute_cohort: no Dask worker came within {WAIT} s") from error
+    shared = _share(client, replace(work, model=copy.deepcopy(work.model).cpu()))
+    waiting = iter(numbers)
+    done = distributed.as_completed()
+
+    def submit() -> None:
+        number = next(waiting, None)
+        if number is not None:
+            done.add(client.submit(do_part, shared, number, device, **how, pure=False))
+
+    for _ in range(2 * max(1, len(client.nthreads()))):
+        submit()
+    try:
+        for future in done:
+            part = future.result()
+            submit()
+            yield part
+    except distributed.KilledWorker as error:
+        raise CohortError(f"attribute_cohort: workers keep dying on the same part: {error}") from error
+
+
+def _share(client: Any, work: Work) -> Any:
+    """A future of the work. It is the result of a task, not scattered data, so that Dask can make it again when every
+    worker that had it has died."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sending large graph")
+        return client.submit(_same, work, pure=False)
+
+
+def _same(work: Work) -> Work:
+    return work
+
+
+def do_part(work: Work, number: int, device: torch.device | None, *, threads: int | None, gpu_by_name: bool) -> Part:
+    """Do one part, in a worker.
+
+    Args:
+        work: As sent; its model is moved to the device the first time.
+        number: Of the part.
+        device: Where to run; None: on the CPU.
+        threads: For torch; None: as the worker has it.
+        gpu_by_name: Whether workers are named 0, 1, … and each takes a GPU by its name.
+    """
+    with _one_at_a_time:  # a worker with several threads has one model
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if device is not None:
+            work.model.to(_own_gpu(device) if gpu_by_name else device)
+        work.model.eval()
+        (part,) = run_parts(work, [number])
+        part.record["peak_bytes"] = peak_memory()
+        return part
+
+
+def _own_gpu(device: torch.device) -> torch.device:
+    if device.type != "cuda" or device.index is not None:
+        return device
+    name = require("distributed", "dask").get_worker().name
+    return torch.device("cuda", int(name) % torch.cuda.device_count())

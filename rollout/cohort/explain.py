@@ -1,0 +1,121 @@
+"""From a batch to relevance and prediction, in one forward pass of the model."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout.method import get_method
+from rollout_kernels import Method
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What is known of a batch of B samples.
+
+    Attributes:
+        relevance: Feature → scores [B, S], [B, V, C], or [B, 1] for a feature that is one step.
+        y_prob: [B, K], or None.
+        y_true: [B, K] or [B], or None.
+        target: The class the scores are for, int64 [B]; None for a class-agnostic method.
+    """
+
+    relevance: Mapping[str, Tensor]
+    y_prob: Tensor | None = None
+    y_true: Tensor | None = None
+    target: Tensor | None = None
+
+
+Explain = Callable[[Any, Batch], Explained]
+
+
+@dataclass
+class PyHealthExplain:
+    """Explain a PyHealth model's batches with the interpreters of ``rollout.pyhealth``.
+
+    Attributes:
+        method: Its maps are gradient-weighted when ``method.gradients`` says so; then ``target_class`` counts.
+        readout: ``"model"`` or ``"forward"``, as in ``rollout.pyhealth.AttentionRollout``.
+        backend: As in ``rollout.attention_rollout``.
+        target_class: Of a class-specific method; None is the class predicted, per sample.
+    """
+
+    method: Method
+    readout: str = "model"
+    backend: str = "auto"
+    target_class: int | None = None
+
+    def check(self, model: Any) -> None:
+        """Refuse what cannot work, before any work.
+
+        Raises:
+            ValueError, TypeError: As the interpreters raise them, or when ``target_class`` has no meaning.
+        """
+        if self.method.gradients is None and self.target_class is not None:
+            raise ValueError(
+                "attribute_cohort: target_class is for class-specific methods such as 'chefer'; this one gives every "
+                "class the same relevance"
+            )
+        if self.method.gradients is not None and self.readout != "model":
+            raise ValueError(f"attribute_cohort: a class-specific method needs readout='model', got {self.readout!r}")
+        self._interpreter(model)
+
+    def __call__(self, model: Any, batch: Batch) -> Explained:
+        """One forward pass, and one backward for a class-specific method."""
+        interpreter = self._interpreter(model)
+        with _outputs(model) as outputs:
+            relevance = interpreter.attribute(self.target_class, **batch)
+        output = outputs[-1] if outputs else {}
+        target = None
+        if self.method.gradients is not None and "logit" in output:
+            target = interpreter._resolve_target_indices(output["logit"].detach(), self.target_class)
+        return Explained(relevance, output.get("y_prob"), output.get("y_true"), target)
+
+    def _interpreter(self, model: Any) -> Any:
+        from rollout.pyhealth import AttentionRollout, GradientRollout
+
+        if self.method.gradients is not None:
+            return GradientRollout(model, self.method)
+        return AttentionRollout(model, method=self.method, backend=self.backend, readout=self.readout)
+
+
+@contextmanager
+def _outputs(model: torch.nn.Module) -> Iterator[list[Mapping[str, Any]]]:
+    """What the model returns from each of its forward passes while it is open."""
+    outputs: list[Mapping[str, Any]] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        if isinstance(output, Mapping):
+            outputs[:] = [output]
+
+    handle = model.register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def describe_method(name: str | Method) -> dict[str, Any]:
+    """A method as it stands in a manifest: its name, if it has one, and the fields of its formula."""
+    method = get_method(name, "attribute_cohort")
+    fusion: Any = method.head_fusion
+    if isinstance(fusion, Tensor):
+        fusion = fusion.tolist()
+    elif callable(fusion):
+        fusion = f"{fusion.__module__}.{fusion.__qualname__}"
+    return {
+        "name": name if isinstance(name, str) else None,
+        "head_fusion": fusion,
+        "residual": method.residual,
+        "attention": method.attention_weight,
+        "renormalize": method.renormalize,
+        "discard_ratio": method.discard_ratio,
+        "start_layer": method.start_layer,
+        "gradients": method.gradients,
+        "paper": method.paper,
+    }

@@ -1,0 +1,112 @@
+"""The samples of a cohort: read by number, collated, and described."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rollout.cohort.identity import CONTENT, digest_of, sampled_content
+from rollout.records import Decoder, feature_decoders, vocabulary_array
+
+Sample = Mapping[str, Any]
+Collate = Callable[[Sequence[Sample]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset as a cohort run sees it.
+
+    Attributes:
+        dataset: ``len(dataset)`` samples, each a mapping, by ``dataset[i]``.
+        collate: B samples → a batch the model takes.
+        decoders: Feature → how its entries are read back, for the features that are attributed.
+        description: What stands in the manifest of it.
+    """
+
+    dataset: Any
+    collate: Collate
+    decoders: Mapping[str, Decoder]
+    description: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> Sample:
+        sample = self.dataset[number]
+        if not isinstance(sample, Mapping):
+            raise TypeError(f"a sample must be a mapping of features, got {type(sample).__name__}")
+        return sample
+
+
+def open_source(
+    dataset: Any, collate: Collate | None = None, vocabularies: Mapping[str, Mapping[str, int] | None] | None = None
+) -> Source:
+    """Look at a dataset: what it holds and how its entries are read back.
+
+    Args:
+        dataset: A PyHealth ``SampleDataset``, or anything with ``len`` and ``[i]`` that gives mappings.
+        collate: B samples → a batch; needed unless it is PyHealth's.
+        vocabularies: For a dataset that is not PyHealth's: feature → code → id (0 is padding), or None for a numeric
+            feature.
+
+    Raises:
+        TypeError: If it cannot be indexed, or a needed argument is missing.
+        ValueError: If it is empty.
+    """
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"attribute_cohort: dataset must have len() and dataset[i], got {type(dataset).__name__}; a PyHealth "
+            "SampleDataset has both (not its dataloader)"
+        )
+    if len(dataset) == 0:
+        raise ValueError("attribute_cohort: dataset must have at least one sample, got none")
+    if vocabularies is not None:
+        decoders = {feature: _plain_decoder(codes) for feature, codes in vocabularies.items()}
+        schema: Any = {feature: dict(codes or {}) for feature, codes in vocabularies.items()}
+    elif hasattr(dataset, "input_processors"):
+        decoders = feature_decoders(dataset)
+        schema = _schema(dataset)
+    else:
+        raise TypeError(
+            "attribute_cohort: a dataset that is not a PyHealth SampleDataset needs vocabularies={feature: {code: id}} "
+            f"(None for a numeric feature), got {type(dataset).__name__}"
+        )
+    if collate is None:
+        if not hasattr(dataset, "input_processors"):
+            raise TypeError(
+                "attribute_cohort: a dataset that is not a PyHealth SampleDataset needs collate=, a function from a "
+                "list of samples to a batch"
+            )
+        collate = pyhealth_collate
+    description = {
+        "name": str(getattr(dataset, "dataset_name", "") or type(dataset).__name__),
+        "task": str(getattr(dataset, "task_name", "") or ""),
+        "samples": len(dataset),
+        "features": list(decoders),
+        "fingerprint": digest_of([len(dataset), schema]),
+        CONTENT: sampled_content(dataset, len(dataset)),
+    }
+    return Source(dataset, collate, decoders, description)
+
+
+def pyhealth_collate(samples: Sequence[Sample]) -> Mapping[str, Any]:
+    """Pad and stack samples as PyHealth's own loader does."""
+    from pyhealth.datasets.utils import collate_fn_dict_with_padding
+
+    batch: Mapping[str, Any] = collate_fn_dict_with_padding(list(samples))
+    return batch
+
+
+def _plain_decoder(codes: Mapping[str, int] | None) -> Decoder:
+    names = None if codes is None else vocabulary_array(codes)
+    return Decoder(value=None, time=None, codes=names, multi_hot=False, nested=False)
+
+
+def _schema(dataset: Any) -> Any:
+    """Per input and label its processor, and the vocabulary it was fitted with."""
+    described = {}
+    for kind in ("input_processors", "output_processors"):
+        for feature, processor in getattr(dataset, kind, {}).items():
+            codes = getattr(processor, "code_vocab", None)
+            codes = getattr(processor, "label_vocab", None) if codes is None else codes
+            described[f"{kind}.{feature}"] = [type(processor).__name__, None if codes is None else dict(codes)]
+    return described

@@ -1,0 +1,329 @@
+"""The work itself: parts of a cohort read, collated ahead of the model, explained, and turned into files.
+
+A batch that runs out of memory is halved. A batch that fails for another reason is halved too, down to the sample that
+makes it fail: that sample is recorded with its reason, and the others go on.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from rollout.cohort.explain import Explain, Explained
+from rollout.cohort.plan import Plan, sample_lengths
+from rollout.cohort.source import Sample, Source
+from rollout.records import ATTRIBUTION_SCHEMA, PREDICTION_SCHEMA, attribution_table, parquet_bytes, prediction_table
+from rollout.stopwatch import stopwatch, timed
+
+FAILURE_SCHEMA = pa.schema([("sample", pa.int64()), ("error", pa.string())])
+TARGET = pa.field("target_class", pa.int32())
+AHEAD = 3
+"""Batches collated ahead of the model."""
+
+STAGES = ("collate", "forward", "chain", "write")
+
+
+@dataclass
+class Work:
+    """What is done to which samples: all a worker needs.
+
+    Attributes:
+        model: On its device, in evaluation mode.
+        source: The samples.
+        explain: (model, batch) → ``Explained``.
+        plan: How they are cut into parts and batches.
+        class_specific: Whether predictions have a column for the class explained.
+    """
+
+    model: Any
+    source: Source
+    explain: Explain
+    plan: Plan
+    class_specific: bool = False
+
+
+@dataclass
+class Part:
+    """One part done: its files, and what its commit record says.
+
+    Attributes:
+        number: Of the part.
+        files: Kind → content of a Parquet file.
+        record: Counts, batches, halvings and seconds, plain values.
+        first_failure: Reason of its first failed sample.
+    """
+
+    number: int
+    files: dict[str, bytes]
+    record: dict[str, Any]
+    first_failure: str | None = None
+
+
+@dataclass
+class _Batch:
+    """B samples on their way: numbers in the dataset, as read, and collated (or what collating raised)."""
+
+    index: np.ndarray
+    samples: list[Sample]
+    collated: Mapping[str, Any] | Exception
+
+
+@dataclass
+class _Draft:
+    """A part being made."""
+
+    number: int
+    numbers: range
+    attributions: list[pa.Table] = field(default_factory=list)
+    predictions: list[pa.Table] = field(default_factory=list)
+    failures: dict[int, str] = field(default_factory=dict)
+    batches: list[int] = field(default_factory=list)
+    halved: list[dict[str, Any]] = field(default_factory=list)
+    tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+
+def run_parts(
+    work: Work, numbers: Iterable[int], advance: Callable[[int], None] = lambda samples: None
+) -> Iterator[Part]:
+    """Do the parts with these numbers, in order; collating goes ahead in a thread.
+
+    Args:
+        work: Of which cohort.
+        numbers: Parts to do.
+        advance: Called with the number of samples after each batch.
+    """
+    advance = advance or (lambda samples: None)
+    with _ahead(_prepared(work, numbers), AHEAD) as prepared:
+        for item in prepared:
+            if isinstance(item, _Draft):
+                draft = item
+            elif isinstance(item, _Batch):
+                _run_batch(work, draft, item)
+                draft.batches.append(len(item.samples))
+                advance(len(item.samples))
+            else:
+                advance(len(draft.numbers) - sum(draft.batches))  # those that could not be read
+                yield _finish(work, draft)
+
+
+def _prepared(work: Work, numbers: Iterable[int]) -> Iterator[Any]:
+    """Of each part its draft, its batches, and None at its end."""
+    parts = work.plan.parts(len(work.source))
+    for number in numbers:
+        draft = _Draft(number, parts[number])
+        yield draft
+        begun = time.perf_counter()
+        samples, lengths, index = _read(work.source, draft)
+        draft.tokens = int(lengths.sum())
+        for places in work.plan.batches(lengths):
+            chosen = [samples[place] for place in places]
+            batch = _Batch(index[places], chosen, _collated(work.source, chosen))
+            draft.seconds["collate"] += time.perf_counter() - begun
+            yield batch
+            begun = time.perf_counter()
+        yield None
+
+
+def _read(source: Source, draft: _Draft) -> tuple[list[Sample], np.ndarray, np.ndarray]:
+    """The samples of a part that can be read, their lengths [n, F] and their numbers [n]."""
+    samples, lengths, index = [], [], []
+    for number in draft.numbers:
+        try:
+            sample = source[number]
+            lengths.append(sample_lengths(sample, source.decoders))
+        except Exception as error:
+            draft.failures[number] = f"cannot be read: {_reason(error)}"
+            continue
+        samples.append(sample)
+        index.append(number)
+    shape = len(samples), len(source.decoders)
+    return samples, np.array(lengths, dtype=np.int64).reshape(shape), np.array(index, dtype=np.int64)
+
+
+def _collated(source: Source, samples: Sequence[Sample]) -> Mapping[str, Any] | Exception:
+    try:
+        return source.collate(samples)
+    except Exception as error:
+        return error
+
+
+def _run_batch(work: Work, draft: _Draft, batch: _Batch) -> None:
+    """Explain a batch and add it to its part; halve it where that fails."""
+    try:
+        if isinstance(batch.collated, Exception):
+            raise batch.collated
+        with stopwatch(draft.seconds), timed("forward"):
+            explained = work.explain(work.model, batch.collated)
+        _add(work, draft, batch, explained)
+        return
+    except Exception as error:
+        failed, reason = _out_of_memory(error), _reason(error)
+        size = len(batch.samples)
+        if size == 1:
+            draft.failures[int(batch.index[0])] = reason
+            return
+    # Outside the handler, so that the traceback no longer holds the tensors of the failed attempt.
+    if failed:
+        draft.halved.append({"batch": len(draft.batches), "samples": size, "reason": reason})
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+    for half in (slice(None, size // 2), slice(size // 2, None)):
+        samples = batch.samples[half]
+        _run_batch(work, draft, _Batch(batch.index[half], samples, _collated(work.source, samples)))
+
+
+def _add(work: Work, draft: _Draft, batch: _Batch, explained: Explained) -> None:
+    """Add the rows of a batch; a sample with a number that is not finite is a failure."""
+    begun = time.perf_counter()
+    wrong = _not_finite(explained, len(batch.samples))
+    draft.failures.update({int(batch.index[place]): reason for place, reason in wrong.items()})
+    samples, index = batch.samples, batch.index
+    if wrong:
+        kept = [place for place in range(len(samples)) if place not in wrong]
+        if not kept:
+            return
+        samples, index, explained = [samples[place] for place in kept], index[kept], _only(explained, kept)
+    attributions = attribution_table(samples, index, explained.relevance, work.source.decoders)
+    predictions = _predictions(work, samples, index, explained)
+    draft.attributions.append(attributions)
+    draft.predictions.append(predictions)
+    draft.seconds["write"] += time.perf_counter() - begun
+
+
+def _not_finite(explained: Explained, count: int) -> dict[int, str]:
+    """Place in the batch → reason, of the samples that have a NaN or an infinity."""
+    parts = [(f"the attribution of feature {key!r}", scores) for key, scores in explained.relevance.items()]
+    if explained.y_prob is not None:
+        parts.append(("the prediction", explained.y_prob))
+    wrong: dict[int, str] = {}
+    for name, values in parts:
+        finite = torch.isfinite(values.detach().reshape(count, -1)).all(1)
+        if not bool(finite.all()):
+            for place in torch.nonzero(~finite).flatten().tolist():
+                wrong.setdefault(place, f"{name} is not finite")
+    return wrong
+
+
+def _only(explained: Explained, kept: list[int]) -> Explained:
+    def pick(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[kept]
+
+    relevance = {key: scores[kept] for key, scores in explained.relevance.items()}
+    return Explained(relevance, pick(explained.y_prob), pick(explained.y_true), pick(explained.target))
+
+
+def _predictions(work: Work, samples: Sequence[Sample], index: np.ndarray, explained: Explained) -> pa.Table:
+    table = prediction_table(samples, index, explained.y_prob, explained.y_true)
+    if work.class_specific:
+        target = None if explained.target is None else explained.target.cpu().numpy()
+        column = pa.nulls(len(samples), pa.int32()) if target is None else pa.array(target, pa.int32())
+        table = table.append_column(TARGET, column)
+    return table
+
+
+def _finish(work: Work, draft: _Draft) -> Part:
+    """Sort a part by sample, and make its files."""
+    begun = time.perf_counter()
+    predicted = PREDICTION_SCHEMA.append(TARGET) if work.class_specific else PREDICTION_SCHEMA
+    attributions = _by_sample(draft.attributions, ATTRIBUTION_SCHEMA)
+    predictions = _by_sample(draft.predictions, predicted)
+    files = {"attributions": parquet_bytes(attributions), "predictions": parquet_bytes(predictions)}
+    if draft.failures:
+        rows = sorted(draft.failures.items())
+        table = pa.table([[number for number, _ in rows], [reason for _, reason in rows]], schema=FAILURE_SCHEMA)
+        files["failures"] = parquet_bytes(table)
+    draft.seconds["write"] += time.perf_counter() - begun
+    return Part(
+        draft.number,
+        files,
+        {
+            "start": draft.numbers.start,
+            "stop": draft.numbers.stop,
+            "samples": len(draft.numbers),
+            "attributed": predictions.num_rows,
+            "failed": len(draft.failures),
+            "rows": attributions.num_rows,
+            "tokens": draft.tokens,
+            "batches": draft.batches,
+            "halved": draft.halved,
+            "seconds": {stage: round(spent, 4) for stage, spent in draft.seconds.items()},
+        },
+        next(iter(draft.failures.values()), None),
+    )
+
+
+def _by_sample(tables: list[pa.Table], schema: pa.Schema) -> pa.Table:
+    if not tables:
+        return schema.empty_table()
+    table = pa.concat_tables(tables).combine_chunks()
+    return table.take(pa.array(np.argsort(table["sample"].to_numpy(), kind="stable")))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on a GPU or not."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+class _ahead:
+    """Take items from an iterator in a thread, up to ``depth`` ahead; its exceptions are raised where they are read."""
+
+    def __init__(self, items: Iterator[Any], depth: int) -> None:
+        self._items, self._queue = items, queue.Queue[Any](depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._fill, name="rollout-collate", daemon=True)
+
+    def __enter__(self) -> Iterator[Any]:
+        self._thread.start()
+        return self._drain()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        while self._thread.is_alive():
+            self._empty()
+            self._thread.join(0.01)
+
+    def _fill(self) -> None:
+        try:
+            for item in self._items:
+                if not self._put(("item", item)):
+                    return
+            self._put(("end", None))
+        except BaseException as error:
+            self._put(("error", error))
+
+    def _put(self, entry: tuple[str, Any]) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _drain(self) -> Iterator[Any]:
+        while True:
+            kind, value = self._queue.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+
+    def _empty(self) -> None:
+        try:
+            while True:
+                self._queue.get_nowait()
+        except queue.Empty:
+            return
