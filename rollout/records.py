@@ -51,6 +51,7 @@ class Decoder:
         codes: Vocabulary by id, [V], or None for a numeric feature.
         multi_hot: Whether the last dimension runs over the vocabulary, rather than holding ids with 0 as padding.
         nested: Whether a record is a list of visits, each with codes.
+        whole: Whether a numeric record is one step to a model, however many numbers it holds.
     """
 
     value: int | None
@@ -58,6 +59,7 @@ class Decoder:
     codes: pa.Array | None
     multi_hot: bool
     nested: bool
+    whole: bool = False
 
     @property
     def granularity(self) -> str:
@@ -85,7 +87,16 @@ def _decoder(processor: Any) -> Decoder:
         codes=None if vocabulary is None else vocabulary_array(vocabulary),
         multi_hot=multi_hot,
         nested=vocabulary is not None and max(processor.dim()) > 1,
+        whole=vocabulary is None and not paired and not _has_steps(processor),
     )
+
+
+def _has_steps(processor: Any) -> bool:
+    """Whether a dimension of a numeric record is time or space; as its processor says, else yes."""
+    try:
+        return any(processor.spatial())
+    except (AttributeError, NotImplementedError):
+        return True
 
 
 def vocabulary_array(vocabulary: Mapping[Any, int]) -> pa.Array:
@@ -179,7 +190,7 @@ def _step_entries(
 ) -> _Entries:
     """Entries of a numeric feature: one per time step, or one for a tensor the model takes as one step."""
     score = scores if scores.ndim == 2 else scores.reshape(*scores.shape[:2], -1)[:, :, 0]
-    whole = score.shape[1] == 1 and decoder.time is None
+    whole = decoder.whole or (score.shape[1] == 1 and decoder.time is None)
     lengths = np.array([1 if whole or value.dim() == 0 else len(value) for value in values], dtype=np.int64)
     _check_cover(feature, score, lengths)
     owner, place = _ragged(lengths)

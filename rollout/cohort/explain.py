@@ -56,6 +56,11 @@ class PyHealthExplain:
         Raises:
             ValueError, TypeError: As the interpreters raise them, or when ``target_class`` has no meaning.
         """
+        if self.method.matrices:
+            raise ValueError(
+                "attribute_cohort: a method of supplied matrices, such as 'product', reads no attention of a model; "
+                "give another, or explain="
+            )
         if self.method.gradients is None and self.target_class is not None:
             raise ValueError(
                 "attribute_cohort: target_class is for class-specific methods such as 'chefer'; this one gives every "

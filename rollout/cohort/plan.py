@@ -75,4 +75,4 @@ def _length(value: Any, decoder: Decoder) -> int:
     if decoder.value is not None and isinstance(value, tuple | list):
         value = value[decoder.value]
     dims = getattr(value, "ndim", 1)
-    return 1 if dims == 0 or (decoder.multi_hot and dims == 1) else len(value)
+    return 1 if dims == 0 or decoder.whole or (decoder.multi_hot and dims == 1) else len(value)
