@@ -116,6 +116,8 @@ def test_wheel_holds_the_two_packages_and_nothing_else(wheel: zipfile.ZipFile):
     assert {"rollout/py.typed", "rollout_kernels/py.typed"} <= names
     tables = {str(p.relative_to(ROOT / "kernels")) for p in (ROOT / "kernels").rglob("tuned/*.json")}
     assert {name for name in names if name.endswith(".json")} == tables
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "rollout" / "report" / "templates").iterdir()}
+    assert templates <= names
 
 
 def test_wheel_metadata(wheel: zipfile.ZipFile):

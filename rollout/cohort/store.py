@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,7 @@ class Store:
 
     def _sweep(self) -> None:
         """Remove what no record stands for: our own names only."""
+        shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
         for folder in (self.path, *(self.path / kind for kind in (*KINDS, RECORDS))):
             for path in folder.glob(f".*{PARTIAL}"):
                 path.unlink(missing_ok=True)

@@ -100,7 +100,7 @@ def run_parts(
         numbers: Parts to do.
         advance: Called with the number of samples after each batch.
     """
-    advance = advance or (lambda samples: None)
+    advance = advance or _nothing
     with _ahead(_prepared(work, numbers), AHEAD) as prepared:
         for item in prepared:
             if isinstance(item, _Draft):
@@ -112,6 +112,10 @@ def run_parts(
             else:
                 advance(len(draft.numbers) - sum(draft.batches))  # those that could not be read
                 yield _finish(work, draft)
+
+
+def _nothing(samples: int) -> None:
+    """No bar to advance."""
 
 
 def _prepared(work: Work, numbers: Iterable[int]) -> Iterator[Any]:

@@ -1,0 +1,140 @@
+"""Small charts as inline SVG: text is escaped, colours and type come from the page's style sheet."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 400, 210
+LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 40
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One series of a bar chart: a height per bar, the class of its colour, and its name."""
+
+    heights: Sequence[float]
+    style: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Axes of a chart: what they measure, x from ``start`` to ``stop``, and a dashed line across, if any."""
+
+    x: str
+    y: str
+    start: float
+    stop: float
+    line: float | None = None
+    whole: bool = False
+
+
+def bar_chart(title: str, series: Sequence[Bars], axes: Axes) -> Markup:
+    """Bars side by side from ``axes.start`` to ``axes.stop``, the series stacked on each other.
+
+    Args:
+        title: What it shows, for those who cannot see it.
+        series: From the bottom up; as many heights in each.
+        axes: ``whole``: each bar stands on a whole number, the first on ``start``.
+    """
+    count = len(series[0].heights)
+    totals = [sum(part.heights[i] for part in series) for i in range(count)]
+    frame = _Frame(axes, max([*totals, axes.line or 0.0, 1e-12]))
+    width = (WIDTH - LEFT - RIGHT) / max(count, 1)
+    gap = min(1.0, width / 8)
+    pieces = []
+    for i in range(count):
+        base = 0.0
+        for part in series:
+            height = part.heights[i]
+            if height > 0:
+                top = frame.y(base + height)
+                pieces.append(
+                    f'<rect class="{escape(part.style)}" x="{LEFT + i * width + gap / 2:.2f}" y="{top:.2f}" '
+                    f'width="{width - gap:.2f}" height="{max(frame.y(base) - top, 0.5):.2f}"/>'
+                )
+            base += height
+    return frame.drawn(title, pieces)
+
+
+def stem_chart(
+    title: str, places: Sequence[float], heights: Sequence[float], styles: Sequence[str], axes: Axes
+) -> Markup:
+    """A stem with a dot for each of ``heights`` at its place on the x axis."""
+    frame = _Frame(axes, max([*heights, axes.line or 0.0, 1e-12]))
+    pieces = []
+    for place, height, style in zip(places, heights, styles, strict=True):
+        x, top = frame.x(place), frame.y(height)
+        pieces.append(f'<path class="stem" d="M{x:.2f} {frame.y(0):.2f}V{top:.2f}"/>')
+        pieces.append(f'<circle class="{escape(style)}" cx="{x:.2f}" cy="{top:.2f}" r="3.5"/>')
+    return frame.drawn(title, pieces)
+
+
+class _Frame:
+    """The axes of a chart and the way from values to places in it."""
+
+    def __init__(self, axes: Axes, highest: float) -> None:
+        self.axes = axes
+        self.ticks_y = ticks(0.0, highest, 4)
+        self.top = max(self.ticks_y[-1], highest * 1.04)
+        half = 0.5 if axes.whole else 0.0
+        self.low, self.high = axes.start - half, axes.stop + half
+        if self.high <= self.low:
+            self.low, self.high = self.low - 0.5, self.high + 0.5
+
+    def x(self, value: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (value - self.low) / (self.high - self.low)
+
+    def y(self, value: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * value / self.top
+
+    def drawn(self, title: str, pieces: Sequence[str]) -> Markup:
+        axes, floor = self.axes, HEIGHT - BOTTOM
+        parts = [
+            f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+            f"<title>{escape(title)}</title>",
+        ]
+        for tick in self.ticks_y:
+            y = self.y(tick)
+            parts.append(f'<path class="grid" d="M{LEFT} {y:.2f}H{WIDTH - RIGHT}"/>')
+            parts.append(f'<text class="tick" x="{LEFT - 5}" y="{y + 4:.2f}" text-anchor="end">{label(tick)}</text>')
+        parts += pieces
+        parts.append(f'<path class="axis" d="M{LEFT} {floor}H{WIDTH - RIGHT}"/>')
+        if axes.line is not None:
+            parts.append(f'<path class="even" d="M{LEFT} {self.y(axes.line):.2f}H{WIDTH - RIGHT}"/>')
+        for tick in self._ticks_x():
+            parts.append(
+                f'<text class="tick" x="{self.x(tick):.2f}" y="{floor + 15}" text-anchor="middle">{label(tick)}</text>'
+            )
+        middle = (LEFT + WIDTH - RIGHT) / 2
+        parts.append(
+            f'<text class="name" x="{middle:.0f}" y="{HEIGHT - 7}" text-anchor="middle">{escape(axes.x)}</text>'
+        )
+        turned = f"translate(11 {(TOP + floor) / 2:.0f}) rotate(-90)"
+        parts.append(f'<text class="name" transform="{turned}" text-anchor="middle">{escape(axes.y)}</text></svg>')
+        return Markup("".join(parts))
+
+    def _ticks_x(self) -> list[float]:
+        inside = [t for t in ticks(self.low, self.high, 5) if self.low <= t <= self.high]
+        return [t for t in inside if t == int(t)] if self.axes.whole else inside
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """About ``count`` round numbers from ``low`` to the first at or beyond ``high``."""
+    raw = (high - low) / count
+    if raw <= 0 or not math.isfinite(raw):
+        return [low]
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def label(value: float) -> str:
+    """A tick: 0.25, 12, 3,000, 1.5M."""
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:g}M"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"

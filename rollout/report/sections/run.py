@@ -1,0 +1,121 @@
+"""How it was run: the formula of the method, model, data, plan, versions, sessions, notes."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rollout.attributions import CohortAttributions
+from rollout.report.bounds import MANIFEST, NOTES, SESSIONS
+from rollout.report.text import count, moment, seconds, size
+
+PHASES = ("collate", "forward", "chain", "write")
+
+
+def run(cohort: CohortAttributions) -> dict[str, Any]:
+    """Facts of the manifest in words, and the manifest itself."""
+    manifest = cohort.manifest
+    identity = manifest["identity"]
+    sessions = [one for one in _list(manifest.get("sessions")) if isinstance(one, Mapping)]
+    notes = _list(manifest.get("notes"))
+    whole = json.dumps({k: v for k, v in manifest.items() if k != "parts"}, indent=1, ensure_ascii=False, default=str)
+    return {
+        "status": manifest["status"],
+        "complete": cohort.complete,
+        "formula": formula(_mapping(identity.get("method"))),
+        "facts": [(name, value) for name, value in _facts(identity) if value not in (None, "", {})],
+        "sessions": [_session(one) for one in sessions[-SESSIONS:]],
+        "sessions_in_all": len(sessions),
+        "versions": _versions(sessions),
+        "notes": [note if isinstance(note, str) else json.dumps(note, ensure_ascii=False) for note in notes[:NOTES]],
+        "notes_in_all": len(notes),
+        "manifest": whole[:MANIFEST],
+        "manifest_cut": len(whole) > MANIFEST,
+    }
+
+
+def formula(method: Mapping[str, Any]) -> list[str]:
+    """How a layer's matrix is formed, and the chain, as lines of text."""
+    if not method:
+        return []
+    fused = _fused(method)
+    residual = method.get("residual", 0.5)
+    attention = method.get("attention")
+    weight = 1.0 - residual if attention is None and isinstance(residual, int | float) else attention
+    lines = [f"F(l) = {fused}"]
+    if method.get("discard_ratio"):
+        lines.append(f"the lowest {method['discard_ratio']:.0%} of the entries of F(l) set to 0")
+    lines.append(f"M(l) = {_weight(residual)}I + {_weight(weight)}F(l)")
+    if method.get("renormalize"):
+        lines.append("each row of M(l) divided by its sum")
+    start = method.get("start_layer") or 0
+    lines.append(f"R = M(L) · … · M({start + 1 if isinstance(start, int) else start}); the row that the model reads")
+    return lines
+
+
+def _fused(method: Mapping[str, Any]) -> str:
+    fusion, gradients = method.get("head_fusion", "mean"), method.get("gradients")
+    name = fusion if isinstance(fusion, str) and len(fusion) < 20 else "weighted sum"
+    if gradients == "clamp_then_fuse":
+        return f"{name} over heads of max(A(l) ∘ ∇A(l), 0)"
+    if gradients == "fuse_then_clamp":
+        return f"max({name} over heads of A(l) ∘ ∇A(l), 0)"
+    return f"{name} over heads of the attention A(l)"
+
+
+def _weight(value: Any) -> str:
+    return "" if value == 1 else f"{value} · "
+
+
+def _facts(identity: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    model, data, method = (_mapping(identity.get(key)) for key in ("model", "dataset", "method"))
+    parameters = model.get("parameters")
+    yield "Method", method.get("name")
+    yield "Source", method.get("paper")
+    yield "Model", model.get("class")
+    yield "Parameters", count(parameters) if isinstance(parameters, int) else parameters
+    yield "Model fingerprint", model.get("fingerprint")
+    yield "Data", data.get("name")
+    yield "Task", data.get("task")
+    yield "Data fingerprint", data.get("fingerprint")
+    yield "Row read out", identity.get("readout")
+    yield "Backend", identity.get("backend")
+    yield "Target class", identity.get("target_class")
+    plan = _mapping(identity.get("plan"))
+    yield "Batches", ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in plan.items())
+
+
+def _session(one: Mapping[str, Any]) -> dict[str, Any]:
+    spent, elapsed, samples = _mapping(one.get("seconds")), one.get("elapsed"), one.get("samples")
+    timed = isinstance(elapsed, int | float) and elapsed > 0 and isinstance(samples, int)
+    return {
+        "started": moment(one.get("started")),
+        "samples": count(samples) if isinstance(samples, int) else "–",
+        "elapsed": seconds(elapsed),
+        "rate": f"{samples / elapsed:,.1f}" if timed else "–",  # type: ignore[operator]
+        "phases": [(name, seconds(spent[name])) for name in PHASES if name in spent],
+        "memory": size(one.get("peak_bytes")),
+        "where": ", ".join(
+            f"{one[key]} {key}" if key != "device" else str(one[key])
+            for key in ("device", "threads", "workers")
+            if one.get(key) is not None
+        ),
+    }
+
+
+def _versions(sessions: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Package → the versions it had, over the sessions in order."""
+    seen: dict[str, list[str]] = {}
+    for one in sessions:
+        for name, version in _mapping(one.get("versions")).items():
+            had = seen.setdefault(str(name), [])
+            if str(version) not in had:
+                had.append(str(version))
+    return [(name, ", then ".join(had)) for name, had in seen.items()]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
