@@ -38,7 +38,7 @@ def write_whole(path: Path, content: bytes) -> Path:
     Raises:
         OSError: If it cannot be written; what was there before is then untouched.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial = path.with_name(f".{path.name[:80]}.{os.getpid()}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             file.write(content)

@@ -90,6 +90,10 @@ class _Draft:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
 
+def _nothing(samples: int) -> None:
+    """No bar to advance."""
+
+
 def run_parts(
     work: Work, numbers: Iterable[int], advance: Callable[[int], None] = lambda samples: None
 ) -> Iterator[Part]:
@@ -100,7 +104,6 @@ def run_parts(
         numbers: Parts to do.
         advance: Called with the number of samples after each batch.
     """
-    advance = advance or _nothing
     with _ahead(_prepared(work, numbers), AHEAD) as prepared:
         for item in prepared:
             if isinstance(item, _Draft):
@@ -112,10 +115,6 @@ def run_parts(
             else:
                 advance(len(draft.numbers) - sum(draft.batches))  # those that could not be read
                 yield _finish(work, draft)
-
-
-def _nothing(samples: int) -> None:
-    """No bar to advance."""
 
 
 def _prepared(work: Work, numbers: Iterable[int]) -> Iterator[Any]:

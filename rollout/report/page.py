@@ -1,6 +1,5 @@
 """The page: its sections put into the templates, and written whole or not at all."""
 
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rollout.attributions import CohortAttributions
+from rollout.folder import write_whole
 from rollout.report import scale
 from rollout.report.sections.codes import codes
 from rollout.report.sections.patients import patients
@@ -48,15 +48,10 @@ def write_report(
         cohort = CohortAttributions(path, names)
     target = _target(cohort.path, output, patient)
     text = render(cohort, patient)
-    partial = target.with_name(f".{target.name[:80]}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(partial, target)
+        return write_whole(target, text.encode("utf-8", "replace"))
     except OSError as error:
         raise ValueError(f"output must be a file that can be written, got {target}: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
 
 
 def render(cohort: CohortAttributions, patient: str | None = None) -> str:
