@@ -1,6 +1,6 @@
 # `make demo` and `make test` are each enough alone on a fresh machine with Python 3.12 or 3.13.
 #   make demo EHR_ROOT=<folder>   the same on real MIMIC-IV tables
-.PHONY: setup demo test test-slow lint format bench bench-quick clean
+.PHONY: setup demo test test-slow lint format bench bench-quick bench-compare clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -13,7 +13,9 @@ help:
 	@echo "make demo [EHR_ROOT=<MIMIC-IV folder>] [OUTPUT=<folder>]   tables to attributions"
 	@echo "make test          lint, types and every test (make test-slow: the exhaustive forms too)"
 	@echo "make setup         .venv with everything"
-	@echo "make lint | format | bench | bench-quick | clean"
+	@echo "make bench         every benchmark, the tables and plots (make bench-quick: checks only)"
+	@echo "make bench-compare BASE=<revision>   is the working tree slower than that revision?"
+	@echo "make lint | format | clean"
 
 $(VENV)/.ready: pyproject.toml
 	@python=$$(sh .ci/find-python) && rm -rf $(VENV) && "$$python" -m venv $(VENV)
@@ -46,6 +48,10 @@ bench: setup
 
 bench-quick: setup
 	$(BIN)/python -m bench.run --quick
+
+bench-compare: setup
+	@test -n "$(BASE)" || { echo "make bench-compare BASE=<revision>" >&2; exit 2; }
+	$(BIN)/python -m bench.compare --base "$(BASE)"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

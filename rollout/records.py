@@ -258,7 +258,9 @@ def _rows(feature: str, samples: Sequence[Mapping[str, Any]], index: np.ndarray,
 
 def _ids(samples: Sequence[Mapping[str, Any]], *keys: str) -> pa.Array:
     """The first of the keys that a sample has, as a string; null when it has none."""
-    found = [next((sample[key] for key in keys if sample.get(key) is not None), None) for sample in samples]
+    found = [sample.get(keys[0]) for sample in samples]
+    for key in keys[1:] if None in found else ():
+        found = [sample.get(key) if value is None else value for sample, value in zip(samples, found, strict=True)]
     return pa.array([None if value is None else str(value) for value in found], pa.string())
 
 
