@@ -70,6 +70,70 @@ def demo(
 
 
 @app.command()
+def attribute(
+    run_file: Annotated[Path | None, typer.Argument(help="TOML or JSON; rollout demo leaves one.")] = None,
+    entry: Annotated[str | None, typer.Option(help="package.module:function that returns (model, dataset).")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the results; default: that of the run file.")] = None,
+    method: Annotated[str | None, typer.Option(help="rollout, chefer, …")] = None,
+    readout: Annotated[str | None, typer.Option(help="model or forward.")] = None,
+    backend: Annotated[str | None, typer.Option(help="auto, torch, triton or reference.")] = None,
+    target_class: Annotated[int | None, typer.Option(help="For class-specific methods.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Most tokens in a batch.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda, …")] = None,
+    local_workers: Annotated[int | None, typer.Option(help="Processes on this machine.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers to use.")] = None,
+    no_resume: Annotated[bool, typer.Option("--no-resume", help="Refuse a folder that holds a run.")] = False,
+    retry_failures: Annotated[bool, typer.Option("--retry-failures", help="Do failed samples again.")] = False,
+) -> None:
+    """Attribute a whole cohort; the same command goes on where it was stopped.
+
+    Exit status: 0 when every sample is attributed, 1 when some failed, 2 when refused or stopped by an error, 130 on
+    Ctrl-C.
+    """
+    for module, extra in (("polars", "cohort"), ("pyarrow", "cohort"), ("pyhealth", "pyhealth")):
+        require(module, extra)
+    from rollout.runs.start import attribute_entry, attribute_run_file, scheduler_client
+
+    if (run_file is None) == (entry is None):
+        raise ValueError("attribute needs a run file or --entry, one of them")
+    if scheduler is not None and local_workers is not None:
+        raise ValueError("give --local-workers (processes of this machine) or --scheduler (a cluster), not both")
+    given = {
+        "method": method, "readout": readout, "backend": backend, "target_class": target_class,
+        "batch_tokens": batch_tokens, "device": device, "workers": local_workers,
+    }  # fmt: skip
+    settings = {key: value for key, value in given.items() if value is not None}
+    try:
+        with scheduler_client(scheduler) as client:
+            options = {"client": client, "resume": not no_resume, "retry_failures": retry_failures}
+            if run_file is not None:
+                run = attribute_run_file(run_file, output, settings, **options)
+            else:
+                run = attribute_entry(str(entry), output, settings, **options)
+    except KeyboardInterrupt:
+        typer.echo("rollout: interrupted; the same command goes on where it stopped", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(str(run))
+    if run.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="Folder of a cohort run.")],
+    patient: Annotated[str | None, typer.Option(help="One patient instead of the cohort.")] = None,
+    output: Annotated[Path | None, typer.Option(help="HTML file; default: report.html in the folder.")] = None,
+    names: Annotated[Path | None, typer.Option(help="JSON of further code names: {feature: {code: name}}.")] = None,
+) -> None:
+    """Write one self-contained HTML page of a cohort run."""
+    for module in ("polars", "pyarrow"):
+        require(module, "cohort")
+    from rollout.report import write_report
+
+    typer.echo(str(write_report(path, output, patient=patient, names=names)))
+
+
+@app.command()
 def doctor(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: a GPU if there is one.")] = None,
 ) -> None:
@@ -85,13 +149,37 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def bench(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    batch: Annotated[int, typer.Option(help="B, samples.")] = 32,
+    heads: Annotated[int, typer.Option(help="H.")] = 8,
+    layers: Annotated[int, typer.Option(help="L.")] = 4,
+    size: Annotated[int, typer.Option(help="D, of a head.")] = 64,
+    seq: Annotated[list[int] | None, typer.Option(help="S, repeatable; default 64 128 256 512.")] = None,
+    seconds: Annotated[float, typer.Option(help="Timing of each pair, about.")] = 2.0,
+    pyhealth: Annotated[bool, typer.Option("--pyhealth", help="Patients/s against PyHealth's too.")] = False,
+    record: Annotated[Path | None, typer.Option("--json", help="Write the record to this file.")] = None,
+) -> None:
+    """How fast this machine is, against the naive chain; every result is checked before it is timed."""
+    from rollout.bench import Settings, run
+
+    sizes = Settings(device, batch, heads, layers, size, tuple(seq or (64, 128, 256, 512)), seconds)
+    if not run(sizes, pyhealth=pyhealth, file=record, say=typer.echo):
+        raise typer.Exit(1)
+
+
 def main() -> None:
-    """Run the command line; wrong input ends with one line on stderr and exit status 2."""
+    """Run the command line; wrong input, and what stops a run, ends with one line on stderr and exit status 2."""
     try:
         app()
     except (ValueError, ImportError) as error:
         typer.echo(f"rollout: {error}", err=True)
-        sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "CohortError":
+            raise
+        typer.echo(f"rollout: {error}", err=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

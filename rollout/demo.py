@@ -13,11 +13,16 @@ import polars as pl
 import torch
 from tqdm import tqdm
 
+from rollout.cohort.run import CohortRun
 from rollout.folder import empty_folder
-from rollout.mimic import check_mimic_root, code_names, mortality_samples, quiet_pyhealth
+from rollout.mimic import check_mimic_root, code_names, mimic_source
 from rollout.plots import plot_record, plot_top_codes
 from rollout.ranking import planted_codes, planted_found, rank_codes
-from rollout.records import attribution_table, feature_decoders, prediction_table, write_parquet
+from rollout.runfile import CACHE, RUN, VOCABULARY, WEIGHTS, prepare_samples, save_model
+from rollout.runs.quiet import quiet_pyhealth
+from rollout.runs.settings import check_device
+from rollout.runs.start import attribute_run_file
+from rollout.runs.text import write_json
 from rollout.synthetic import write_synthetic_cohort
 from rollout.training import (
     Recipe,
@@ -27,14 +32,14 @@ from rollout.training import (
     auroc,
     collate,
     labels_of,
-    predict,
     split_patients,
     train_transformer,
 )
 
-MANIFEST = "manifest.json"
-WRITTEN = ("attributions", "predictions", "cohort", "ranking.csv", "top_codes.png", "record.png", MANIFEST)
-PART_BATCHES = 32
+DEMO, ATTRIBUTED = "demo.json", "attributed"
+WRITTEN = (ATTRIBUTED, "cohort", CACHE, RUN, WEIGHTS, VOCABULARY, "ranking.csv", "top_codes.png", "record.png",
+           "report.html", DEMO)  # fmt: skip
+"""All that a demo writes; what marks a folder as a demo's own comes last."""
 FEW_POSITIVES = 20
 WARM_UP = 2
 
@@ -62,7 +67,7 @@ class Demo:
     samples: int
     patients: int
     positive: float
-    tokens: int
+    cohort: CohortRun
     trained: Trained
     test_auroc: float
     test_positives: int
@@ -87,9 +92,10 @@ def run_demo(
 ) -> Demo:
     """Read a cohort, train PyHealth's Transformer on it, attribute every sample, and write what was found.
 
-    ``output`` gets ``attributions/`` and ``predictions/`` (Parquet), ``ranking.csv``, ``top_codes.png``,
-    ``record.png`` and ``manifest.json``; and ``cohort/`` with the tables when they were made here. The truth of a
-    synthetic cohort is opened after the ranking is made, to mark it.
+    ``output`` gets ``run.toml`` with its ``weights.pt`` and ``vocabulary.json``, ``attributed/`` (what
+    ``rollout attribute run.toml`` writes), ``report.html``, ``ranking.csv``, ``top_codes.png``, ``record.png`` and
+    ``demo.json``; and ``cohort/`` with the tables when they were made here. The truth of a synthetic cohort is opened
+    after the ranking is made, to mark it.
 
     Args:
         output: New or empty folder.
@@ -97,7 +103,7 @@ def run_demo(
         patients: Size of the synthetic cohort.
         seed: Of the cohort, the split and the training.
         recipe: Of the model and its training.
-        batch_size: Samples per attributed batch.
+        batch_size: Samples in a batch of the race against PyHealth's interpreter.
         device: Where the model runs.
         workers: Processes PyHealth reads tables with.
         overwrite: Whether to replace the files of an earlier demo in ``output``.
@@ -110,10 +116,11 @@ def run_demo(
     if seed < 0:
         raise ValueError(f"run_demo: seed must not be negative, got {seed}")
     root = None if ehr_root is None else check_mimic_root(ehr_root)
-    where = _check_device(device)
+    where = check_device(device, "run_demo: device")
     if overwrite:
         _remove_earlier(Path(output).expanduser())
     folder = empty_folder(output, "output")
+    write_json({"written_by": "rollout demo", "status": "running"}, folder / DEMO)
     clock = _Clock()
     if root is None:
         print(f"Writing a synthetic cohort of {patients} patients (seed {seed})")
@@ -121,22 +128,25 @@ def run_demo(
         write_synthetic_cohort(root, patients, seed)
         clock.lap("tables")
     print(f"Reading the tables in {root} with PyHealth")
-    cache = folder / ".pyhealth-cache"
-    try:
-        dataset = mortality_samples(root, cache, workers)
-        samples: list[Sample] = list(dataset)
-    finally:
-        shutil.rmtree(cache, ignore_errors=True)
+    source, cache = mimic_source(root, workers=workers), folder / CACHE
+    dataset = prepare_samples(source, cache)
+    samples: list[Sample] = list(dataset)
     names = code_names(root)
     labels = labels_of(samples, next(iter(dataset.output_schema)))
     split = split_patients([sample["patient_id"] for sample in samples], labels, seed)
     clock.lap("PyHealth samples")
     trained = train_transformer(dataset, samples, split, recipe, device=where, seed=seed)
-    probability = predict(trained.model, samples, np.arange(len(samples)))
     clock.lap("training")
-    race, tokens = _attribute(folder, dataset, samples, trained.model, labels, probability, batch_size)
+    settings = {"output": ATTRIBUTED} if where == "cpu" else {"output": ATTRIBUTED, "device": where}
+    run_file = save_model(
+        trained.model, dataset, folder, arguments=recipe.arguments, source=source, run=settings, cache=cache
+    )
+    cohort = attribute_run_file(run_file)
+    clock.lap("attribution, written")
+    race = _race(samples, trained.model, batch_size)
     clock.lap("attribution, both")
-    rows = pl.read_parquet(folder / "attributions" / "*.parquet")
+    rows = pl.read_parquet(cohort.out / "attributions" / "*.parquet")
+    probability = _probabilities(cohort.out, len(samples))
     ranking = rank_codes(rows)
     ranking.write_csv(folder / "ranking.csv")
     truth = root / "truth.json"
@@ -147,13 +157,14 @@ def run_demo(
         rows.filter(pl.col("sample") == shown), names, planted, _caption(samples[shown], shown, probability, labels),
         folder / "record.png",
     )  # fmt: skip
-    clock.lap("ranking and pictures")
+    _write_report(cohort.out, folder / "report.html")
+    clock.lap("ranking, pictures and report")
     demo = Demo(
         output=folder,
         samples=len(samples),
         patients=len({sample["patient_id"] for sample in samples}),
         positive=float(labels.mean()),
-        tokens=tokens,
+        cohort=cohort,
         trained=trained,
         test_auroc=auroc(labels[split.test], probability[split.test]),
         test_positives=int(labels[split.test].sum()),
@@ -163,47 +174,33 @@ def run_demo(
         planted=planted,
         seconds=clock.laps,
     )
-    _write_manifest(demo, dataset, seed)
+    _write_figures(demo, seed)
     return demo
 
 
-def _attribute(
-    folder: Path, dataset: Any, samples: Sequence[Sample], model: Any, labels: np.ndarray, probability: np.ndarray,
-    batch_size: int,
-) -> tuple[Race, int]:  # fmt: skip
-    """Attribute every sample with both interpreters, batch by batch in turn; write ours, and the predictions."""
+def _race(samples: Sequence[Sample], model: Any, batch_size: int) -> Race:
+    """Attribute every sample with both interpreters, batch by batch in turn, the first to go changing."""
     with quiet_pyhealth():
         from pyhealth.interpret.methods import AttentionRollout as StockRollout
 
         from rollout.pyhealth import AttentionRollout
 
-    ours, stock, decoders = AttentionRollout(model), StockRollout(model), feature_decoders(dataset)
-    race, tokens, tables = Race(), 0, []
+    pair, race = (AttentionRollout(model), StockRollout(model)), Race()
     for start in range(0, min(WARM_UP * batch_size, len(samples)), batch_size):
         batch = collate(samples[start : start + batch_size])
-        ours.attribute(**batch), stock.attribute(**batch)
+        for interpreter in pair:
+            interpreter.attribute(**batch)
     starts = range(0, len(samples), batch_size)
-    for number, start in enumerate(tqdm(starts, desc="attribute", unit="batch")):
+    for number, start in enumerate(tqdm(starts, desc="compare", unit="batch")):
         chosen = samples[start : start + batch_size]
-        batch = collate(chosen)
-        relevance, theirs = _race(race, (ours, stock), batch, number)
+        ours, theirs = _raced(race, pair, collate(chosen), number)
         race.samples += len(chosen)
-        race.difference = max(race.difference, *(_distance(relevance[key], theirs[key]) for key in relevance))
-        tables.append(attribution_table(chosen, range(start, start + len(chosen)), relevance, decoders))
-        tokens += tables[-1].num_rows
-        if len(tables) == PART_BATCHES or start == starts[-1]:
-            name = f"part-{number // PART_BATCHES:05d}.parquet"
-            write_parquet(_joined(tables), folder / "attributions" / name)
-            tables = []
-    write_parquet(
-        prediction_table(samples, np.arange(len(samples)), probability[:, None], labels[:, None]),
-        folder / "predictions" / "part-00000.parquet",
-    )
-    return race, tokens
+        race.difference = max(race.difference, *(_distance(ours[key], theirs[key]) for key in ours))
+    return race
 
 
-def _race(race: Race, pair: tuple[Any, Any], batch: dict[str, Any], number: int) -> tuple[Any, Any]:
-    """Run both on one batch, the first to go changing from batch to batch; add their seconds to the race."""
+def _raced(race: Race, pair: tuple[Any, Any], batch: dict[str, Any], number: int) -> tuple[Any, Any]:
+    """Run both on one batch; add their seconds to the race."""
     results: list[Any] = [None, None]
     for which in (0, 1) if number % 2 == 0 else (1, 0):
         _synchronize()
@@ -227,10 +224,18 @@ def _distance(left: torch.Tensor, right: torch.Tensor) -> float:
     return float((left.detach() - right.detach()).abs().max()) if left.numel() else 0.0
 
 
-def _joined(tables: list[Any]) -> Any:
-    import pyarrow as pa
+def _probabilities(attributed: Path, samples: int) -> np.ndarray:
+    """The predicted probability of each sample, float32 [samples]; nan where a sample failed."""
+    table = pl.read_parquet(attributed / "predictions" / "*.parquet", columns=["sample", "y_prob"])
+    result = np.full(samples, np.nan, dtype=np.float32)
+    result[table["sample"].to_numpy()] = table["y_prob"].list.first().to_numpy()
+    return result
 
-    return pa.concat_tables(tables)
+
+def _write_report(attributed: Path, page: Path) -> None:
+    from rollout.report import write_report
+
+    write_report(attributed, page)
 
 
 def _telling_sample(rows: pl.DataFrame, probability: np.ndarray, labels: np.ndarray, split: Split) -> int:
@@ -257,40 +262,47 @@ def _caption(sample: Sample, number: int, probability: np.ndarray, labels: np.nd
     )
 
 
-def _write_manifest(demo: Demo, dataset: Any, seed: int) -> None:
+def _write_figures(demo: Demo, seed: int) -> None:
     found = planted_found(demo.ranking, demo.planted)
-    manifest = {
-        "schema_version": 1,
+    ours, stock = demo.race.rates
+    figures = {
         "written_by": "rollout demo",
+        "status": "complete",
         "seed": seed,
         "samples": demo.samples,
-        "entries": demo.tokens,
-        "granularity": {key: decoder.granularity for key, decoder in feature_decoders(dataset).items()},
+        "tokens": demo.cohort.tokens,
         "test_auroc": demo.test_auroc,
         "epoch": demo.trained.epoch,
         "validation_auroc": demo.trained.validation_auroc,
+        "patients_per_second": {"ours": round(ours, 1), "pyhealth": round(stock, 1)},
         "largest_difference": demo.race.difference,
         "planted_in_top_k": {key: {"found": hit, "k": k} for key, (hit, k) in found.items()},
         "seconds": demo.seconds,
     }
-    (demo.output / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_json(figures, demo.output / DEMO)
 
 
 def report(demo: Demo, top: int = 8) -> str:
     """Return the table a run prints."""
-    return "\n".join([*_numbers(demo), "", *_leaders(demo, top), "", *_score(demo), f"Written to {demo.output}"])
+    written = [
+        f"Written to {demo.output}; look at report.html there",
+        f"rollout attribute {demo.output / RUN} attributes the cohort again",
+    ]
+    return "\n".join([*_numbers(demo), "", *_leaders(demo, top), "", *_score(demo), *written])
 
 
 def _numbers(demo: Demo) -> Iterator[str]:
     ours, stock = demo.race.rates
+    cohort = demo.cohort
     pairs = [
         ("samples (patients)", f"{demo.samples:,} ({demo.patients:,}), {demo.positive:.1%} positive"),
-        ("tokens", f"{demo.tokens:,}"),
+        ("tokens", f"{cohort.tokens:,}"),
         ("test AUROC", f"{demo.test_auroc:.3f} ({demo.test_positives} positive; epoch {demo.trained.epoch} kept)"),
         ("attention rollout, ours", f"{ours:,.0f} patients/s"),
         ("PyHealth's interpreter, same batches", f"{stock:,.0f} patients/s"),
         ("ratio", f"{ours / stock:.1f}×"),
         ("largest difference between the two", f"{demo.race.difference:.1e}"),
+        ("whole cohort, rows written", f"{cohort.done / cohort.elapsed:,.0f} samples/s"),
         ("seconds", ", ".join(f"{name} {spent:.0f}" for name, spent in demo.seconds.items())),
     ]
     width = max(len(name) for name, _ in pairs)
@@ -340,19 +352,9 @@ def _check_numbers(**numbers: int) -> None:
             raise ValueError(f"run_demo: {name} must be at least 1, got {value}")
 
 
-def _check_device(device: str) -> str:
-    try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"run_demo: device must be a torch device such as cpu or cuda, got {device!r}") from error
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"run_demo: device {device!r} asked for, but torch sees no CUDA device; use cpu")
-    return str(wanted)
-
-
 def _remove_earlier(folder: Path) -> None:
-    """Remove what an earlier demo wrote there; a folder without its manifest is left alone."""
-    if not (folder / MANIFEST).is_file():
+    """Remove what an earlier demo wrote there, finished or not; a folder without its mark is left alone."""
+    if not (folder / DEMO).is_file():
         return
     for name in WRITTEN:
         path = folder / name

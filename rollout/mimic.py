@@ -1,30 +1,44 @@
-"""MIMIC-IV tables: checked, read by PyHealth as mortality samples, and the names of their codes."""
+"""MIMIC-IV tables: checked, read by PyHealth as the samples of a task, and the names of their codes."""
 
 import gzip
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-REQUIRED = {
+from rollout.runs.quiet import quiet_pyhealth
+from rollout.runs.samples import SampleSource, prepare_samples
+
+__all__ = ["check_mimic_root", "code_names", "mimic_source", "mortality_samples", "names_for", "quiet_pyhealth"]
+
+COLUMNS = {
     "hosp/patients": ("subject_id", "anchor_age"),
     "hosp/admissions": ("subject_id", "hadm_id", "admittime", "dischtime", "hospital_expire_flag"),
+    "icu/icustays": ("subject_id", "hadm_id", "stay_id", "intime", "outtime"),
     "hosp/diagnoses_icd": ("subject_id", "hadm_id", "icd_code", "icd_version"),
     "hosp/procedures_icd": ("subject_id", "hadm_id", "icd_code", "icd_version"),
     "hosp/prescriptions": ("subject_id", "hadm_id", "starttime", "drug", "ndc"),
-    "icu/icustays": ("subject_id", "hadm_id", "stay_id", "intime", "outtime"),
+    "hosp/labevents": ("subject_id", "hadm_id", "itemid", "charttime", "storetime", "valuenum"),
 }
-"""The tables `MortalityPredictionMIMIC4` needs, and the columns of each."""
+"""Tables, and the columns that PyHealth's tasks read of each."""
+ALWAYS = ("hosp/patients", "hosp/admissions", "icu/icustays")
+"""What PyHealth reads whatever the task."""
+CODE_TABLES = ("diagnoses_icd", "procedures_icd", "prescriptions")
+"""The tables of `MortalityPredictionMIMIC4` and `LengthOfStayPredictionMIMIC4`."""
+
+REQUIRED = {name: COLUMNS[name] for name in (*ALWAYS, *(f"hosp/{table}" for table in CODE_TABLES))}
+"""Tables and columns of these tasks."""
 
 NO_NDC = "no NDC in the table"
 
 
-def check_mimic_root(root: str | Path) -> Path:
-    """Return ``root`` if it holds the MIMIC-IV tables of the mortality task, as ``.csv`` or ``.csv.gz``.
+def check_mimic_root(root: str | Path, tables: Sequence[str] = CODE_TABLES) -> Path:
+    """Return ``root`` if it holds the MIMIC-IV tables of a task, as ``.csv`` or ``.csv.gz``.
+
+    Args:
+        root: Folder with ``hosp/`` and ``icu/``.
+        tables: Beside patients, admissions and ICU stays, as PyHealth names them.
 
     Raises:
         ValueError: naming the missing folder, tables or columns.
@@ -34,19 +48,38 @@ def check_mimic_root(root: str | Path) -> Path:
         raise ValueError(
             f"ehr_root must be a MIMIC-IV folder (with hosp/ and icu/ in it), got {folder}: no such folder"
         )
-    absent = [name for name in REQUIRED if _table(folder, name) is None]
+    needed = [*ALWAYS, *(f"hosp/{table}" for table in tables)]
+    absent = [name for name in needed if _table(folder, name) is None]
     if absent:
         raise ValueError(
             f"ehr_root must be a MIMIC-IV folder (with hosp/ and icu/ in it), got {folder}: missing "
             + ", ".join(f"{name}.csv[.gz]" for name in absent)
         )
-    for name, columns in REQUIRED.items():
-        lacking = sorted(set(columns) - set(_header(_found(folder, name))))
+    for name in needed:
+        lacking = sorted(set(COLUMNS.get(name, ())) - set(_header(_found(folder, name))))
         if lacking:
             raise ValueError(
                 f"ehr_root: {name} in {folder} has no column {', '.join(lacking)}; is it a MIMIC-IV table?"
             )
     return folder
+
+
+def mimic_source(
+    root: str | Path, task: str = "MortalityPredictionMIMIC4", tables: Sequence[str] = CODE_TABLES, workers: int = 1
+) -> SampleSource:
+    """Return where the samples of a task on MIMIC-IV tables come from: PyHealth's ``MIMIC4Dataset`` over ``root``.
+
+    Args:
+        root: MIMIC-IV folder.
+        task: Name of a task in ``pyhealth.tasks``.
+        tables: It needs, beside patients, admissions and ICU stays.
+        workers: Processes PyHealth reads with.
+
+    Raises:
+        ValueError: If ``root`` lacks a table or column.
+    """
+    folder = check_mimic_root(root, tables)
+    return SampleSource("MIMIC4Dataset", folder, task, {"ehr_tables": list(tables)}, workers=workers)
 
 
 def mortality_samples(root: str | Path, cache: str | Path, workers: int = 1) -> Any:
@@ -57,8 +90,7 @@ def mortality_samples(root: str | Path, cache: str | Path, workers: int = 1) -> 
 
     Args:
         root: MIMIC-IV folder.
-        cache: Folder for PyHealth's event table and samples. Give a new one for each run: PyHealth keys the samples of
-            a ``MIMIC4Dataset`` by the path of the tables, not by their content.
+        cache: Folder for PyHealth's event table and samples, as in ``rollout.runfile.prepare_samples``.
         workers: Processes PyHealth reads with.
 
     Returns:
@@ -67,36 +99,28 @@ def mortality_samples(root: str | Path, cache: str | Path, workers: int = 1) -> 
     Raises:
         ValueError: If ``root`` is no MIMIC-IV folder, or gives no sample or one class only.
     """
-    root = check_mimic_root(root)
-    with quiet_pyhealth():
-        from pyhealth.datasets import MIMIC4Dataset
-        from pyhealth.tasks import MortalityPredictionMIMIC4
+    return prepare_samples(mimic_source(root, workers=workers), cache)
 
-        tables = ["diagnoses_icd", "procedures_icd", "prescriptions"]
-        dataset = MIMIC4Dataset(ehr_root=str(root), ehr_tables=tables, cache_dir=str(cache), num_workers=workers)
-        try:
-            samples = dataset.set_task(MortalityPredictionMIMIC4())
-        except ValueError as error:
-            if "zero samples" in str(error) or "binary" in str(error).lower():
-                raise ValueError(
-                    f"ehr_root: the tables in {root} give no mortality task: it needs patients with two admissions or "
-                    f"more, codes of all three kinds, and deaths in some of them ({error})"
-                ) from error
-            raise
-    return samples
+
+def names_for(root: str | Path, features: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return feature → code → name for those features of a MIMIC-IV task whose codes are known; others are left out."""
+    names = code_names(root)
+    names["icd_codes"] = {**names["procedures"], **names["conditions"]}
+    return {feature: names[feature] for feature in features if names.get(feature)}
 
 
 def code_names(root: str | Path) -> dict[str, dict[str, str]]:
     """Return feature → code → name: ICD titles from ``d_icd_*``, the commonest drug name of each NDC.
 
     A code string that both ICD versions use has the title of the version that the cohort uses it in more often.
-    Codes without a title are left out, and so are all of a kind whose ``d_icd_*`` table is absent.
+    Codes without a title are left out, and so are all of a kind whose tables are absent.
     """
     root = Path(root)
+    drugs = _table(root, "hosp/prescriptions") is not None
     names = {
         "conditions": _icd_names(root, "hosp/diagnoses_icd", "hosp/d_icd_diagnoses"),
         "procedures": _icd_names(root, "hosp/procedures_icd", "hosp/d_icd_procedures"),
-        "drugs": _commonest(_scan(root, "hosp/prescriptions"), "ndc", "drug"),
+        "drugs": _commonest(_scan(root, "hosp/prescriptions"), "ndc", "drug") if drugs else {},
     }
     if "0" in names["drugs"]:
         names["drugs"]["0"] = NO_NDC
@@ -104,7 +128,7 @@ def code_names(root: str | Path) -> dict[str, dict[str, str]]:
 
 
 def _icd_names(root: Path, events: str, titles: str) -> dict[str, str]:
-    if _table(root, titles) is None:
+    if _table(root, titles) is None or _table(root, events) is None:
         return {}
     key = ["icd_code", "icd_version"]
     named = (
@@ -147,17 +171,3 @@ def _header(path: Path) -> list[str]:
             return file.readline().strip().lower().replace('"', "").split(",")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"ehr_root: {path} cannot be read as a CSV table: {error}") from error
-
-
-@contextmanager
-def quiet_pyhealth() -> Iterator[None]:
-    """Leave PyHealth's warnings and progress bars, without its log of every step and of its memory."""
-    logger = logging.getLogger("pyhealth")
-    level = logger.level
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="A newer version of litdata")
-        logger.setLevel(logging.WARNING)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)

@@ -13,6 +13,13 @@ from torch import Tensor
 
 from rollout.folder import write_whole
 
+FAILURE_SCHEMA = pa.schema([("sample", pa.int64()), ("error", pa.string())])
+TARGET = pa.field("target_class", pa.int32())
+"""Column of the predictions of a class-specific method: the class its scores are for."""
+
+SCHEMA_VERSION = 1
+"""Of these columns and of the manifest beside them."""
+
 ROW_GROUP = 65536
 VISIT_KEYS = ("visit_id", "admission_id", "record_id")
 """Where PyHealth's tasks put the visit a sample is of, the first that is there."""

@@ -7,13 +7,12 @@ from typing import Any
 
 import polars as pl
 
-from rollout.records import ATTRIBUTION_SCHEMA, PREDICTION_SCHEMA
+from rollout.records import ATTRIBUTION_SCHEMA, FAILURE_SCHEMA, PREDICTION_SCHEMA, SCHEMA_VERSION
 
-SCHEMA_VERSION = 1
 STATUSES = ("running", "complete", "complete with failures")
 ATTRIBUTIONS = pl.DataFrame(pl.from_arrow(ATTRIBUTION_SCHEMA.empty_table()))
 PREDICTIONS = pl.DataFrame(pl.from_arrow(PREDICTION_SCHEMA.empty_table()))
-FAILURES = pl.DataFrame(schema={"sample": pl.Int64, "error": pl.String})
+FAILURES = pl.DataFrame(pl.from_arrow(FAILURE_SCHEMA.empty_table()))
 COUNTED = {"attributions": "rows", "predictions": "attributed"}
 KINDS = {"attributions": ATTRIBUTIONS, "predictions": PREDICTIONS, "failures": FAILURES}
 

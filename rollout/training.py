@@ -1,4 +1,4 @@
-"""A PyHealth Transformer, trained briefly on the samples of a binary task and chosen on validation patients."""
+"""A PyHealth Transformer, trained briefly on the samples of a task and chosen on validation patients."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from rollout.mimic import quiet_pyhealth
+from rollout.runs.quiet import quiet_pyhealth
 
 Sample = dict[str, Any]
 
@@ -40,6 +40,16 @@ class Recipe:
     keep: float = 0.5
     embedding_std: float = 0.02
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the Transformer is built with, beside the dataset."""
+        return {
+            "embedding_dim": self.embedding_dim,
+            "heads": self.heads,
+            "dropout": self.dropout,
+            "num_layers": self.layers,
+        }
+
 
 @dataclass(frozen=True)
 class Split:
@@ -52,7 +62,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Trained:
-    """The chosen model, the epoch it is from (1-based), and the validation AUROC of every epoch."""
+    """The chosen model, the epoch it is from (1-based), and the validation AUROC of every epoch (binary tasks)."""
 
     model: Any
     epoch: int
@@ -78,33 +88,36 @@ def split_patients(patients: Sequence[str], labels: Sequence[float] | np.ndarray
 
 
 def train_transformer(
-    dataset: Any, samples: Sequence[Sample], split: Split, recipe: Recipe, *, device: str = "cpu", seed: int = 0
+    dataset: Any,
+    samples: Sequence[Sample],
+    split: Split,
+    recipe: Recipe,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: bool = True,
 ) -> Trained:
     """Train PyHealth's ``Transformer`` on ``split.train``; keep the epoch with the best AUROC on ``split.validation``.
 
-    Where validation has one class only, the epoch with the lowest validation loss is kept. Same arguments, same model.
+    Where there is no AUROC (several classes, or one only in validation), the epoch with the lowest validation loss is
+    kept. Same arguments, same model.
 
     Args:
-        dataset: PyHealth ``SampleDataset`` with one binary label.
+        dataset: PyHealth ``SampleDataset`` with one label, binary or multiclass.
         samples: Its samples, in order.
         split: Of the samples, by patient.
         recipe: Sizes and rates.
         device: Where to train.
         seed: Of the initial weights, the order and the dropout; the global generator is left as it was.
+        progress: Whether to show a bar.
     """
     with quiet_pyhealth():
         from pyhealth.models import Transformer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Transformer(
-            dataset=dataset,
-            embedding_dim=recipe.embedding_dim,
-            heads=recipe.heads,
-            dropout=recipe.dropout,
-            num_layers=recipe.layers,
-        )
+        model = Transformer(dataset=dataset, **recipe.arguments)
         _start_small(model, recipe.embedding_std)
-        return _fit(model.to(device), samples, split, recipe, np.random.default_rng(seed))
+        return _fit(model.to(device), samples, split, recipe, np.random.default_rng(seed), progress)
 
 
 def _start_small(model: Any, std: float) -> None:
@@ -118,14 +131,16 @@ def _start_small(model: Any, std: float) -> None:
             layer.dropout.p = 0.0
 
 
-def _fit(model: Any, samples: Sequence[Sample], split: Split, recipe: Recipe, rng: np.random.Generator) -> Trained:
+def _fit(
+    model: Any, samples: Sequence[Sample], split: Split, recipe: Recipe, rng: np.random.Generator, progress: bool
+) -> Trained:
     lengths = _lengths(samples, model.feature_keys)
     steps = recipe.epochs * -(-len(split.train) // recipe.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps)
     scores: list[float] = []
     best, best_state, best_epoch = -np.inf, copy.deepcopy(model.state_dict()), 0
-    with tqdm(total=steps, desc="train", unit="step") as bar:
+    with tqdm(total=steps, desc="train", unit="step", disable=not progress) as bar:
         for epoch in range(recipe.epochs):
             model.train()
             for batch in _shuffled_batches(split.train, lengths, recipe.batch_size, rng):
@@ -138,7 +153,7 @@ def _fit(model: Any, samples: Sequence[Sample], split: Split, recipe: Recipe, rn
                 bar.update()
             probability = predict(model, samples, split.validation, progress=False)
             truth = labels_of(samples, model.label_keys[0])[split.validation]
-            scores.append(auroc(truth, probability))
+            scores.append(auroc(truth, probability) if probability.ndim == 1 else float("nan"))
             bar.set_postfix(val_auroc=f"{scores[-1]:.3f}")
             value = scores[-1] if np.isfinite(scores[-1]) else -log_loss(truth, probability)
             if value > best:
@@ -151,17 +166,19 @@ def _fit(model: Any, samples: Sequence[Sample], split: Split, recipe: Recipe, rn
 def predict(
     model: Any, samples: Sequence[Sample], index: np.ndarray, batch_size: int = 32, progress: bool = True
 ) -> np.ndarray:
-    """Return ``y_prob`` of the samples at ``index``, float32 [len(index)], in that order."""
+    """Return ``y_prob`` of the samples at ``index``, float32 [n], or [n, K] of K classes, in that order."""
     model.eval()
     order = index[np.argsort(_lengths(samples, model.feature_keys)[index], kind="stable")]
     chosen = {int(i): k for k, i in enumerate(index)}
-    result = np.empty(len(index), dtype=np.float32)
+    result = np.empty((len(index), 1), dtype=np.float32)
     for start in tqdm(range(0, len(order), batch_size), desc="predict", unit="batch", disable=not progress):
         batch = order[start : start + batch_size]
         with torch.inference_mode():
             probability = model(**collate([samples[i] for i in batch]))["y_prob"]
-        result[[chosen[int(i)] for i in batch]] = probability.flatten().float().cpu().numpy()
-    return result
+        if result.shape[1] != probability.shape[1]:
+            result = np.empty((len(index), probability.shape[1]), dtype=np.float32)
+        result[[chosen[int(i)] for i in batch]] = probability.float().cpu().numpy()
+    return result[:, 0] if result.shape[1] == 1 else result
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -174,7 +191,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def labels_of(samples: Sequence[Sample], key: str) -> np.ndarray:
-    """Return the binary labels of the samples, float64 [N]."""
+    """Return the labels of the samples, 0 or 1 or the number of a class, float64 [N]."""
     return np.array([float(sample[key]) for sample in samples])
 
 
@@ -190,14 +207,22 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def log_loss(labels: np.ndarray, probability: np.ndarray) -> float:
-    """Mean negative log-likelihood of binary labels."""
+    """Mean negative log-likelihood of labels [N] under probabilities [N] of a positive, or [N, K] of each class."""
     p = np.clip(probability.astype(np.float64), 1e-7, 1 - 1e-7)
+    if p.ndim == 2:
+        return float(-np.log(p[np.arange(len(p)), labels.astype(np.int64)]).mean())
     return float(-(labels * np.log(p) + (1 - labels) * np.log(1 - p)).mean())
 
 
 def _lengths(samples: Sequence[Sample], features: Sequence[str]) -> np.ndarray:
     """Longest stream of each sample: what its batch is padded to matters most there."""
-    return np.array([max(len(sample[f]) for f in features) for sample in samples])
+    return np.array([max(_size(sample[f]) for f in features) for sample in samples])
+
+
+def _size(value: Any) -> int:
+    """Entries of a feature: codes, visits or steps; of a (time, value) pair, those of its value."""
+    value = value[-1] if isinstance(value, tuple | list) else value
+    return len(value) if value.dim() else 1
 
 
 def _shuffled_batches(
@@ -211,10 +236,12 @@ def _shuffled_batches(
 
 
 def _subset(sample: Sample, features: Sequence[str], keep: float, rng: np.random.Generator) -> Sample:
-    """The sample with a random part of each flat record, in random order; short records stay whole."""
+    """The sample with a random part of each flat record of codes, in random order; short records stay whole."""
     drawn = dict(sample)
     for feature in features:
         value = sample[feature]
+        if not isinstance(value, torch.Tensor) or value.dim() != 1 or value.is_floating_point():
+            continue
         size = len(value)
         chosen = rng.permutation(size)[: max(3, round(size * keep))]
         drawn[feature] = value[torch.from_numpy(chosen)]

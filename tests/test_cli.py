@@ -29,7 +29,7 @@ def refused(
     def worked(*_: object, **__: object) -> None:
         raise AssertionError("work began")
 
-    monkeypatch.setattr(rollout.demo, "mortality_samples", worked)
+    monkeypatch.setattr(rollout.demo, "prepare_samples", worked)
     monkeypatch.setattr(rollout.demo, "write_synthetic_cohort", worked)
     return lambda *arguments: run(["demo", *map(str, arguments)], capsys, monkeypatch)
 
@@ -102,12 +102,23 @@ def test_demo_refuses_numbers_out_of_range(refused, tmp_path: Path, option: str,
 def test_overwrite_removes_an_earlier_demo_and_nothing_else(tmp_path: Path) -> None:
     from rollout.demo import _remove_earlier
 
-    (tmp_path / "attributions").mkdir()
-    (tmp_path / "attributions" / "part-00000.parquet").touch()
-    for name in ("manifest.json", "record.png", "notes.txt"):
+    for name in ("attributed/attributions/part-00000.parquet", ".pyhealth-cache/prepared.json", "cohort/hosp/x.csv.gz"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    for name in ("demo.json", "run.toml", "weights.pt", "record.png", "report.html", "notes.txt"):
         (tmp_path / name).touch()
     _remove_earlier(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_overwrite_leaves_a_folder_that_is_no_demo(tmp_path: Path) -> None:
+    from rollout.demo import _remove_earlier
+
+    (tmp_path / "cohort").mkdir()
+    (tmp_path / "weights.pt").write_text("mine")
+    _remove_earlier(tmp_path)
+    assert (tmp_path / "cohort").is_dir()
+    assert (tmp_path / "weights.pt").read_text() == "mine"
 
 
 def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

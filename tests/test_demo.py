@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,37 @@ def run(tmp_path_factory: pytest.TempPathFactory, home: Path) -> dict[str, Any]:
         arguments = ["demo", "--output", output, "--patients", PATIENTS, "--epochs", 2, "--batch-size", 24]
         result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    rows = pl.read_parquet(output / "attributions" / "*.parquet")
+    rows = pl.read_parquet(output / "attributed" / "attributions" / "*.parquet")
     return {"output": output, "printed": result.output, "rows": rows, **kept}
 
 
-def test_the_folder_holds_the_results_and_no_cache(run: dict[str, Any], home: Path) -> None:
+def test_the_folder_holds_the_results_and_the_home_no_cache(run: dict[str, Any], home: Path) -> None:
     names = {path.name for path in run["output"].iterdir()}
-    assert names == {"attributions", "predictions", "cohort", "ranking.csv", "top_codes.png", "record.png",
-                     "manifest.json"}  # fmt: skip
+    assert names == {"attributed", "cohort", ".pyhealth-cache", "run.toml", "weights.pt", "vocabulary.json",
+                     "ranking.csv", "top_codes.png", "record.png", "report.html", "demo.json"}  # fmt: skip
+    assert names == set(rollout.demo.WRITTEN)
     assert not [path for path in home.rglob("*") if path.is_file() and path.suffix in (".bin", ".parquet")]
+
+
+def attribute(*arguments: object) -> str:
+    """What `rollout attribute` prints; it must end well."""
+    result = CliRunner().invoke(app, ["attribute", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_its_run_file_is_complete_and_elsewhere_gives_equal_rows(run: dict[str, Any], tmp_path: Path) -> None:
+    count, rows = len(run["samples"]), run["rows"]
+    printed = attribute(run["output"] / "run.toml")
+    assert printed.startswith(f"{count} samples, all done before: {count} attributed, {len(rows):,} rows")
+    moved = shutil.copytree(run["output"], tmp_path / "moved")
+    printed = attribute(moved / "run.toml", "--output", tmp_path / "again")
+    assert printed.startswith(f"{count} of {count} samples attributed: {len(rows):,} rows")
+    assert pl.read_parquet(tmp_path / "again" / "attributions" / "*.parquet").equals(rows)
+    before, after = (
+        pl.read_parquet(p / "predictions" / "*.parquet") for p in (moved / "attributed", tmp_path / "again")
+    )
+    assert before.equals(after)
 
 
 def test_every_code_of_every_sample_has_a_row(run: dict[str, Any]) -> None:
@@ -85,7 +108,7 @@ def test_codes_are_those_of_the_tables(run: dict[str, Any]) -> None:
 
 
 def test_predictions_are_the_models(run: dict[str, Any]) -> None:
-    table = pl.read_parquet(run["output"] / "predictions" / "*.parquet")
+    table = pl.read_parquet(run["output"] / "attributed" / "predictions" / "*.parquet").sort("sample")
     samples = run["samples"]
     again = predict(run["model"], samples, np.arange(len(samples)), batch_size=7, progress=False)
     np.testing.assert_allclose(np.array(table["y_prob"].to_list())[:, 0], again, atol=1e-5)
@@ -105,16 +128,20 @@ def test_the_label_is_death_in_the_next_admission(run: dict[str, Any]) -> None:
 
 def test_the_printed_table_agrees_with_the_files(run: dict[str, Any]) -> None:
     printed, rows = run["printed"], run["rows"]
-    manifest = json.loads((run["output"] / "manifest.json").read_text())
+    figures = json.loads((run["output"] / "demo.json").read_text())
+    manifest = json.loads((run["output"] / "attributed" / "manifest.json").read_text())
     patients = len({sample["patient_id"] for sample in run["samples"]})
     assert f"{len(run['samples']):,} ({patients:,})" in printed
     assert re.search(rf"tokens +{len(rows):,}\n", printed)
-    assert manifest["entries"] == len(rows)
-    assert re.search(rf"test AUROC +{manifest['test_auroc']:.3f} ", printed)
+    assert manifest["counts"]["rows"] == figures["tokens"] == len(rows)
+    assert (manifest["status"], figures["status"]) == ("complete", "complete")
+    assert re.search(rf"test AUROC +{figures['test_auroc']:.3f} ", printed)
+    assert re.search(r"whole cohort, rows written +[\d,]+ samples/s\n", printed)
     rates = [float(r.replace(",", "")) for r in re.findall(r"([\d,]+) patients/s", printed)]
     assert len(rates) == 2
     assert min(rates) > 0
     difference = float(re.search(r"largest difference between the two +(\S+)", printed).group(1))
+    assert difference == pytest.approx(figures["largest_difference"], rel=0.05)
     assert difference <= 1e-5
 
 
@@ -130,6 +157,29 @@ def test_planted_codes_are_marked_and_counted(run: dict[str, Any]) -> None:
             line = next(line for line in run["printed"].splitlines() if re.search(rf"\b{code}\b", line))
             assert ("★" in line) == (code in codes)
     assert f"k = planted codes there): {total} of 11" in run["printed"]
+
+
+def test_the_report_is_one_page_with_the_names_of_the_codes(run: dict[str, Any]) -> None:
+    page = (run["output"] / "report.html").read_text(encoding="utf-8")
+    names = json.loads((run["output"] / "attributed" / "code_names.json").read_text(encoding="utf-8"))
+    top = pl.read_csv(run["output"] / "ranking.csv", schema_overrides={"code": pl.String})
+    assert page.lstrip().lower().startswith("<!doctype html")
+    assert set(names) == {"conditions", "procedures", "drugs"}
+    assert set(top.filter(pl.col("feature") == "conditions")["code"]) <= set(names["conditions"])
+    assert sum(name in page for name in names["conditions"].values()) >= 3
+
+
+def test_an_unfinished_demo_can_be_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rollout.demo, "prepare_samples", stopped)
+    for overwrite in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            rollout.demo.run_demo(tmp_path / "out", patients=20, overwrite=overwrite)
+        assert json.loads((tmp_path / "out" / "demo.json").read_text())["status"] == "running"
+    with pytest.raises(ValueError, match="must be a new or empty folder"):
+        rollout.demo.run_demo(tmp_path / "out", patients=20)
 
 
 def test_pictures_are_large_enough_to_read_and_not_blank(run: dict[str, Any]) -> None:
@@ -163,5 +213,5 @@ def test_a_cohort_without_a_second_admission_is_refused(tmp_path: Path) -> None:
     table = pl.read_csv(path, infer_schema=False).sort("subject_id", "admittime").unique("subject_id", keep="first")
     path.unlink()
     table.write_csv(path.with_suffix(""))
-    with pytest.raises(ValueError, match="give no mortality task"):
+    with pytest.raises(ValueError, match="PyHealth made no MortalityPredictionMIMIC4 samples of the tables in"):
         mortality_samples(tmp_path / "tables", tmp_path / "cache")

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -138,6 +139,64 @@ def test_benchmark_on_a_tiny_cohort() -> None:
     assert float(re.search(r"PyHealth's rollout and ours: (\S+)", out).group(1)) <= 1e-5
     assert "FAILED" not in out
     assert len(re.findall(r"^- (?:The models|\d+ patients do not|Chefer|Rollout)", out, re.MULTILINE)) == 4
+
+
+def labs_of(root: Path) -> None:
+    """Three lab values in the first day of every admission, as MIMIC-IV has them."""
+    admissions = pl.read_csv(root / "hosp" / "admissions.csv.gz", infer_schema=False)
+    hour = pl.col("admittime").str.to_datetime() + pl.duration(hours=pl.col("hour"))
+    values = pl.DataFrame({"itemid": ["50983", "50971", "50931"], "hour": [1, 5, 20], "valuenum": [140.0, 4.0, 99.5]})
+    rows = admissions.select("subject_id", "hadm_id", "admittime").join(values, how="cross")
+    times = {"charttime": hour, "storetime": hour + pl.duration(minutes=30)}
+    rows = rows.with_columns(value=pl.col("valuenum"), valueuom=pl.lit("u"), flag=pl.lit(None), **times)
+    rows.drop("hour", "admittime").write_csv(root / "hosp" / "labevents.csv", datetime_format="%Y-%m-%d %H:%M:%S")
+    items = [(item, "a", "Blood", "Chemistry") for item in ("50983", "50971", "50931")]
+    pl.DataFrame(items, schema=["itemid", "label", "fluid", "category"], orient="row").write_csv(
+        root / "hosp" / "d_labitems.csv"
+    )
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        ["length_of_stay", "in_hospital_mortality"],
+        pytest.param(["mortality", "length_of_stay", "in_hospital_mortality"], marks=pytest.mark.slow),
+    ],
+)
+def test_run_files(tasks: list[str], tmp_path: Path) -> None:
+    """Each task is attributed by its run file: as many rows as the samples have codes or hours."""
+    from rollout.runs.start import attribute_run_file
+
+    write_synthetic_cohort(tmp_path / "cohort", 40, 0)
+    labs_of(tmp_path / "cohort")
+    out, _ = run("mimic4_run_files.py", "--ehr_root", str(tmp_path / "cohort"), "--output", str(tmp_path / "out"),
+                 "--epochs", "1", "--task", *tasks)  # fmt: skip
+    commands = re.findall(r"(\d+) samples of \d+ patients, features (.*)\n  rollout attribute (.*)", out)
+    assert [Path(path).parent.name for *_, path in commands] == tasks
+    for count, features, path in commands:
+        done = attribute_run_file(path, progress=False)
+        assert (done.attributed, done.failed) == (int(count), 0)
+        rows = pl.read_parquet(done.out / "attributions" / "*.parquet")
+        assert rows["feature"].unique().sort().to_list() == sorted(features.split(", "))
+        total = rows.group_by("sample", "feature").agg(pl.col("attribution").sum())["attribution"]
+        assert (total - 1).abs().max() < 1e-5
+        probability = pl.read_parquet(done.out / "predictions" / "*.parquet")["y_prob"]
+        classes = 1 if "mortality" in path else probability.list.len()[0]
+        assert set(probability.list.len()) == {classes}
+        if "in_hospital" in path:
+            assert rows.group_by("sample").len()["len"].to_list() == [20] * int(count)
+        elif "length_of_stay" in path:
+            assert classes > 2
+            assert (probability.list.sum() - 1).abs().max() < 1e-5
+
+
+def test_run_files_refuse_a_folder_without_labs(tmp_path: Path) -> None:
+    write_synthetic_cohort(tmp_path / "cohort", 10)
+    _, err = run(
+        "mimic4_run_files.py", "--ehr_root", str(tmp_path / "cohort"), "--output", str(tmp_path / "out"), status=2
+    )
+    assert "missing hosp/labevents.csv[.gz]" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_benchmark_refuses_a_folder_without_tables(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from rollout.mimic import NO_NDC, check_mimic_root, code_names
+from rollout.mimic import NO_NDC, check_mimic_root, code_names, mimic_source, names_for
 from rollout.synthetic import write_synthetic_cohort
 
 
@@ -42,6 +42,16 @@ def test_a_missing_column_is_named(root: Path) -> None:
     path.write_bytes(gzip.compress(frame.write_csv().encode()))
     with pytest.raises(ValueError, match=r"hosp/prescriptions in .* has no column ndc"):
         check_mimic_root(root)
+
+
+def test_the_tables_of_another_task_are_asked_for(root: Path) -> None:
+    (root / "hosp" / "prescriptions.csv.gz").unlink()
+    assert check_mimic_root(root, ("diagnoses_icd",)) == root
+    with pytest.raises(ValueError, match=r"missing hosp/labevents\.csv\[\.gz\]$"):
+        mimic_source(root, "InHospitalMortalityMIMIC4", ("labevents",))
+    source = mimic_source(root, "SomeTask", ("diagnoses_icd",), workers=3)
+    assert (source.dataset, source.root, source.task, source.workers) == ("MIMIC4Dataset", root, "SomeTask", 3)
+    assert source.dataset_arguments == {"ehr_tables": ["diagnoses_icd"]}
 
 
 def test_a_file_that_is_no_gzip_is_named(root: Path) -> None:
@@ -85,3 +95,12 @@ def test_a_synthetic_cohort_without_its_truth_is_still_a_cohort(root: Path) -> N
     shutil.rmtree(root / "icu")
     with pytest.raises(ValueError, match=r"missing icu/icustays\.csv\[\.gz\]$"):
         check_mimic_root(root)
+
+
+def test_names_are_those_of_the_features_and_of_the_tables_there_are(root: Path) -> None:
+    names = code_names(root)
+    assert names_for(root, ("drugs", "labs")) == {"drugs": names["drugs"]}
+    assert names_for(root, ("icd_codes",)) == {"icd_codes": {**names["procedures"], **names["conditions"]}}
+    (root / "hosp" / "prescriptions.csv.gz").unlink()
+    (root / "hosp" / "procedures_icd.csv.gz").unlink()
+    assert names_for(root, ("conditions", "procedures", "drugs")) == {"conditions": names["conditions"]}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.training import _shuffled_batches, _subset, auroc, log_loss, split_patients
+from rollout.training import _lengths, _shuffled_batches, _subset, auroc, log_loss, predict, split_patients
 
 
 def test_no_patient_is_in_two_parts_and_each_part_has_both_classes() -> None:
@@ -54,6 +54,56 @@ def test_auroc_of_one_class_is_nan_and_log_loss_is_finite() -> None:
     assert np.isfinite(log_loss(np.array([1.0]), np.array([0.0])))
 
 
+def test_log_loss_of_several_classes() -> None:
+    probability = np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])
+    assert log_loss(np.array([0.0, 2.0]), probability) == pytest.approx(-(np.log(0.5) + np.log(0.8)) / 2)
+    assert np.isfinite(log_loss(np.array([1.0]), np.array([[1.0, 0.0]])))
+
+
+class Counting(torch.nn.Module):
+    """Gives each sample's sum over `classes`."""
+
+    feature_keys = ("codes",)
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, codes: torch.Tensor, **_: object) -> dict[str, torch.Tensor]:
+        return {"y_prob": codes.sum(1, keepdim=True).float() + torch.arange(self.classes)}
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_predictions_come_in_the_order_asked_for(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pad(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {"codes": torch.nn.utils.rnn.pad_sequence([s["codes"] for s in samples], batch_first=True)}
+
+    monkeypatch.setattr("rollout.training.collate", pad)
+    samples = [{"codes": torch.full((size,), size)} for size in (3, 1, 4, 2)]
+    found = predict(Counting(classes), samples, np.array([2, 0, 1]), batch_size=2, progress=False)
+    expected = np.array([16, 9, 1])[:, None] + np.arange(classes)
+    assert found.tolist() == (expected[:, 0] if classes == 1 else expected).tolist()
+
+
+def test_lengths_are_those_of_the_longest_stream_of_any_kind() -> None:
+    samples = [
+        {
+            "codes": torch.arange(3),
+            "labs": torch.zeros(5, 2),
+            "timed": (None, torch.arange(2)),
+            "age": torch.tensor(4.0),
+        },
+        {
+            "codes": torch.arange(1),
+            "labs": torch.zeros(1, 2),
+            "timed": (None, torch.zeros(7, 3)),
+            "age": torch.tensor(0),
+        },
+    ]
+    assert _lengths(samples, ["codes", "labs", "timed"]).tolist() == [5, 7]
+    assert _lengths([{"age": torch.tensor(4.0)}], ["age"]).tolist() == [1]
+
+
 def test_batches_hold_every_sample_once_and_like_lengths_together() -> None:
     rng = np.random.default_rng(0)
     lengths = np.exp(rng.normal(4, 1, 300)).astype(int) + 1
@@ -74,3 +124,9 @@ def test_a_step_sees_a_part_of_a_long_record_and_all_of_a_short_one() -> None:
     assert sorted(first["short"].tolist()) == [0, 1, 2]
     assert first["label"] is sample["label"]
     assert sample["long"].tolist() == list(range(100))
+
+
+def test_a_series_is_never_drawn_from() -> None:
+    sample = {"labs": torch.rand(50, 4), "timed": (torch.rand(9), torch.arange(9)), "values": torch.rand(30)}
+    drawn = _subset(sample, list(sample), 0.5, np.random.default_rng(0))
+    assert all(drawn[key] is sample[key] for key in sample)

@@ -16,9 +16,9 @@ from torch import nn
 from rollout.cohort.memory import peak_gpu_memory, peak_memory, reset_peak_memory
 from rollout.cohort.store import SCRATCH, CohortError, Store, totals
 from rollout.cohort.summary import CohortRun
-from rollout.cohort.work import FAILURE_SCHEMA, TARGET, Part, Work, run_parts
+from rollout.cohort.work import Part, Work, run_parts
 from rollout.extras import require
-from rollout.records import ATTRIBUTION_SCHEMA, PREDICTION_SCHEMA
+from rollout.records import ATTRIBUTION_SCHEMA, FAILURE_SCHEMA, PREDICTION_SCHEMA, TARGET
 
 PACKAGES = ("attention-rollout", "torch", "triton", "numpy", "pyarrow", "pyhealth")
 ENOUGH = 32

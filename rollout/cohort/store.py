@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 
 from rollout.cohort.identity import differences, run_digest
 from rollout.folder import PARTIAL, empty_folder, write_whole
+from rollout.records import SCHEMA_VERSION
 
-SCHEMA_VERSION = 1
 KINDS = ("attributions", "predictions", "failures")
 MANIFEST, RECORDS, NAMES = "manifest.json", "parts", "code_names.json"
 LOCK, CACHE, SCRATCH = ".lock", ".pyhealth-cache", ".workers"
@@ -54,7 +54,7 @@ class Store:
     def __init__(
         self, out: str | Path, identity: Mapping[str, Any], parts: int, *, resume: bool, retry_failures: bool
     ) -> None:
-        self.path = _folder(out)
+        self.path = run_folder(out)
         self._lock = FileLock(self.path / LOCK)
         try:
             self._lock.acquire(timeout=0)
@@ -213,7 +213,7 @@ class _disk_trouble:
         ) from error
 
 
-def _folder(out: str | Path) -> Path:
+def run_folder(out: str | Path) -> Path:
     """The folder, if it is new, empty or of an earlier run."""
     folder = Path(out).expanduser()
     if (folder / MANIFEST).exists() or (folder / RECORDS).is_dir():

@@ -19,11 +19,17 @@ from torch import Tensor
 from rollout.cohort.explain import Explain, Explained
 from rollout.cohort.plan import Plan, sample_lengths
 from rollout.cohort.source import Sample, Source
-from rollout.records import ATTRIBUTION_SCHEMA, PREDICTION_SCHEMA, attribution_table, parquet_bytes, prediction_table
+from rollout.records import (
+    ATTRIBUTION_SCHEMA,
+    FAILURE_SCHEMA,
+    PREDICTION_SCHEMA,
+    TARGET,
+    attribution_table,
+    parquet_bytes,
+    prediction_table,
+)
 from rollout.stopwatch import stopwatch, timed
 
-FAILURE_SCHEMA = pa.schema([("sample", pa.int64()), ("error", pa.string())])
-TARGET = pa.field("target_class", pa.int32())
 AHEAD = 3
 """Batches collated ahead of the model."""
 
