@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rollout.cohort.store import CACHE
 from rollout.runs.classes import did_you_mean
 from rollout.runs.samples import SampleSource, prepare_samples
 from rollout.runs.settings import SETTINGS, check_settings
@@ -41,13 +42,10 @@ from rollout.runs.text import write_json, write_toml
 from rollout.runs.weights import build_model, check_model, differences, load_weights, read_weights, write_weights
 from rollout.vocabulary import Vocabulary, read_vocabulary, vocabulary_of
 
-__all__ = ["RunFile", "SampleSource", "prepare_samples", "read_run_file", "save_model"]
+__all__ = ["CACHE", "RunFile", "SampleSource", "prepare_samples", "read_run_file", "save_model"]
 
 REFIT = "refit"
 WEIGHTS, VOCABULARY, RUN = "weights.pt", "vocabulary.json", "run.toml"
-CACHE = ".pyhealth-cache"
-"""Where samples are prepared within an output that does not say otherwise."""
-
 _KEYS: dict[str, dict[str, type]] = {
     "model": {"class": str, "weights": str, "vocabulary": str, "arguments": dict},
     "dataset": {"class": str, "root": str, "arguments": dict, "cache": str, "workers": int},

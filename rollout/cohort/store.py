@@ -22,7 +22,9 @@ from rollout.records import SCHEMA_VERSION
 
 KINDS = ("attributions", "predictions", "failures")
 MANIFEST, RECORDS, NAMES = "manifest.json", "parts", "code_names.json"
-LOCK, CACHE, SCRATCH = ".lock", ".pyhealth-cache", ".workers"
+LOCK, SCRATCH = ".lock", ".workers"
+CACHE = ".pyhealth-cache"
+"""Where a run file's samples are prepared within an output that does not say otherwise."""
 _PART = re.compile(r"part-\d{5,}\.(parquet|json)")
 
 Record = dict[str, Any]
