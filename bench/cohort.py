@@ -20,7 +20,7 @@ import rollout
 from bench import machine
 from rollout.codebook import STREAMS
 from rollout.cohort.memory import peak_memory
-from rollout.mimic import quiet_pyhealth
+from rollout.quiet import quiet_pyhealth
 
 LAYERS, HEADS, EMBEDDING = 4, 8, 128
 STOCK_BATCH = 32  # PyHealth's loader loop, in the order of the dataset

@@ -39,13 +39,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rollout
+from rollout.cohort.source import pyhealth_collate
 from rollout.evaluate import faithfulness
 from rollout.intervals import Interval, bootstrap_auroc, bootstrap_mean
-from rollout.mimic import check_mimic_root, mortality_samples, quiet_pyhealth
+from rollout.mimic import check_mimic_root, mortality_samples
+from rollout.quiet import quiet_pyhealth
 from rollout.ranking import planted_codes, planted_found, rank_codes
 from rollout.records import attribution_table, feature_decoders
 from rollout.synthetic import write_synthetic_cohort
-from rollout.training import Recipe, Split, collate, labels_of, train_transformer
+from rollout.training import Recipe, Split, labels_of, train_transformer
 
 RANDOM, CHEFER, STOCK, OURS = "Random", "Chefer (PyHealth)", "Rollout (PyHealth)", "Rollout (ours)"
 CHEFER_PREDICTED = "Chefer, predicted class"
@@ -196,7 +198,7 @@ class Results:
         """Explain and score the test samples of a model."""
         methods = explainers(model, threshold)
         for chunk in chunks(samples, 32):
-            batch, before = collate(chunk), len(self.columns["model"])
+            batch, before = pyhealth_collate(chunk), len(self.columns["model"])
             given = {name: explain(**batch) for name, explain in methods.items()}
             gaps = [(given[OURS][key] - given[STOCK][key]).abs().max() for key in given[STOCK]]
             self.difference = float(torch.stack([*gaps, torch.tensor(self.difference).to(gaps[0])]).max())
@@ -256,7 +258,9 @@ class PyHealthMetrics:
 
         with contextlib.redirect_stdout(io.StringIO()):
             evaluator = Recording(model, **self.options)
-            loader = [collate(samples[i : i + self.batch_size]) for i in range(0, len(samples), self.batch_size)]
+            loader = [
+                pyhealth_collate(samples[i : i + self.batch_size]) for i in range(0, len(samples), self.batch_size)
+            ]
             for name, explain in explainers(model, threshold).items():
                 evaluator.name = name
                 evaluator.evaluate_attribution(loader, SimpleNamespace(attribute=explain))

@@ -14,12 +14,13 @@ import torch
 from tqdm import tqdm
 
 from rollout.cohort.run import CohortRun
+from rollout.cohort.source import pyhealth_collate
 from rollout.folder import empty_folder
 from rollout.mimic import check_mimic_root, code_names, mimic_source
 from rollout.plots import plot_record, plot_top_codes
+from rollout.quiet import quiet_pyhealth
 from rollout.ranking import planted_codes, planted_found, rank_codes
 from rollout.runfile import CACHE, RUN, VOCABULARY, WEIGHTS, prepare_samples, save_model
-from rollout.runs.quiet import quiet_pyhealth
 from rollout.runs.settings import check_device
 from rollout.runs.start import attribute_run_file
 from rollout.runs.text import write_json
@@ -30,7 +31,6 @@ from rollout.training import (
     Split,
     Trained,
     auroc,
-    collate,
     labels_of,
     split_patients,
     train_transformer,
@@ -187,13 +187,13 @@ def _race(samples: Sequence[Sample], model: Any, batch_size: int) -> Race:
 
     pair, race = (AttentionRollout(model), StockRollout(model)), Race()
     for start in range(0, min(WARM_UP * batch_size, len(samples)), batch_size):
-        batch = collate(samples[start : start + batch_size])
+        batch = pyhealth_collate(samples[start : start + batch_size])
         for interpreter in pair:
             interpreter.attribute(**batch)
     starts = range(0, len(samples), batch_size)
     for number, start in enumerate(tqdm(starts, desc="compare", unit="batch")):
         chosen = samples[start : start + batch_size]
-        ours, theirs = _raced(race, pair, collate(chosen), number)
+        ours, theirs = _raced(race, pair, pyhealth_collate(chosen), number)
         race.samples += len(chosen)
         race.difference = max(race.difference, *(_distance(ours[key], theirs[key]) for key in ours))
     return race

@@ -1,7 +1,7 @@
 """A PyHealth Transformer, trained briefly on the samples of a task and chosen on validation patients."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from rollout.runs.quiet import quiet_pyhealth
+from rollout.cohort.source import pyhealth_collate
+from rollout.quiet import quiet_pyhealth
 
 Sample = dict[str, Any]
 
@@ -146,7 +147,7 @@ def _fit(
             for batch in _shuffled_batches(split.train, lengths, recipe.batch_size, rng):
                 optimizer.zero_grad()
                 drawn = [_subset(samples[i], model.feature_keys, recipe.keep, rng) for i in batch]
-                model(**collate(drawn))["loss"].backward()
+                model(**pyhealth_collate(drawn))["loss"].backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
@@ -174,20 +175,11 @@ def predict(
     for start in tqdm(range(0, len(order), batch_size), desc="predict", unit="batch", disable=not progress):
         batch = order[start : start + batch_size]
         with torch.inference_mode():
-            probability = model(**collate([samples[i] for i in batch]))["y_prob"]
+            probability = model(**pyhealth_collate([samples[i] for i in batch]))["y_prob"]
         if result.shape[1] != probability.shape[1]:
             result = np.empty((len(index), probability.shape[1]), dtype=np.float32)
         result[[chosen[int(i)] for i in batch]] = probability.float().cpu().numpy()
     return result[:, 0] if result.shape[1] == 1 else result
-
-
-def collate(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Pad and stack samples as PyHealth's own loader does."""
-    with quiet_pyhealth():
-        from pyhealth.datasets.utils import collate_fn_dict_with_padding
-
-    padded: Callable[[list[Sample]], dict[str, Any]] = collate_fn_dict_with_padding
-    return padded(list(samples))
 
 
 def labels_of(samples: Sequence[Sample], key: str) -> np.ndarray:

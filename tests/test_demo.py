@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 import rollout.demo
 from rollout.cli import app
+from rollout.cohort.source import pyhealth_collate
 from rollout.mimic import mortality_samples
 from rollout.synthetic import write_synthetic_cohort
-from rollout.training import Recipe, collate, predict, train_transformer
+from rollout.training import Recipe, predict, train_transformer
 
 PATIENTS = 500
 
@@ -89,7 +90,7 @@ def test_every_code_of_every_sample_has_a_row(run: dict[str, Any]) -> None:
 def test_rows_are_pyhealths_own_attributions(run: dict[str, Any]) -> None:
     samples, stock = run["samples"], StockRollout(run["model"])
     chosen = [0, len(samples) // 2, len(samples) - 1]
-    batch = collate([samples[i] for i in chosen])
+    batch = pyhealth_collate([samples[i] for i in chosen])
     scores = stock.attribute(**batch)
     for k, sample in enumerate(chosen):
         for feature in ("conditions", "procedures", "drugs"):

@@ -16,12 +16,12 @@ from filelock import FileLock
 from pyhealth.models import Transformer
 
 import rollout
+from rollout.cohort.source import pyhealth_collate
 from rollout.cohort.store import CohortError
 from rollout.mimic import mimic_source
 from rollout.runfile import CACHE, RunFile, prepare_samples, read_run_file, save_model
 from rollout.runs.start import attribute_run_file
 from rollout.synthetic import write_synthetic_cohort
-from rollout.training import collate
 from rollout.vocabulary import read_vocabulary
 
 ARGUMENTS = {"embedding_dim": 16, "heads": 2, "num_layers": 2}
@@ -356,7 +356,7 @@ def test_loading_gives_the_model_back_and_leaves_the_random_numbers(trained: dic
     before = torch.get_rng_state()
     model, dataset = read_run_file(trained["path"]).load(trained["folder"])
     assert torch.equal(before, torch.get_rng_state())
-    batch = collate([dataset[i] for i in range(4)])
+    batch = pyhealth_collate([dataset[i] for i in range(4)])
     with torch.inference_mode():
         assert torch.equal(model.eval()(**batch)["logit"], trained["model"](**batch)["logit"])
 

@@ -88,12 +88,12 @@ def open_source(
     return Source(dataset, collate, decoders, description)
 
 
-def pyhealth_collate(samples: Sequence[Sample]) -> Mapping[str, Any]:
+def pyhealth_collate(samples: Sequence[Sample]) -> dict[str, Any]:
     """Pad and stack samples as PyHealth's own loader does."""
     from pyhealth.datasets.utils import collate_fn_dict_with_padding
 
-    batch: Mapping[str, Any] = collate_fn_dict_with_padding(list(samples))
-    return batch
+    padded: Callable[[list[Sample]], dict[str, Any]] = collate_fn_dict_with_padding
+    return padded(list(samples))
 
 
 def _plain_decoder(codes: Mapping[str, int] | None) -> Decoder:

@@ -18,8 +18,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rollout.cohort.store import CohortError
+from rollout.quiet import quiet_pyhealth
 from rollout.runs.classes import check_arguments, did_you_mean, named_class, root_argument
-from rollout.runs.quiet import quiet_pyhealth
 from rollout.runs.text import write_json
 from rollout.vocabulary import Vocabulary
 

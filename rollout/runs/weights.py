@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rollout.folder import write_whole
+from rollout.quiet import quiet_pyhealth
 from rollout.runs.classes import check_arguments, check_model_class, named_class
-from rollout.runs.quiet import quiet_pyhealth
 
 SHOWN = 4
 """Differences between weights and model that an error lists."""
