@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import rollout
-from bench import providers
+from bench import machine, oracle, providers
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install 'attention-rollout[hf]'"
@@ -30,12 +30,13 @@ def bert(hidden: int, heads: int, layers: int, implementation: str) -> Any:
         hidden_size=hidden, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=4 * hidden
     )
     config._attn_implementation = implementation
-    return transformers.BertModel(config, add_pooling_layer=False).eval()
+    return transformers.BertModel(config, add_pooling_layer=False).eval().to(machine.DEVICE)
 
 
 @cache
 def ids(batch: int, seq: int) -> Tensor:
-    return torch.randint(1000, 30000, (batch, seq), generator=torch.Generator().manual_seed(seq))
+    tokens = torch.randint(1000, 30000, (batch, seq), generator=torch.Generator().manual_seed(seq))
+    return tokens.to(machine.DEVICE)
 
 
 def stored_maps(hidden: int, heads: int, layers: int, tokens: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def reference(hidden: int, heads: int, layers: int, batch: int, seq: int) -> Ten
     model = bert(hidden, heads, layers, "eager")
     with torch.inference_mode():
         rows = [
-            providers.oracle(model(input_ids=sample, output_attentions=True).attentions)
+            oracle.from_maps(model(input_ids=sample, output_attentions=True).attentions)
             for sample in ids(batch, seq).split(1)
         ]
     return torch.cat(rows)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import rollout
+from bench import machine
 
 pytest.importorskip("pyhealth", reason="PyHealth is not installed: pip install 'attention-rollout[pyhealth]'")
 
@@ -37,7 +38,7 @@ def model() -> Any:
     samples = [{"patient_id": f"p{i}", "visit_id": "v", "codes": codes, "label": i} for i in range(2)]
     dataset = create_sample_dataset(samples, {"codes": "sequence"}, {"label": "binary"}, dataset_name="bench")
     torch.manual_seed(0)
-    return Transformer(dataset, embedding_dim=EMBEDDING, heads=HEADS, num_layers=LAYERS).eval()
+    return Transformer(dataset, embedding_dim=EMBEDDING, heads=HEADS, num_layers=LAYERS).eval().to(machine.DEVICE)
 
 
 def lengths(case: str, quick: bool) -> list[list[int]]:
@@ -60,7 +61,7 @@ def batches(case: str, quick: bool) -> Batches:
     for each in lengths(case, quick):
         ids = torch.randint(2, VOCABULARY, (len(each), max(each)), generator=generator)
         ids *= torch.arange(max(each)) < torch.tensor(each)[:, None]
-        made.append({"codes": ids, "label": torch.zeros(len(each), 1)})
+        made.append({"codes": ids.to(machine.DEVICE), "label": torch.zeros(len(each), 1, device=machine.DEVICE)})
     return made
 
 
@@ -68,11 +69,12 @@ def batches(case: str, quick: bool) -> Batches:
 def reference(case: str, quick: bool) -> Tensor:
     """PyHealth's own in float64, sample by sample at its own length: row 0 does not depend on padding."""
     exact = PyHealthRollout(copy.deepcopy(model()).double())
+    label = torch.zeros(1, 1, dtype=torch.float64, device=machine.DEVICE)
     rows = []
     for data in batches(case, quick):
         for sample in data["codes"]:
             ids = sample[sample != 0][None]
-            row = exact.attribute(codes=ids, label=torch.zeros(1, 1, dtype=torch.float64))["codes"].detach()
+            row = exact.attribute(codes=ids, label=label)["codes"].detach()
             rows.append(functional.pad(row[0], (0, len(sample) - ids.shape[1])))
     return torch.cat(rows)
 

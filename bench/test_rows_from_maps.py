@@ -1,4 +1,4 @@
-"""One row per sample from stored maps: ours, the naive chain, PyHealth's arithmetic, and one read of the maps."""
+"""One row per sample from stored maps: ours, the naive chain, the published peers, and one read of the maps."""
 
 from collections.abc import Callable
 from functools import cache
@@ -7,97 +7,118 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import providers
+from bench import machine, oracle, providers
+from bench.providers import MAPS, NAIVE, OURS, READ, Shape
 from rollout_kernels._torch_maps import CPU_TILE_BYTES
 
 BATCH, HEADS, LAYERS = 32, 8, 4
 SEQUENCES = (64, 128, 256, 512)
-PROVIDERS = {
-    "naive chain": providers.naive_chain,
-    "ours": providers.ours,
-    "PyHealth's arithmetic": providers.pyhealth_maths,
-}
+WARM = (64, 128)  # below the size of most last-level caches
+QUICK = 128
 
 
 @cache
-def maps(seq: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """Softmax maps of L layers and the float64 row of position 0."""
+def maps(seq: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Softmax maps of L layers."""
     generator = torch.Generator().manual_seed(seq)
-    values = [torch.randn(BATCH, HEADS, seq, seq, generator=generator).softmax(-1).to(dtype) for _ in range(LAYERS)]
-    return values, providers.oracle(values)
+    values = [torch.randn(BATCH, HEADS, seq, seq, generator=generator).softmax(-1) for _ in range(LAYERS)]
+    return [attention.to(machine.DEVICE, dtype) for attention in values]
 
 
-def _bytes_read(seq: int, dtype: torch.dtype) -> int:
-    """What a row chain must read: the maps of every layer but the top one, and one row per head of that."""
-    return BATCH * HEADS * seq * ((LAYERS - 1) * seq + 1) * dtype.itemsize
+@cache
+def reference(seq: int, method: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    return oracle.from_maps(maps(seq, dtype), method)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+def shape(seq: int, layers: int = LAYERS) -> Shape:
+    return Shape(BATCH, HEADS, seq, layers)
+
+
+def skip_in_quick(seq: int, quick: bool, largest: int = QUICK) -> None:
+    if quick and seq > largest:
+        pytest.skip("left out of the quick run")
+
+
+def skip_without_compiler(provider: str, seq: int, quick: bool) -> None:
+    """Compiling takes tens of seconds: one shape in the quick run. Where no compiler works, the reason is recorded."""
+    if provider == providers.COMPILED:
+        if quick and seq > 64:
+            pytest.skip("left out of the quick run")
+        if (problem := providers.compiler_problem()) is not None:
+            pytest.skip(f"no compiler: {problem}")
+
+
+def time_rows(measure: Callable[..., None], suite: str, seq: int, name: str, cold: bool) -> None:
+    """One provider, or one read of the maps: next to the others, as memory bandwidth is not the same all day."""
+    values, checked = maps(seq), {}
+    if name == READ:
+        run, (size, flop) = providers.read_limit, (shape(seq).row_bytes(), 0)
+    else:
+        run, (size, flop) = MAPS[name].run, MAPS[name].work(shape(seq))
+        checked = {"reference": reference(seq, MAPS[name].method), "tolerance": MAPS[name].tolerance}
+    measure(
+        lambda: run(values),
+        **checked,
+        cold=cold,
+        suite=suite,
+        provider=name,
+        shape={"B": BATCH, "H": HEADS, "S": seq, "L": LAYERS},
+        dtype="float32",
+        inputs=shape(seq).all_bytes(),
+        bytes=size,
+        flop=flop,
+    )
+
+
+@pytest.mark.parametrize("provider", [READ, *MAPS])
 @pytest.mark.parametrize("seq", SEQUENCES)
 def test_float32(seq: int, provider: str, measure: Callable[..., None], quick: bool) -> None:
-    if quick and seq > 128:
-        pytest.skip("left out of the quick run")
-    values, reference = maps(seq, torch.float32)
-    # PyHealth does not renormalise: on softmax maps that is the same row to rounding.
-    measure(
-        lambda: PROVIDERS[provider](values),
-        reference=reference,
-        tolerance=1e-6 if provider == "ours" else 1e-5,
-        suite="rows from maps",
-        provider=provider,
-        shape={"B": BATCH, "H": HEADS, "S": seq, "L": LAYERS},
-        dtype="float32",
-        bytes=_bytes_read(seq, torch.float32),
-    )
+    skip_in_quick(seq, quick)
+    skip_without_compiler(provider, seq, quick)
+    time_rows(measure, "rows from maps", seq, provider, cold=True)
 
 
-@pytest.mark.parametrize("seq", SEQUENCES)
-def test_read_limit(seq: int, measure: Callable[..., None], quick: bool) -> None:
-    if quick and seq > 128:
-        pytest.skip("left out of the quick run")
-    values, _ = maps(seq, torch.float32)
-    measure(
-        lambda: providers.read_limit(values),
-        suite="rows from maps",
-        provider="one read of the maps",
-        shape={"B": BATCH, "H": HEADS, "S": seq, "L": LAYERS},
-        dtype="float32",
-        bytes=_bytes_read(seq, torch.float32),
-    )
+@pytest.mark.parametrize("provider", [READ, OURS, NAIVE])
+@pytest.mark.parametrize("seq", WARM)
+def test_warm(seq: int, provider: str, measure: Callable[..., None], quick: bool) -> None:
+    """The same where the maps were just written, as by the layer before: those that fit stay in the cache."""
+    skip_in_quick(seq, quick, largest=0)
+    time_rows(measure, "rows from maps, warm", seq, provider, cold=False)
 
 
-@pytest.mark.parametrize("provider", ["naive chain", "ours"])
+@pytest.mark.parametrize("provider", [NAIVE, OURS])
 @pytest.mark.parametrize("seq", [128, 256])
 def test_bfloat16(seq: int, provider: str, measure: Callable[..., None], quick: bool) -> None:
-    if quick and seq > 128:
-        pytest.skip("left out of the quick run")
-    values, reference = maps(seq, torch.bfloat16)
+    skip_in_quick(seq, quick)
+    values = maps(seq, torch.bfloat16)
     measure(
-        lambda: PROVIDERS[provider](values),
-        reference=reference,
-        tolerance=1e-6 if provider == "ours" else 5e-2,
+        lambda: MAPS[provider].run(values),
+        reference=reference(seq, "rollout", torch.bfloat16),
+        tolerance=1e-6 if provider == OURS else 5e-2,
         suite="rows from bf16 maps",
         provider=provider,
         shape={"B": BATCH, "H": HEADS, "S": seq, "L": LAYERS},
         dtype="bfloat16",
-        bytes=_bytes_read(seq, torch.bfloat16),
+        inputs=shape(seq).all_bytes(2),
+        bytes=shape(seq).row_bytes(2),
     )
 
 
 @pytest.mark.parametrize("layers", [2, 4, 8])
 def test_memory_against_layers(layers: int, measure: Callable[..., None], quick: bool) -> None:
     """The extra memory of ours is the same however many layers there are."""
-    seq = 128 if quick else 256
-    values = maps(seq, torch.float32)[0]
-    values = [values[i % LAYERS] for i in range(layers)]
+    seq = QUICK if quick else 256
+    values = [maps(seq)[i % LAYERS] for i in range(layers)]
     measure(
         lambda: providers.ours(values),
-        reference=providers.oracle(values),
+        reference=oracle.from_maps(values),
         tolerance=1e-6,
         suite="memory against layers",
-        provider="ours",
+        provider=OURS,
         shape={"B": BATCH, "H": HEADS, "S": seq, "L": layers},
         dtype="float32",
+        inputs=shape(seq, layers).all_bytes(),
+        bytes=shape(seq, layers).row_bytes(),
     )
 
 
@@ -105,11 +126,10 @@ def test_memory_against_layers(layers: int, measure: Callable[..., None], quick:
 @pytest.mark.parametrize("seq", SEQUENCES)
 def test_head_sum(seq: int, provider: str, measure: Callable[..., None], quick: bool) -> None:
     """Why heads are added one by one: the first step of a tile alone, over a batch in tiles of the engine's size."""
-    if quick and seq > 128:
-        pytest.skip("left out of the quick run")
-    values = maps(seq, torch.float32)[0][0]
+    skip_in_quick(seq, quick)
+    values = maps(seq)[0]
     samples = max(1, CPU_TILE_BYTES // (4 * seq * seq))
-    buffer = torch.empty(min(samples, BATCH), seq, seq)
+    buffer = torch.empty(min(samples, BATCH), seq, seq, device=machine.DEVICE)
 
     def run() -> Tensor:
         for chunk in values.split(samples):
@@ -130,4 +150,5 @@ def test_head_sum(seq: int, provider: str, measure: Callable[..., None], quick: 
         provider=provider,
         shape={"B": BATCH, "H": HEADS, "S": seq},
         dtype="float32",
+        bytes=values.nbytes,
     )

@@ -7,36 +7,44 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import providers
+from bench import machine, oracle
+from bench.providers import QK, Shape
+from bench.test_rows_from_maps import skip_in_quick, skip_without_compiler
 
 BATCH, HEADS, LAYERS, DIM = 32, 8, 4, 64
 SEQUENCES = (64, 128, 256, 512)
-PROVIDERS = {"naive chain": providers.naive_qk, "ours": providers.ours_qk}
 
 
 @cache
-def queries_and_keys(seq: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Random Q and K of L layers, and the float64 row of position 0."""
+def queries_and_keys(seq: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Random Q and K of L layers."""
     generator = torch.Generator().manual_seed(seq)
-    queries = [torch.randn(BATCH, HEADS, seq, DIM, generator=generator) for _ in range(LAYERS)]
-    keys = [torch.randn(BATCH, HEADS, seq, DIM, generator=generator) for _ in range(LAYERS)]
-    return queries, keys, providers.oracle_qk(queries, keys)
+    made = [torch.randn(BATCH, HEADS, seq, DIM, generator=generator).to(machine.DEVICE) for _ in range(2 * LAYERS)]
+    return made[:LAYERS], made[LAYERS:]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@cache
+def reference(seq: int) -> Tensor:
+    return oracle.from_qk(*queries_and_keys(seq))
+
+
+@pytest.mark.parametrize("provider", QK)
 @pytest.mark.parametrize("seq", SEQUENCES)
 def test_float32(seq: int, provider: str, measure: Callable[..., None], quick: bool) -> None:
-    if quick and seq > 128:
-        pytest.skip("left out of the quick run")
-    queries, keys, reference = queries_and_keys(seq)
-    scores = BATCH * HEADS * seq * ((LAYERS - 1) * seq + 1)
+    skip_in_quick(seq, quick)
+    skip_without_compiler(provider, seq, quick)
+    queries, keys = queries_and_keys(seq)
+    found = QK[provider]
+    size, flop = found.work(Shape(BATCH, HEADS, seq, LAYERS, DIM))
     measure(
-        lambda: PROVIDERS[provider](queries, keys),
-        reference=reference,
-        tolerance=3e-6,
+        lambda: found.run(queries, keys),
+        reference=reference(seq),
+        tolerance=found.tolerance,
         suite="rows from Q,K",
         provider=provider,
         shape={"B": BATCH, "H": HEADS, "S": seq, "L": LAYERS, "D": DIM},
         dtype="float32",
-        flop=2 * scores * DIM,
+        inputs=sum(tensor.nbytes for tensor in (*queries, *keys)),
+        bytes=size,
+        flop=flop,
     )

@@ -80,14 +80,14 @@ def _rows(settings: Settings, ceilings: Ceilings, pyhealth: bool) -> Iterator[Ro
         yield from end_to_end.patients(settings)
 
 
-def naive_chain(maps: Iterable[Tensor]) -> Tensor:
-    """Row 0 of R as most public code computes it: mean over heads, ½(A + I), row sum, S×S products, then the row.
+def naive_full(maps: Iterable[Tensor]) -> Tensor:
+    """R as most public code computes it: mean over heads, ½(A + I), row sum, S×S products.
 
     Args:
         maps: L maps [B, H, S, S], input side first.
 
     Returns:
-        [B, S], of the maps' dtype.
+        [B, S, S], of the maps' dtype.
 
     Source: Abnar & Zuidema 2020, arXiv:2005.00928, section 3.
     """
@@ -98,8 +98,13 @@ def naive_chain(maps: Iterable[Tensor]) -> Tensor:
         matrix = matrix / matrix.sum(-1, keepdim=True)
         product = matrix if product is None else torch.bmm(matrix, product)
     if product is None:
-        raise ValueError("naive_chain: maps must be one or more layers, got none")
-    return product[:, 0]
+        raise ValueError("naive_full: maps must be one or more layers, got none")
+    return product
+
+
+def naive_chain(maps: Iterable[Tensor]) -> Tensor:
+    """Row 0 of `naive_full`, [B, S]."""
+    return naive_full(maps)[:, 0]
 
 
 def softmax_maps(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Iterator[Tensor]:
