@@ -33,12 +33,13 @@ class GradientRollout(RowInterpreter):
     Args:
         model: implements PyHealth's `CheferInterpretable`.
         method: a name in `rollout.METHODS` or a `rollout.Method`; gradient-weighted ones only.
+        backend: as in `rollout.attention_rollout`.
 
     Raises:
         ValueError: the model does not implement it; there is no such method, or it needs no gradients.
     """
 
-    def __init__(self, model: Any, method: str | Method = "grad_rollout") -> None:
+    def __init__(self, model: Any, method: str | Method = "grad_rollout", backend: str = "auto") -> None:
         name = type(self).__name__
         if not isinstance(model, CheferInterpretable):
             raise ValueError(f"{name}: model must implement CheferInterpretable interface, got {type(model).__name__}")
@@ -46,6 +47,7 @@ class GradientRollout(RowInterpreter):
         if self.method.gradients is None:
             raise ValueError(f"{name}: method must be gradient-weighted, got {method!r}; use AttentionRollout for it")
         super().__init__(model)
+        self.backend = backend
 
     def attribute(self, target_class_idx: int | None = None, **data: Any) -> Relevance:
         """The relevance of every input position for the logit of a class.
@@ -87,7 +89,9 @@ class GradientRollout(RowInterpreter):
 
     def _chain(self, maps: list[Tensor], gradients: list[Tensor], rows: Tensor | None) -> Tensor:
         """Rows [B, S] of the relevance, or all of it [B, S, S]; a NaN stays in its sample."""
-        return attention_rollout(maps, query=rows, gradients=gradients, method=self.method, validate=False)
+        return attention_rollout(
+            maps, query=rows, gradients=gradients, method=self.method, backend=self.backend, validate=False
+        )
 
 
 class CheferRelevance(GradientRollout):

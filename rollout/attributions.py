@@ -108,7 +108,7 @@ class CohortAttributions:
 
     @property
     def granularity(self) -> dict[str, str]:
-        """Feature → what has a score of its own in it: a ``code``, a ``visit`` of codes, or a ``step``."""
+        """Feature → what has a score of its own in it: a ``code``, a ``visit``, the ``feature``, a ``step``."""
         return self._folder.granularity
 
     @property

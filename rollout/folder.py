@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+PROBE = ".write-probe"
 PARTIAL = ".partial"
 """Ending of the name a file has until it is whole."""
 
@@ -24,7 +25,7 @@ def empty_folder(path: str | Path, name: str) -> Path:
         raise ValueError(f"{name} must be a new or empty folder, got {folder}, which is not empty; give another path")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-probe"
+        probe = folder / PROBE
         probe.touch()
         os.unlink(probe)
     except OSError as error:

@@ -70,10 +70,12 @@ class Decoder:
 
     @property
     def granularity(self) -> str:
-        """What has a score of its own: a ``code``, a ``visit`` of codes, or a ``step`` of a numeric feature."""
+        """What has a score of its own: a ``code``, a ``visit`` of codes, the ``feature``, or a numeric ``step``."""
         if self.codes is None:
             return "step"
-        return "visit" if self.nested else "code"
+        if self.nested:
+            return "visit"
+        return "feature" if self.multi_hot else "code"
 
 
 def feature_decoders(dataset: Any) -> dict[str, Decoder]:

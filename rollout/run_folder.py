@@ -28,8 +28,8 @@ class RunFolder:
         names: Feature → code → name; empty when the folder has none.
         files: ``attributions`` | ``predictions`` | ``failures`` → its committed parts, in order.
         rows: Of the same, how many rows they have.
-        granularity: Feature → ``code``, ``visit`` or ``step``, in the order of the dataset. A run writes it at its end;
-            of one that is not complete it is found from the rows.
+        granularity: Feature → ``code``, ``visit``, ``feature`` or ``step``, in the order of the dataset. A run writes
+            it at its end; of one that is not complete it is found from the rows.
 
     Args:
         path: The folder.

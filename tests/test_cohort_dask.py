@@ -64,7 +64,7 @@ def test_workers_of_this_machine(whole, tmp_path) -> None:
     assert run.peak_bytes > 50 * 2**20
     assert_equal_rows(out, whole)
     assert sorted(path.name for path in out.iterdir()) == [
-        ".lock", "attributions", "manifest.json", "parts", "predictions",
+        ".rollout.lock", "attributions", "manifest.json", "parts", "predictions",
     ]  # fmt: skip
     assert json.loads((out / "manifest.json").read_text())["sessions"][0]["workers"] == 2
     assert attribute(out).kept == 5

@@ -1,6 +1,8 @@
 """A cohort attributed into a folder: the right numbers, whole after any stop, and failures set apart."""
 
+import dataclasses
 import json
+import threading
 
 import numpy as np
 import polars as pl
@@ -10,6 +12,8 @@ import torch
 
 import rollout
 from rollout.cohort import CohortError
+from rollout.cohort.explain import Explained
+from rollout.cohort.plan import Plan
 from tests.capture_state import assert_nothing_left, state
 from tests.cohort_cases import (
     VOCABULARIES,
@@ -108,7 +112,7 @@ def test_a_finished_run_is_left_alone(whole) -> None:
     out, _ = whole
 
     def times() -> dict:
-        return {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name != ".lock"}
+        return {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name != ".rollout.lock"}
 
     before = times()
     run = attribute(out)
@@ -154,7 +158,7 @@ SPOILED = {5: "nan", 21: "unreadable", 22: "bad tensor", 46: "unknown code", 50:
 REASONS = {
     5: "the attribution of feature 'labs' is not finite",
     21: "cannot be read: OSError: block 7 cannot be read",
-    22: "",
+    22: ("RuntimeError", "ValueError", "TypeError"),
     46: "IndexError: index out of range in self",
     50: "the attribution of feature 'labs' is not finite",
 }
@@ -272,6 +276,9 @@ def test_wrong_arguments_are_refused_before_any_work(tmp_path) -> None:
         ({"collate": None}, TypeError, "needs collate="),
         ({"vocabularies": None}, TypeError, "needs vocabularies="),
         ({"batch_tokens": -1}, ValueError, "batch_tokens must be at least 1"),
+        ({"method": "chefer", "target_class": -1}, ValueError, "target_class must be at least 0"),
+        ({"method": "chefer", "target_class": np.int64(1)}, TypeError, "target_class must be an int or None"),
+        ({"backend": "triton"}, ValueError, "needs a CUDA device"),
     ]:
         with pytest.raises(error, match=message):
             attribute(out, **settings)
@@ -310,3 +317,97 @@ def test_another_run_is_refused_by_what_differs(whole) -> None:
 def test_a_sample_unreadable_at_first_is_the_same_dataset(tmp_path) -> None:
     attribute(tmp_path / "out", dataset=Records(90, {88: "unreadable"}))
     assert attribute(tmp_path / "out", retry_failures=True).failed == 0
+
+
+def named(function):
+    """A stand-in for ``explain`` that a run cannot tell from it."""
+    function.__module__, function.__qualname__ = explain.__module__, explain.__qualname__
+    return function
+
+
+def test_a_prediction_that_is_not_finite_is_a_failure(whole, tmp_path) -> None:
+    @named
+    def wrong(model, batch):
+        explained = explain(model, batch)
+        probability = explained.y_prob.clone()
+        probability[batch["lengths"]["codes"] == 9] = float("inf")
+        return dataclasses.replace(explained, y_prob=probability)
+
+    attribute(tmp_path / "out", explain=wrong)
+    failed = [number for number in range(90) if 1 + number * 7 % 23 == 9]
+    assert rows(tmp_path / "out", "failures").rows() == [(number, "the prediction is not finite") for number in failed]
+    healthy = pl.col("sample").is_in(failed).not_()
+    assert rows(tmp_path / "out").equals(rows(whole[0]).filter(healthy), null_equal=True)
+
+
+def test_a_nan_in_the_padding_is_no_failure(whole, tmp_path) -> None:
+    @named
+    def padded(model, batch):
+        explained = explain(model, batch)
+        relevance = {key: scores.clone() for key, scores in explained.relevance.items()}
+        for key, scores in relevance.items():
+            scores[torch.arange(scores.shape[1]) >= batch["lengths"][key][:, None]] = float("nan")
+        return dataclasses.replace(explained, relevance=relevance)
+
+    assert attribute(tmp_path / "out", explain=padded).failed == 0
+    assert_same(tmp_path / "out", whole[0])
+
+
+def test_an_explain_without_relevance_stops_at_once(tmp_path) -> None:
+    def nothing(model, batch):
+        return Explained({})
+
+    with pytest.raises(CohortError, match=r"explain must give relevance of \['codes', 'labs'\], got \[\]"):
+        attribute(tmp_path / "out", explain=nothing, part_samples=40)
+
+
+def test_a_lost_gpu_stops_the_run(whole, tmp_path) -> None:
+    calls = []
+
+    @named
+    def lost(model, batch):
+        calls.append(batch)
+        if len(calls) > 10:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return explain(model, batch)
+
+    with pytest.raises(CohortError, match=r"the GPU can no longer be used, after samples \d+ … of part \d"):
+        attribute(tmp_path / "out", explain=lost)
+    assert attribute(tmp_path / "out").failed == 0
+    assert_same(tmp_path / "out", whole[0])
+
+
+def test_what_the_collating_thread_raises_is_raised(tmp_path, monkeypatch) -> None:
+    def broken(plan, lengths):
+        raise ZeroDivisionError("in the thread")
+
+    monkeypatch.setattr(Plan, "batches", broken)
+    with pytest.raises(ZeroDivisionError, match="in the thread"):
+        attribute(tmp_path / "out")
+    assert not [thread for thread in threading.enumerate() if thread.name == "rollout-collate"]
+
+
+def test_a_resumed_run_says_so_and_keeps_its_sessions(tmp_path) -> None:
+    out, seen = tmp_path / "out", []
+
+    @named
+    def watching(model, batch):
+        seen.append(json.loads((out / "manifest.json").read_text())["status"])
+        return explain(model, batch)
+
+    attribute(out, dataset=Records(90, {21: "unreadable"}))
+    attribute(out, explain=watching, retry_failures=True)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert set(seen) == {"running"}
+    assert [session["samples"] for session in manifest["sessions"]] == [90, 20]
+    assert manifest["status"] == "complete"
+
+
+def test_an_error_with_any_text_is_written(tmp_path) -> None:
+    def rude(model, batch):
+        if int((batch["lengths"]["codes"] == 9).sum()):
+            raise ValueError("no such patient \udc80 <b>'病'\n")
+        return explain(model, batch)
+
+    attribute(tmp_path / "out", explain=rude)
+    assert set(rows(tmp_path / "out", "failures")["error"]) == {"ValueError: no such patient \\udc80 <b>'病'\n"}

@@ -8,7 +8,7 @@ import pytest
 
 from rollout.cohort import CohortError, store
 from rollout.cohort.store import Store
-from tests.cohort_cases import assert_same, attribute, rows
+from tests.cohort_cases import Records, assert_same, attribute, rows
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +143,39 @@ def test_parts_are_sorted_by_sample_and_feature(whole) -> None:
     found = rows(whole)
     assert found["sample"].is_sorted()
     assert found.equals(found.sort("sample", "feature", "position", maintain_order=True), null_equal=True)
+
+
+def test_a_record_of_another_run_is_not_taken(copy, whole) -> None:
+    path = copy / "parts/part-00001.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"run": "0" * 64}))
+    assert attribute(copy).done == 20
+    assert_same(copy, whole)
+
+
+def test_another_programs_folder_is_left_alone(tmp_path) -> None:
+    """With files of the very names of ours, too."""
+    (tmp_path / "manifest.json").write_text('{"name": "my web app"}')
+    for name in ("predictions/part-00000.parquet", "parts/part-00007.json", "thesis.tex"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="out must be a new or empty folder"):
+        attribute(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("left", [[".rollout.lock", "attributions/"], [".write-probe"], [".rollout.lock", "parts/"]])
+def test_a_run_killed_while_its_folder_is_made_goes_on(whole, tmp_path, left: list[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in left:
+        (out / name).mkdir() if name.endswith("/") else (out / name).touch()
+    attribute(out)
+    assert_same(out, whole)
+
+
+def test_a_sample_unreadable_for_a_while_is_still_known(copy) -> None:
+    (copy / "parts/part-00000.json").unlink()
+    attribute(copy, dataset=Records(90, {88: "unreadable"}))
+    with pytest.raises(ValueError, match=r"samples 88 hold other values"):
+        attribute(copy, dataset=Records(90, {88: "nan"}))

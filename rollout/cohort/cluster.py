@@ -7,9 +7,12 @@ here. So the workers need not see the output folder, and one that dies loses not
 import copy
 import logging
 import threading
+import time
 import warnings
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from rollout.cohort.work import Part, Work, run_parts
 from rollout.extras import require
 
 WAIT = 120
-"""Seconds to wait for a first worker."""
+"""Seconds to wait for a worker when there is none."""
 
 _one_at_a_time = threading.Lock()
 
@@ -40,18 +43,25 @@ def run_on_workers(
     """
     distributed = require("distributed", "dask")
     threads = max(1, torch.get_num_threads() // count)
-    with (
-        distributed.LocalCluster(
-            n_workers=min(count, len(numbers)),
-            threads_per_worker=1,
-            processes=True,
-            memory_limit=0,
-            dashboard_address=None,
-            local_directory=str(scratch),
-            silence_logs=logging.ERROR,
-        ) as cluster,
-        distributed.Client(cluster) as client,
-    ):
+    with ExitStack() as stack:
+        try:
+            cluster = stack.enter_context(
+                distributed.LocalCluster(
+                    n_workers=min(count, len(numbers)),
+                    threads_per_worker=1,
+                    processes=True,
+                    memory_limit=0,
+                    dashboard_address=None,
+                    local_directory=str(scratch),
+                    silence_logs=logging.ERROR,
+                )
+            )
+        except RuntimeError as error:
+            raise CohortError(
+                f"attribute_cohort: the worker processes could not be started: {error}. In a script, the call must "
+                'stand under `if __name__ == "__main__":`, because each worker imports the script'
+            ) from error
+        client = stack.enter_context(distributed.Client(cluster, set_as_default=False))
         yield from _run(client, work, numbers, device, threads=threads, gpu_by_name=True)
 
 
@@ -63,28 +73,51 @@ def run_on_client(client: Any, work: Work, numbers: Sequence[int], device: torch
 def _run(client: Any, work: Work, numbers: Sequence[int], device: torch.device | None, **how: Any) -> Generator[Part]:
     """Keep every worker two tasks ahead, no more: what is done and not yet written is held in memory."""
     distributed = require("distributed", "dask")
+    _await_worker(client)
+    dataset = work.source.dataset  # a PyHealth model holds it too: both must stay one, to be sent once
+    shared = _share(client, replace(work, model=copy.deepcopy(work.model, {id(dataset): dataset}).cpu()))
+    waiting = iter(numbers)
+    done = distributed.as_completed(loop=client.loop)
+    try:
+        while True:
+            ahead = 2 * max(1, len(client.nthreads()))
+            for number in islice(waiting, max(0, ahead - done.count())):
+                done.add(client.submit(do_part, shared, number, device, **how, pure=False))
+            if not done.count():
+                return
+            _wait(client, done)
+            yield next(done).result()
+    except distributed.KilledWorker as error:
+        raise CohortError(f"attribute_cohort: workers keep dying on the same part: {error}") from error
+    except distributed.client.FutureCancelledError as error:
+        raise CohortError(f"attribute_cohort: the Dask scheduler is gone or dropped the run: {error}") from error
+    finally:
+        with suppress(Exception):  # the scheduler may be gone
+            client.cancel([*done.futures, shared], force=True)
+
+
+def _wait(client: Any, done: Any) -> None:
+    """Until a task is done.
+
+    Raises:
+        CohortError: If there has been no worker for too long.
+    """
+    last = time.monotonic()
+    while done.is_empty():
+        time.sleep(0.02)
+        if client.status != "running":
+            raise CohortError("attribute_cohort: the connection to the Dask scheduler is lost; the same call goes on")
+        if time.monotonic() - last > 1.0:
+            if not client.nthreads():
+                _await_worker(client)
+            last = time.monotonic()
+
+
+def _await_worker(client: Any) -> None:
     try:
         client.wait_for_workers(1, timeout=WAIT)
     except TimeoutError as error:
         raise CohortError(f"attribute_cohort: no Dask worker came within {WAIT} s") from error
-    shared = _share(client, replace(work, model=copy.deepcopy(work.model).cpu()))
-    waiting = iter(numbers)
-    done = distributed.as_completed()
-
-    def submit() -> None:
-        number = next(waiting, None)
-        if number is not None:
-            done.add(client.submit(do_part, shared, number, device, **how, pure=False))
-
-    for _ in range(2 * max(1, len(client.nthreads()))):
-        submit()
-    try:
-        for future in done:
-            part = future.result()
-            submit()
-            yield part
-    except distributed.KilledWorker as error:
-        raise CohortError(f"attribute_cohort: workers keep dying on the same part: {error}") from error
 
 
 def _share(client: Any, work: Work) -> Any:

@@ -68,6 +68,9 @@ class PyHealthExplain:
             )
         if self.method.gradients is not None and self.readout != "model":
             raise ValueError(f"attribute_cohort: a class-specific method needs readout='model', got {self.readout!r}")
+        classes = getattr(model, "get_output_size", lambda: None)()
+        if self.target_class is not None and classes is not None and self.target_class >= max(classes, 2):
+            raise ValueError(f"attribute_cohort: target_class must be below {classes}, got {self.target_class}")
         self._interpreter(model)
 
     def __call__(self, model: Any, batch: Batch) -> Explained:
@@ -85,7 +88,7 @@ class PyHealthExplain:
         from rollout.pyhealth import AttentionRollout, GradientRollout
 
         if self.method.gradients is not None:
-            return GradientRollout(model, self.method)
+            return GradientRollout(model, self.method, self.backend)
         return AttentionRollout(model, method=self.method, backend=self.backend, readout=self.readout)
 
 

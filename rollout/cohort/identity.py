@@ -18,12 +18,13 @@ CONTENT = "content"
 def model_identity(model: nn.Module) -> dict[str, Any]:
     """The model's class, its number of parameters, and a digest of weights, buffers and plain settings of its modules.
 
-    Settings are numbers, strings and flags held by a module, such as its number of heads, which no weight shows.
+    Settings are numbers, strings and flags held by a module, and tuples and lists of them, such as its number of heads,
+    which no weight shows. A module that changes one of them as it runs is another model each time.
     """
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         _add(digest, [name, type(module).__qualname__, dict(_settings(module))])
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (dict(model.named_buffers()) | model.state_dict()).items():
         _add(digest, [name, tensor])
     return {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
@@ -34,8 +35,14 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
 
 def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in sorted(vars(module).items()):
-        if not name.startswith("_") and name != "training" and isinstance(value, bool | int | float | str):
+        if not name.startswith("_") and name != "training" and _is_plain(value):
             yield name, value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def sampled_content(samples: Any, count: int) -> dict[str, str | None]:
@@ -70,7 +77,10 @@ def _add(digest: Any, value: Any) -> None:
         if value.layout is not torch.strided:
             value = value.to_dense()
         _add_bytes(digest, f"tensor {value.dtype} {list(value.shape)}", _raw(value))
-    elif isinstance(value, np.ndarray):
+    elif isinstance(value, np.ndarray) and value.dtype.hasobject:
+        _add(digest, [list(value.shape), value.tolist()])
+    elif isinstance(value, np.ndarray | np.generic):
+        value = np.asarray(value)
         _add_bytes(digest, f"array {value.dtype} {list(value.shape)}", np.ascontiguousarray(value).tobytes())
     elif isinstance(value, Mapping):
         _add_bytes(digest, f"mapping {len(value)}", b"")
@@ -82,9 +92,16 @@ def _add(digest: Any, value: Any) -> None:
         for item in value:
             _add(digest, item)
     elif value is None or isinstance(value, bool | int | float | str | bytes):
-        _add_bytes(digest, type(value).__name__, value if isinstance(value, bytes) else str(value).encode())
+        _add_bytes(
+            digest,
+            type(value).__name__,
+            value if isinstance(value, bytes) else str(value).encode(errors="surrogatepass"),
+        )
+    elif isinstance(value, set | frozenset):
+        _add(digest, ["set", sorted(map(digest_of, value))])
     else:
-        _add_bytes(digest, "object", f"{type(value).__module__}.{type(value).__qualname__}".encode())
+        told = repr(value) if type(value).__repr__ is not object.__repr__ else ""
+        _add_bytes(digest, f"{type(value).__module__}.{type(value).__qualname__}", told.encode(errors="replace"))
 
 
 def _raw(tensor: Tensor) -> bytes:

@@ -1,5 +1,6 @@
 """`attribute_cohort`: every sample of a dataset attributed into a folder, going on where an earlier run stopped."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 from rollout.cohort.explain import Explain, PyHealthExplain, describe_method
 from rollout.cohort.identity import model_identity
 from rollout.cohort.plan import Plan
-from rollout.cohort.session import Session, settled
+from rollout.cohort.session import Session, device_of, settled
 from rollout.cohort.source import Collate, open_source
 from rollout.cohort.store import Store
 from rollout.cohort.summary import CohortRun
@@ -66,7 +67,7 @@ def attribute_cohort(
         out: New folder, or that of the same run.
         method: A name in ``rollout.METHODS`` or a ``rollout.Method``. Gradient-weighted ones are class-specific.
         batch_tokens: Most tokens in a batch, padding included, all features added; a longer sample goes alone.
-        device: Where to run; None: where the model is.
+        device: Where to run; None: where the model is (on workers, on a device of that type).
         workers: Processes on this machine, each with a model of its own and its share of the threads; 1: this one.
             With several GPUs and ``device="cuda"`` each worker takes one.
         client: A ``dask.distributed.Client``: the parts become its tasks. The dataset's files must be readable where
@@ -97,10 +98,14 @@ def attribute_cohort(
     for module in ("pyarrow", "tqdm"):
         require(module, "cohort")
     plan = Plan(batch_tokens, batch_samples, part_samples)
-    _check(model, workers, client, readout, backend)
+    _check(model, workers, client, readout, backend, target_class)
     source = open_source(dataset, collate, vocabularies)
     resolved = get_method(method, "attribute_cohort")
-    where = _resolve_device(device)
+    where = _resolve_device(device, here=client is None)
+    if where is None and (client is not None or workers > 1):
+        where = torch.device(device_of(model).type)  # a worker has devices of its own
+    if backend == "triton" and (where or device_of(model)).type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+        raise ValueError("attribute_cohort: backend='triton' needs a CUDA device; use 'auto'")
     if explain is None:
         standard = PyHealthExplain(resolved, readout, backend, target_class)
         with settled(model, None):
@@ -127,7 +132,7 @@ def attribute_cohort(
         store.close()
 
 
-def _check(model: Any, workers: int, client: Any, readout: str, backend: str) -> None:
+def _check(model: Any, workers: int, client: Any, readout: str, backend: str, target_class: int | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"attribute_cohort: model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(workers, bool) or not isinstance(workers, int):
@@ -138,13 +143,17 @@ def _check(model: Any, workers: int, client: Any, readout: str, backend: str) ->
         raise ValueError("attribute_cohort: give workers (processes of this machine) or client (a cluster), not both")
     if client is not None and not hasattr(client, "submit"):
         raise TypeError(f"attribute_cohort: client must be a dask.distributed.Client, got {type(client).__name__}")
+    if target_class is not None and (isinstance(target_class, bool) or not isinstance(target_class, int)):
+        raise TypeError(f"attribute_cohort: target_class must be an int or None, got {target_class!r}")
+    if target_class is not None and target_class < 0:
+        raise ValueError(f"attribute_cohort: target_class must be at least 0, got {target_class}")
     if readout not in ("model", "forward"):
         raise ValueError(f"attribute_cohort: readout must be 'model' or 'forward', got {readout!r}")
     if backend not in BACKENDS:
         raise ValueError(f"attribute_cohort: backend must be one of {BACKENDS}, got {backend!r}")
 
 
-def _resolve_device(device: str | torch.device | None) -> torch.device | None:
+def _resolve_device(device: str | torch.device | None, here: bool) -> torch.device | None:
     if device is None:
         return None
     try:
@@ -153,7 +162,7 @@ def _resolve_device(device: str | torch.device | None) -> torch.device | None:
         raise ValueError(
             f"attribute_cohort: device must be a torch device such as cpu or cuda, got {device!r}"
         ) from error
-    if wanted.type == "cuda" and not torch.cuda.is_available():
+    if here and wanted.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"attribute_cohort: device {device!r} asked for, but torch sees no CUDA device; use cpu")
     return wanted
 

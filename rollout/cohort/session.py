@@ -149,12 +149,17 @@ class Session:
         self.result.gpu_peak_bytes = max(self.result.gpu_peak_bytes, peak_gpu_memory())
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is: its first tensor, or the CPU."""
+    return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+
+
 @contextmanager
 def settled(model: nn.Module, device: torch.device | None) -> Iterator[None]:
     """The model in evaluation mode and on its device; as it was on leaving."""
     training = [module for module in model.modules() if module.training]
-    first = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), None)
-    move = device is not None and first is not None and first != device
+    first = device_of(model)
+    move = device is not None and first != device
     try:
         model.eval()
         if move:
@@ -175,9 +180,10 @@ def _surroundings(session: Session) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    device = session.device or next((p.device for p in session.work.model.parameters()), torch.device("cpu"))
+    device = session.device or device_of(session.work.model)
+    named = device.type == "cuda" and torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(device) if named else device.type,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "workers": "client" if session.client is not None else session.workers,

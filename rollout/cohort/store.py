@@ -16,13 +16,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rollout.cohort.identity import differences, run_digest
-from rollout.folder import PARTIAL, empty_folder, write_whole
+from rollout.cohort.identity import CONTENT, differences, run_digest
+from rollout.folder import PARTIAL, PROBE, empty_folder, write_whole
 from rollout.records import SCHEMA_VERSION
 
 KINDS = ("attributions", "predictions", "failures")
 MANIFEST, RECORDS, NAMES = "manifest.json", "parts", "code_names.json"
-LOCK, SCRATCH = ".lock", ".workers"
+WRITER = "rollout.attribute_cohort"
+LOCK, SCRATCH = ".rollout.lock", ".workers"
 CACHE = ".pyhealth-cache"
 """Where a run file's samples are prepared within an output that does not say otherwise."""
 _PART = re.compile(r"part-\d{5,}\.(parquet|json)")
@@ -73,6 +74,7 @@ class Store:
     def _open(self, identity: dict[str, Any], parts: int, resume: bool, retry_failures: bool) -> None:
         self.run = run_digest(identity)
         found = self._read_manifest(identity, resume)
+        _keep_content(identity, found.pop("identity", {}))
         for kind in (*KINDS[:2], RECORDS):
             (self.path / kind).mkdir(exist_ok=True)
         self.records: dict[int, Record] = {}
@@ -80,15 +82,18 @@ class Store:
             record = self._whole(number)
             if record is not None and not (retry_failures and record["failed"]):
                 self.records[number] = record
-        self._sweep()
         self.manifest: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
-            "written_by": "rollout.attribute_cohort",
+            "written_by": WRITER,
             "status": found.get("status", "running"),
             "identity": identity,
             "sessions": found.get("sessions", []),
             "notes": found.get("notes", []),
         }
+        if len(self.records) < parts and found:
+            self.manifest["status"] = "running"
+            self.write_manifest()
+        self._sweep()
 
     def close(self) -> None:
         """Let other processes have the folder."""
@@ -110,6 +115,7 @@ class Store:
             version = manifest["schema_version"]
             kept: dict[str, Any] = {"status": str(manifest["status"]), "sessions": list(manifest["sessions"])}
             kept["notes"] = list(manifest["notes"])
+            kept["identity"] = there
         except (OSError, ValueError, KeyError, TypeError) as error:
             return self._without_manifest(error)
         if version != SCHEMA_VERSION:
@@ -218,11 +224,18 @@ class _disk_trouble:
 def run_folder(out: str | Path) -> Path:
     """The folder, if it is new, empty or of an earlier run."""
     folder = Path(out).expanduser()
-    if (folder / MANIFEST).exists() or (folder / RECORDS).is_dir():
+    if (folder / LOCK).is_file() or (_read_json(folder / MANIFEST) or {}).get("written_by") == WRITER:
         return folder
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK, CACHE, SCRATCH}:
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {CACHE, SCRATCH, PROBE}:
         return folder
     return empty_folder(folder, "attribute_cohort: out")
+
+
+def _keep_content(identity: dict[str, Any], there: Mapping[str, Any]) -> None:
+    """What a sample held is remembered when it cannot be read this time."""
+    known = there.get("dataset", {}).get(CONTENT, {})
+    content = identity["dataset"].get(CONTENT, {})
+    content |= {number: known.get(number) for number, digest in content.items() if digest is None}
 
 
 def _name(number: int) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from rollout.cohort.explain import Explain, Explained
 from rollout.cohort.plan import Plan, sample_lengths
 from rollout.cohort.source import Sample, Source
+from rollout.cohort.store import CohortError
 from rollout.records import (
     ATTRIBUTION_SCHEMA,
     FAILURE_SCHEMA,
@@ -30,6 +31,8 @@ from rollout.records import (
 )
 from rollout.stopwatch import stopwatch, timed
 
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")
+_LOST = ("device-side assert", "illegal memory access", "unspecified launch failure")
 AHEAD = 3
 """Batches collated ahead of the model."""
 
@@ -110,7 +113,8 @@ def run_parts(
         numbers: Parts to do.
         advance: Called with the number of samples after each batch.
     """
-    with _ahead(_prepared(work, numbers), AHEAD) as prepared:
+    stop = threading.Event()
+    with _ahead(_prepared(work, numbers, stop), AHEAD, stop) as prepared:
         for item in prepared:
             if isinstance(item, _Draft):
                 draft = item
@@ -123,14 +127,14 @@ def run_parts(
                 yield _finish(work, draft)
 
 
-def _prepared(work: Work, numbers: Iterable[int]) -> Iterator[Any]:
+def _prepared(work: Work, numbers: Iterable[int], stop: threading.Event) -> Iterator[Any]:
     """Of each part its draft, its batches, and None at its end."""
     parts = work.plan.parts(len(work.source))
     for number in numbers:
         draft = _Draft(number, parts[number])
         yield draft
         begun = time.perf_counter()
-        samples, lengths, index = _read(work.source, draft)
+        samples, lengths, index = _read(work.source, draft, stop)
         draft.tokens = int(lengths.sum())
         for places in work.plan.batches(lengths):
             chosen = [samples[place] for place in places]
@@ -141,10 +145,12 @@ def _prepared(work: Work, numbers: Iterable[int]) -> Iterator[Any]:
         yield None
 
 
-def _read(source: Source, draft: _Draft) -> tuple[list[Sample], np.ndarray, np.ndarray]:
+def _read(source: Source, draft: _Draft, stop: threading.Event) -> tuple[list[Sample], np.ndarray, np.ndarray]:
     """The samples of a part that can be read, their lengths [n, F] and their numbers [n]."""
     samples, lengths, index = [], [], []
     for number in draft.numbers:
+        if stop.is_set():  # nobody will ask for the rest
+            break
         try:
             sample = source[number]
             lengths.append(sample_lengths(sample, source.decoders))
@@ -175,6 +181,12 @@ def _run_batch(work: Work, draft: _Draft, batch: _Batch) -> None:
         return
     except Exception as error:
         failed, reason = _out_of_memory(error), _reason(error)
+        if _device_lost(error):
+            raise CohortError(
+                f"attribute_cohort: the GPU can no longer be used, after samples {int(batch.index[0])} … of part "
+                f"{draft.number}: {reason}. The parts written so far are good; the same call goes on in a new process, "
+                "and with device='cpu' the sample at fault is set apart"
+            ) from error
         size = len(batch.samples)
         if size == 1:
             draft.failures[int(batch.index[0])] = reason
@@ -190,43 +202,35 @@ def _run_batch(work: Work, draft: _Draft, batch: _Batch) -> None:
 
 
 def _add(work: Work, draft: _Draft, batch: _Batch, explained: Explained) -> None:
-    """Add the rows of a batch; a sample with a number that is not finite is a failure."""
+    """Add the rows of a batch; a sample with a number among them that is not finite is a failure."""
     begun = time.perf_counter()
-    wrong = _not_finite(explained, len(batch.samples))
-    draft.failures.update({int(batch.index[place]): reason for place, reason in wrong.items()})
-    samples, index = batch.samples, batch.index
+    known = set(work.source.decoders)
+    if not explained.relevance or not known.issuperset(explained.relevance):
+        raise ValueError(f"explain must give relevance of {sorted(known)}, got {sorted(explained.relevance)}")
+    tables = [
+        attribution_table(batch.samples, batch.index, explained.relevance, work.source.decoders),
+        _predictions(work, batch.samples, batch.index, explained),
+    ]
+    wrong = _not_finite(tables[0], explained.y_prob, batch.index)
     if wrong:
-        kept = [place for place in range(len(samples)) if place not in wrong]
-        if not kept:
-            return
-        samples, index, explained = [samples[place] for place in kept], index[kept], _only(explained, kept)
-    attributions = attribution_table(samples, index, explained.relevance, work.source.decoders)
-    predictions = _predictions(work, samples, index, explained)
-    draft.attributions.append(attributions)
-    draft.predictions.append(predictions)
+        draft.failures.update(wrong)
+        tables = [table.filter(~np.isin(table["sample"].to_numpy(), list(wrong))) for table in tables]
+    draft.attributions.append(tables[0])
+    draft.predictions.append(tables[1])
     draft.seconds["write"] += time.perf_counter() - begun
 
 
-def _not_finite(explained: Explained, count: int) -> dict[int, str]:
-    """Place in the batch → reason, of the samples that have a NaN or an infinity."""
-    parts = [(f"the attribution of feature {key!r}", scores) for key, scores in explained.relevance.items()]
-    if explained.y_prob is not None:
-        parts.append(("the prediction", explained.y_prob))
+def _not_finite(attributions: pa.Table, y_prob: Tensor | None, index: np.ndarray) -> dict[int, str]:
+    """Sample → reason, of the samples that have a NaN or an infinity in a row."""
     wrong: dict[int, str] = {}
-    for name, values in parts:
-        finite = torch.isfinite(values.detach().reshape(count, -1)).all(1)
-        if not bool(finite.all()):
-            for place in torch.nonzero(~finite).flatten().tolist():
-                wrong.setdefault(place, f"{name} is not finite")
+    rows = attributions.filter(~np.isfinite(attributions["attribution"].to_numpy()))
+    for number, feature in zip(rows["sample"].to_pylist(), rows["feature"].to_pylist(), strict=True):
+        wrong.setdefault(number, f"the attribution of feature {feature!r} is not finite")
+    if y_prob is not None:
+        finite = torch.isfinite(y_prob.detach().reshape(len(index), -1)).all(1).cpu().numpy()
+        for number in index[~finite].tolist():
+            wrong.setdefault(number, "the prediction is not finite")
     return wrong
-
-
-def _only(explained: Explained, kept: list[int]) -> Explained:
-    def pick(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[kept]
-
-    relevance = {key: scores[kept] for key, scores in explained.relevance.items()}
-    return Explained(relevance, pick(explained.y_prob), pick(explained.y_true), pick(explained.target))
 
 
 def _predictions(work: Work, samples: Sequence[Sample], index: np.ndarray, explained: Explained) -> pa.Table:
@@ -278,19 +282,34 @@ def _by_sample(tables: list[pa.Table], schema: pa.Schema) -> pa.Table:
 
 def _out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out, on a GPU or not."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in _NO_MEMORY)
+
+
+def _device_lost(error: Exception) -> bool:
+    """Whether a GPU answers every further call with an error, as after an index out of range in a kernel."""
+    if any(word in str(error) for word in _LOST):
+        return True
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode()
 
 
 class _ahead:
-    """Take items from an iterator in a thread, up to ``depth`` ahead; its exceptions are raised where they are read."""
+    """Take items from an iterator in a thread, up to ``depth`` ahead; its exceptions are raised where they are read.
 
-    def __init__(self, items: Iterator[Any], depth: int) -> None:
-        self._items, self._queue = items, queue.Queue[Any](depth)
-        self._stop = threading.Event()
+    ``stop`` is set on leaving, for an iterator that is at work on its next item.
+    """
+
+    def __init__(self, items: Iterator[Any], depth: int, stop: threading.Event) -> None:
+        self._items, self._queue, self._stop = items, queue.Queue[Any](depth), stop
         self._thread = threading.Thread(target=self._fill, name="rollout-collate", daemon=True)
 
     def __enter__(self) -> Iterator[Any]:
