@@ -172,7 +172,7 @@ def test_scores_shorter_than_the_records_are_refused(dataset: Any, samples: list
 def test_granularity_says_what_a_row_stands_for(dataset: Any) -> None:
     kinds = {key: decoder.granularity for key, decoder in feature_decoders(dataset).items()}
     assert kinds == {
-        "flat": "code", "timed": "code", "hot": "code",
+        "flat": "code", "timed": "code", "hot": "feature",
         "nested": "visit", "timed_nested": "visit", "nested_hot": "visit",
         "labs": "step", "vector": "step",
     }  # fmt: skip
