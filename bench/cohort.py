@@ -121,17 +121,23 @@ def race(count: int, scratch: Path) -> dict[str, Any]:
 
 
 def workers(count: int, scratch: Path) -> dict[str, Any]:
-    """One process of one thread before and after two worker processes of one thread; their start counts."""
+    """One process of one thread on each half of the cohort, and between them two worker processes of one thread on all
+    of it. The workers' start counts; the share of bookkeeping is told for one process only."""
     torch.set_num_threads(1)
     model, samples = model_and_samples(count)
     run(model, samples.subset(range(min(count, 256))), scratch / "warm")
-    before = run(model, samples, scratch / "before")
+    before = run(model, samples.subset(range(count // 2)), scratch / "before")
     two = run(model, samples, scratch / "two", workers=2)
-    after = run(model, samples, scratch / "after")
-    assert two.rows == before.rows == after.rows
-    one = described(before)
-    one["seconds"] = (before.elapsed + after.elapsed) / 2
-    return {"one worker": one, "two workers": described(two)}
+    after = run(model, samples.subset(range(count // 2, count)), scratch / "after")
+    assert two.rows == before.rows + after.rows
+    both = described(two)
+    del both["bookkeeping"]
+    one = described(before) | {"samples": before.done + after.done, "seconds": before.elapsed + after.elapsed}
+    one |= {
+        "rows": two.rows,
+        "stages": {stage: before.seconds[stage] + after.seconds[stage] for stage in before.seconds},
+    }
+    return {"one worker": one, "two workers": both}
 
 
 def memory(count: int, scratch: Path) -> dict[str, Any]:

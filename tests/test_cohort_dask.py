@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 
 from rollout.cohort import CohortError
-from tests.cohort_cases import Records, attribute, contents, explain, rows
+from rollout.cohort.cluster import do_part
+from rollout.cohort.plan import Plan
+from rollout.cohort.source import open_source
+from rollout.cohort.work import Work
+from tests.cohort_cases import VOCABULARIES, Attention, Records, attribute, collate, contents, explain, rows
 
 distributed = pytest.importorskip("distributed")
 
@@ -109,3 +113,19 @@ def test_a_part_that_kills_its_workers_is_named(tmp_path, cluster) -> None:
     with pytest.raises(CohortError, match="workers keep dying"):
         attribute(tmp_path / "out", client=cluster, explain=deadly)
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["status"] == "running"
+
+
+def test_what_dask_may_be_sending_on_is_not_run() -> None:
+    """A model at work is patched: a copy of it taken then would run otherwise on the worker that gets it."""
+    ran = []
+
+    def noting(model, batch):
+        ran.append(model)
+        return explain(model, batch)
+
+    source = open_source(Records(40), collate, VOCABULARIES)
+    work = Work(Attention(), source, noting, Plan(part_samples=20))
+    parts = [do_part(work, number, None, threads=None, gpu_by_name=False) for number in (0, 1)]
+    assert [part.record["attributed"] for part in parts] == [20, 20]
+    assert all(model is ran[0] and model is not work.model for model in ran)
+    assert ran[0].head.weight.equal(work.model.head.weight)

@@ -44,6 +44,7 @@ def run_on_workers(
     distributed = require("distributed", "dask")
     threads = max(1, torch.get_num_threads() // count)
     with ExitStack() as stack:
+        stack.enter_context(require("dask", "dask").config.set(_worker_environment(threads)))
         try:
             cluster = stack.enter_context(
                 distributed.LocalCluster(
@@ -65,6 +66,20 @@ def run_on_workers(
         yield from _run(client, work, numbers, device, threads=threads, gpu_by_name=True)
 
 
+def _worker_environment(threads: int) -> dict[str, Any]:
+    """Dask's settings for the memory of a worker process, which make a model's forward several times slower, undone.
+
+    A low trim threshold gives the memory of every intermediate result back to the system, to be fetched again page by
+    page; and so does an arena of its own for the thread that works.
+    """
+    before = "distributed.nanny.pre-spawn-environ"
+    return {
+        f"{before}.MALLOC_TRIM_THRESHOLD_": None,
+        f"{before}.MALLOC_ARENA_MAX": 1,
+        **{f"{before}.{name}_NUM_THREADS": threads for name in ("OMP", "MKL", "OPENBLAS")},
+    }
+
+
 def run_on_client(client: Any, work: Work, numbers: Sequence[int], device: torch.device | None) -> Generator[Part]:
     """Do parts on the workers of a cluster, as many as it has while it runs; completed parts come in any order."""
     yield from _run(client, work, numbers, device, threads=None, gpu_by_name=False)
@@ -74,8 +89,9 @@ def _run(client: Any, work: Work, numbers: Sequence[int], device: torch.device |
     """Keep every worker two tasks ahead, no more: what is done and not yet written is held in memory."""
     distributed = require("distributed", "dask")
     _await_worker(client)
-    dataset = work.source.dataset  # a PyHealth model holds it too: both must stay one, to be sent once
-    shared = _share(client, replace(work, model=copy.deepcopy(work.model, {id(dataset): dataset}).cpu()))
+    sent = _with_own_model(work)
+    sent.model.cpu()
+    shared = _share(client, sent)
     waiting = iter(numbers)
     done = distributed.as_completed(loop=client.loop)
     try:
@@ -136,7 +152,7 @@ def do_part(work: Work, number: int, device: torch.device | None, *, threads: in
     """Do one part, in a worker.
 
     Args:
-        work: As sent; its model is moved to the device the first time.
+        work: As sent; it is left as it is.
         number: Of the part.
         device: Where to run; None: on the CPU.
         threads: For torch; None: as the worker has it.
@@ -145,12 +161,30 @@ def do_part(work: Work, number: int, device: torch.device | None, *, threads: in
     with _one_at_a_time:  # a worker with several threads has one model
         if threads is not None:
             torch.set_num_threads(threads)
+        own = _own_copy(work)
         if device is not None:
-            work.model.to(_own_gpu(device) if gpu_by_name else device)
-        work.model.eval()
-        (part,) = run_parts(work, [number])
+            own.model.to(_own_gpu(device) if gpu_by_name else device)
+        own.model.eval()
+        (part,) = run_parts(own, [number])
         part.record["peak_bytes"] = peak_memory()
         return part
+
+
+_copies: list[tuple[Work, Work]] = []
+"""The work as sent, which Dask may be sending on to another worker at any moment, and the copy that is run here."""
+
+
+def _own_copy(work: Work) -> Work:
+    """Made once: a model at work has hooks and other forwards on it, which must not travel."""
+    if not _copies or _copies[0][0] is not work:
+        _copies[:] = [(work, _with_own_model(work))]
+    return _copies[0][1]
+
+
+def _with_own_model(work: Work) -> Work:
+    """A copy with a model of its own; the dataset, which a PyHealth model holds too, stays one, to be sent once."""
+    dataset = work.source.dataset
+    return replace(work, model=copy.deepcopy(work.model, {id(dataset): dataset}))
 
 
 def _own_gpu(device: torch.device) -> torch.device:
