@@ -82,10 +82,12 @@ def ceilings(record: Record) -> Any:
             points = [(s, each[field] / seconds(each) / unit) for s, each in found if each and each.get(field)]
             if points:
                 _line(axis, points, provider)
+        lowest = min(measured[key] for key, _ in lines) if len(lines) > 1 else None
         for key, text in lines:
+            side = "top" if measured[key] == lowest else "bottom"
             axis.axhline(measured[key] / unit, **CEILING if key != "copy" else CEILING | {"ls": ":"})
             axis.annotate(f"{text} {measured[key] / unit:.0f} {name}", (0.02, measured[key] / unit), fontsize=8,
-                          va="bottom", xycoords=("axes fraction", "data"), color=CEILING["color"])  # fmt: skip
+                          va=side, xycoords=("axes fraction", "data"), color=CEILING["color"])  # fmt: skip
         _s_axis(axis, _sizes(record, suite))
         highest = max(axis.get_ylim()[1], *(measured[key] / unit for key, _ in lines))
         axis.set_ylim(0, 1.12 * highest)
