@@ -16,10 +16,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from bench.compare_trees import Tree
-from bench.paired import Pairs, turns
+from bench.gate.paired import Pairs, turns
+from bench.gate.trees import Tree
 
-SCRIPT = Path(__file__).with_name("compare_worker.py")
+SCRIPT = Path(__file__).with_name("worker.py")
 TURN = 0.02  # seconds of timed calls in a turn, at least
 MOST_CALLS = 50
 BUDGET, FEWEST = 5.0, 12  # seconds of a measurement; past them it ends, with at least so many pairs
@@ -31,7 +31,7 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """A process that runs one revision: `bench/compare_worker.py` with that revision's packages."""
+    """A process that runs one revision: `bench/gate/worker.py` with that revision's packages."""
 
     def __init__(self, name: str, tree: Tree, device: str, threads: int) -> None:
         self.name = name

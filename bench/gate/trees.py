@@ -1,4 +1,4 @@
-"""The two revisions that `bench.compare` runs, side by side in a temporary folder that is gone afterwards."""
+"""The two revisions that `bench.gate` runs, side by side in a temporary folder that is gone afterwards."""
 
 import os
 import shutil

@@ -1,8 +1,8 @@
-"""Is this revision slower than that one? `python -m bench.compare --base REVISION`.
+"""Is this revision slower than that one? `python -m bench.gate --base REVISION`.
 
 Both revisions run in one go: two long-lived processes, each importing its own revision, take turns at every case, so
 that what else the machine does hits both. Each result is checked against float64 and against the other's before it is
-timed. What counts as slower, and why noise alone does not bring it about: `bench/paired.py`.
+timed. What counts as slower, and why noise alone does not bring it about: `bench/gate/paired.py`.
 
 Ends with 0 when no case is slower, 1 when one is (or its result is wrong), 2 when the comparison could not be made.
 """
@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from bench.compare_processes import Duel, WorkerError
-from bench.compare_trees import RevisionError, Tree, trees
-from bench.compare_worker import case_names
-from bench.paired import REPEATS, Judgement, Pairs, judge, sign_interval, suspected
+from bench.gate.paired import REPEATS, Judgement, Pairs, judge, sign_interval, suspected
+from bench.gate.processes import Duel, WorkerError
+from bench.gate.trees import RevisionError, Tree, trees
+from bench.gate.worker import case_names
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FAILURES = ("slower", "wrong")
 
 
@@ -147,10 +147,10 @@ def main(arguments: list[str] | None = None) -> int:
         with trees(options.repository, options.base, options.head) as found:
             return _compare(options, found)
     except (RevisionError, WorkerError) as error:
-        print(f"bench.compare: {error}", file=sys.stderr)
+        print(f"bench.gate: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("bench.compare: interrupted; nothing is left behind", file=sys.stderr)
+        print("bench.gate: interrupted; nothing is left behind", file=sys.stderr)
         return 130
 
 
@@ -211,7 +211,7 @@ def summary(results: list[Result], threshold: float) -> str:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.compare", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="bench.gate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", required=True, help="the revision to compare with")
     parser.add_argument("--head", default=".", help="a folder with a checkout, or a revision (default: %(default)s)")
     parser.add_argument("--repository", type=Path, default=ROOT, help=argparse.SUPPRESS)
@@ -237,7 +237,3 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     if not options.cases:
         parser.error(f"--only {options.only!r} is in no case's name: {', '.join(case_names(options.device))}")
     return options
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""One revision's side of `bench.compare`: prepares a case, checks it against float64, and times it when told to.
+"""One revision's side of `bench.gate`: prepares a case, checks it against float64, and times it when told to.
 
 A program of its own, run by path in the environment of the revision it times: it imports that revision's `rollout` and
 nothing else of any checkout. What is computed and what it must give is written here, so both revisions get the same

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import compare as gate
-from bench.compare_processes import Duel, WorkerError
-from bench.compare_trees import RevisionError, Tree, trees
-from bench.paired import REPEATS, Judgement, Pairs, judge, sign_interval, suspected, turns
+from bench.gate import compare as gate
+from bench.gate.paired import REPEATS, Judgement, Pairs, judge, sign_interval, suspected, turns
+from bench.gate.processes import Duel, WorkerError
+from bench.gate.trees import RevisionError, Tree, trees
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAIRS, THRESHOLD = 32, 0.10  # the defaults of the command line
 CASES = 12  # of one run
 
@@ -296,7 +296,7 @@ def test_nothing_is_left_behind_by_a_failure(repository: Path, temporary: Path) 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_nothing_is_left_behind_by_a_signal(repository: Path, tmp_path: Path, number: signal.Signals) -> None:
     code = (
-        "import sys; from pathlib import Path; from bench.compare_trees import trees\n"
+        "import sys; from pathlib import Path; from bench.gate.trees import trees\n"
         f"with trees(Path({str(repository)!r}), 'right', 'bad'):\n"
         "    print('ready', flush=True); sys.stdin.read()\n"
     )
@@ -322,7 +322,7 @@ def test_a_bad_revision_is_one_line_and_status_2(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.count("\n") == 1
-    assert f"bench.compare: {revision!r} is no revision of {repository}" in printed.err
+    assert f"bench.gate: {revision!r} is no revision of {repository}" in printed.err
     assert left_behind(repository, temporary) == []
 
 
@@ -427,7 +427,7 @@ def test_an_installed_copy_is_not_timed_for_the_revision(tmp_path: Path) -> None
     installed = tmp_path / "installed" / "rollout"
     installed.mkdir(parents=True)
     (installed / "__init__.py").touch()
-    script = ROOT / "bench" / "compare_worker.py"
+    script = ROOT / "bench" / "gate" / "worker.py"
     command = [sys.executable, "-P", str(script), "--device=cpu", "--threads=1"]
     done = subprocess.run(
         [*command, f"--root={tmp_path / 'revision'}", f"--scratch={tmp_path}"],
