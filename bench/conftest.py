@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench import ceilings, machine
 from bench.memory import peak_extra_bytes
-from bench.providers import relative_error
+from bench.providers.chains import relative_error
 
 LONG_ENOUGH = float(os.environ.get("BENCH_SECONDS", "2.5"))  # for one timing: nine rounds, or fewer of a slow call
 LONG = 1.0  # seconds; a longer call needs no warm-up beside its check

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench import fits, providers, scaling
-from bench.providers import NAIVE, OURS, READ
+from bench import fits, scaling
+from bench.providers import chains
+from bench.providers.chains import NAIVE, OURS, READ
 from bench.record import Record, Result, find, per_second, ratio, results, seconds
 from bench.targets import curve, memory_limit
 from rollout.extras import require
@@ -16,7 +17,7 @@ COLOURS = {
     OURS: "#0072b2",
     f"{OURS}, triton": "#56b4e9",
     NAIVE: "#555555",
-    providers.COMPILED: "#e69f00",
+    chains.COMPILED: "#e69f00",
     "PyHealth's arithmetic": "#cc79a7",
     "PyHealth": "#cc79a7",
     "Abnar & Zuidema 2020": "#009e73",

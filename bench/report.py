@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine, record, suites
-from bench.providers import NAIVE, OURS
+from bench.providers.chains import NAIVE, OURS
 from bench.record import Record, find, milliseconds, per_second, ratio
 from bench.tables import (
     ceilings_table,

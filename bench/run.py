@@ -68,7 +68,8 @@ def quick(selected: dict[str, list[str]], wanted: list[str]) -> int:
 
 def full(selected: dict[str, list[str]], wanted: list[str], out: Path | None) -> int:
     """Times the suites, merges them into the stored record, renders the pages; a file with a failure is not kept."""
-    from bench import providers, record, report
+    from bench import record, report
+    from bench.providers import chains
 
     path = out or machine.folder() / f"{machine.DEVICE}.json"
     kept = record.load(path) if path.exists() else record.empty(machine.device_name())
@@ -85,7 +86,7 @@ def full(selected: dict[str, list[str]], wanted: list[str], out: Path | None) ->
     if suites.SCALING in wanted:
         kept = record.merge(kept, {suites.SCALING: scaling_suite()})
     if "rows from maps" in wanted:
-        kept["compiler"] = providers.compiler_problem()
+        kept["compiler"] = chains.compiler_problem()
     record.save(path, kept)
     print(f"wrote {path}")
     if out is None:

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import machine, oracle, providers
+from bench import machine
 from bench.memory import peak_extra_bytes
-from bench.providers import MAPS, NAIVE, OURS, QK, Provider, Shape
+from bench.providers import chains, oracle
+from bench.providers.chains import MAPS, NAIVE, OURS, QK, Provider, Shape
 
 MAPS_SOURCE, QK_SOURCE = "maps", "Q,K"
 DIM = 64
@@ -56,7 +57,7 @@ def curves() -> list[tuple[str, str, tuple[str, ...]]]:
     found = []
     for source, table in ((MAPS_SOURCE, MAPS), (QK_SOURCE, QK)):
         for name in table:
-            if name != providers.COMPILED:  # one kernel set per shape: its curve is that of its compiler
+            if name != chains.COMPILED:  # one kernel set per shape: its curve is that of its compiler
                 found.append((source, name, every if name == NAIVE or name.startswith(OURS) else first))
     return found
 

@@ -3,15 +3,16 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench import fits, providers, scaling
+from bench import fits, scaling
 from bench.ceilings import binding
-from bench.providers import Shape
+from bench.providers import chains
+from bench.providers.chains import Shape
 from bench.record import Record, Result, milliseconds, per_second, ratio, results, seconds
 from bench.targets import COHORT_CASE, NO_GPU, Verdict, curve, memory_limit, stop
 
 # Who the others are measured against, the first that a group has.
 BASELINES = (
-    providers.NAIVE, "PyHealth", "Gildenblat 2020 (vit-explain)", "Chefer 2021 (ICCV)", "one worker", "fused forward",
+    chains.NAIVE, "PyHealth", "Gildenblat 2020 (vit-explain)", "Chefer 2021 (ICCV)", "one worker", "fused forward",
     "plain forward", "sum(1)",
 )  # fmt: skip
 FULL_MIMIC = 236_532  # samples of InHospitalMortality in MIMIC-IV

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import rollout
-from bench import machine, oracle, providers
+from bench import machine
+from bench.providers import chains, oracle
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install 'attention-rollout[hf]'"
@@ -43,7 +44,7 @@ def stored_maps(hidden: int, heads: int, layers: int, tokens: Tensor) -> Tensor:
     """As users write it: `output_attentions=True`, then the naive chain."""
     with torch.inference_mode():
         maps = bert(hidden, heads, layers, "eager")(input_ids=tokens, output_attentions=True).attentions
-        return providers.naive_chain(maps)
+        return chains.naive_chain(maps)
 
 
 def captured(hidden: int, heads: int, layers: int, tokens: Tensor) -> Tensor:

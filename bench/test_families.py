@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import families
-from bench.providers import OURS
+from bench.providers import families
+from bench.providers.chains import OURS
 
 PLAIN = "plain forward"
 

@@ -6,8 +6,8 @@ from functools import cache
 import pytest
 from torch import Tensor
 
-from bench import oracle
-from bench.providers import FULL
+from bench.providers import oracle
+from bench.providers.chains import FULL
 from bench.test_rows_from_maps import (
     BATCH,
     HEADS,

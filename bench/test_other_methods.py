@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import machine, oracle
-from bench.providers import METHODS, Shape
+from bench import machine
+from bench.providers import oracle
+from bench.providers.chains import METHODS, Shape
 
 BATCH, HEADS, LAYERS = 8, 8, 4
 SEQUENCES = (64, 128, 256, 512)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import machine, oracle, providers
-from bench.providers import MAPS, NAIVE, OURS, READ, Shape
+from bench import machine
+from bench.providers import chains, oracle
+from bench.providers.chains import MAPS, NAIVE, OURS, READ, Shape
 from rollout_kernels._torch_maps import CPU_TILE_BYTES
 
 BATCH, HEADS, LAYERS = 32, 8, 4
@@ -41,10 +42,10 @@ def skip_in_quick(seq: int, quick: bool, largest: int = QUICK) -> None:
 
 def skip_without_compiler(provider: str, seq: int, quick: bool) -> None:
     """Compiling takes tens of seconds: one shape in the quick run. Where no compiler works, the reason is recorded."""
-    if provider == providers.COMPILED:
+    if provider == chains.COMPILED:
         if quick and seq > 64:
             pytest.skip("left out of the quick run")
-        if (problem := providers.compiler_problem()) is not None:
+        if (problem := chains.compiler_problem()) is not None:
             pytest.skip(f"no compiler: {problem}")
 
 
@@ -52,7 +53,7 @@ def time_rows(measure: Callable[..., None], suite: str, seq: int, name: str, col
     """One provider, or one read of the maps: next to the others, as memory bandwidth is not the same all day."""
     values, checked = maps(seq), {}
     if name == READ:
-        run, (size, flop) = providers.read_limit, (shape(seq).row_bytes(), 0)
+        run, (size, flop) = chains.read_limit, (shape(seq).row_bytes(), 0)
     else:
         run, (size, flop) = MAPS[name].run, MAPS[name].work(shape(seq))
         checked = {"reference": reference(seq, MAPS[name].method), "tolerance": MAPS[name].tolerance}
@@ -110,7 +111,7 @@ def test_memory_against_layers(layers: int, measure: Callable[..., None], quick:
     seq = QUICK if quick else 256
     values = [maps(seq)[i % LAYERS] for i in range(layers)]
     measure(
-        lambda: providers.ours(values),
+        lambda: chains.ours(values),
         reference=oracle.from_maps(values),
         tolerance=1e-6,
         suite="memory against layers",

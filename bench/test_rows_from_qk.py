@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import machine, oracle
-from bench.providers import QK, Shape
+from bench import machine
+from bench.providers import oracle
+from bench.providers.chains import QK, Shape
 from bench.test_rows_from_maps import skip_in_quick, skip_without_compiler
 
 BATCH, HEADS, LAYERS, DIM = 32, 8, 4, 64

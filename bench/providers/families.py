@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import rollout
-from bench import machine, oracle, providers
+from bench import machine
+from bench.providers import chains, oracle
 
 PYHEALTH = "PyHealth"
 # Name → the library it needs beside torch, and the extra that brings it.
@@ -75,7 +76,7 @@ def of_maps(
         return tape.rollout(0)[stream]
 
     return Family(
-        providers.NAIVE, lambda: providers.naive_chain(maps()), ours, forward, lambda: oracle.from_maps(maps()), shape
+        chains.NAIVE, lambda: chains.naive_chain(maps()), ours, forward, lambda: oracle.from_maps(maps()), shape
     )
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import rollout
-from bench import machine, peers
-from bench.oracle import relative_error
+from bench import machine
+from bench.providers import peers
+from bench.providers.oracle import relative_error
 from rollout.bench import naive_chain, naive_chain_qk, naive_full
 
 __all__ = ["FULL", "MAPS", "METHODS", "QK", "Provider", "Shape", "compiler_problem", "relative_error"]

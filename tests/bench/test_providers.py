@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import ceilings, fits, machine, oracle, peers, providers, scaling, suites
+from bench import ceilings, fits, machine, scaling, suites
 from bench.memory import peak_extra_bytes
-from bench.providers import COMPILED, FULL, MAPS, METHODS, QK, Provider, Shape
+from bench.providers import chains, oracle, peers
+from bench.providers.chains import COMPILED, FULL, MAPS, METHODS, QK, Provider, Shape
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = (2, 3, 17, 17)
 PLAIN = [name for name in MAPS if name != COMPILED]
 
@@ -218,7 +219,7 @@ def test_a_curve_stops_before_what_does_not_fit(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_wrong_provider_has_no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(scaling.MAPS, "ours", Provider(lambda maps: providers.ours(maps) * 1.001))
+    monkeypatch.setitem(scaling.MAPS, "ours", Provider(lambda maps: chains.ours(maps) * 1.001))
     with pytest.raises(AssertionError, match=r"not timed: error 1\.00e-03"):
         next(scaling.climb("maps", "ours", "S", scaling.QUICK, lambda: None))
 
