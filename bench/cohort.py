@@ -20,7 +20,7 @@ import polars as pl
 import torch
 
 import rollout
-from bench import machine
+from bench.machine import host
 from rollout.codebook import STREAMS
 from rollout.cohort.memory import peak_memory
 from rollout.quiet import quiet_pyhealth
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, required=True)
     parser.add_argument("--plan", choices=PLANS, required=True)
     options = parser.parse_args()
-    torch.set_num_threads(machine.THREADS)
+    torch.set_num_threads(host.THREADS)
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["TMPDIR"] = scratch  # where PyHealth puts the samples
         print(json.dumps(PLANS[options.plan](options.samples, Path(scratch))))

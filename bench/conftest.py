@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import ceilings, machine
-from bench.memory import peak_extra_bytes
+from bench.machine import ceilings, host
+from bench.machine.memory import peak_extra_bytes
 from bench.providers.chains import relative_error
 
 LONG_ENOUGH = float(os.environ.get("BENCH_SECONDS", "2.5"))  # for one timing: nine rounds, or fewer of a slow call
@@ -28,19 +28,19 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
-def flush() -> machine.Flush:
-    return machine.Flush()
+def flush() -> host.Flush:
+    return host.Flush()
 
 
 @pytest.fixture(autouse=True)
 def _threads() -> None:
-    torch.set_num_threads(machine.THREADS)
+    torch.set_num_threads(host.THREADS)
 
 
 @pytest.fixture(scope="module")
 def module_ceilings(quick: bool) -> dict[str, Any] | None:
     """Measured anew for each module: a virtual machine's memory bandwidth is not the same all day."""
-    torch.set_num_threads(machine.THREADS)
+    torch.set_num_threads(host.THREADS)
     return None if quick else ceilings.measure().as_dict()
 
 
@@ -53,7 +53,7 @@ def taken(run: Callable[[], object]) -> float:
 
 @pytest.fixture
 def measure(
-    benchmark: Any, quick: bool, flush: machine.Flush, module_ceilings: dict[str, Any] | None
+    benchmark: Any, quick: bool, flush: host.Flush, module_ceilings: dict[str, Any] | None
 ) -> Callable[..., None]:
     """`measure(run, reference=…, tolerance=…, cold=True, **info)`: check, then time, then record.
 
@@ -70,7 +70,7 @@ def measure(
     ) -> None:
         def whole() -> Tensor:
             result = run()
-            machine.synchronize()
+            host.synchronize()
             return result
 
         with torch.inference_mode():

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import fits, scaling
+from bench.machine.record import Record, Result, find, per_second, ratio, results, seconds
 from bench.providers import chains
 from bench.providers.chains import NAIVE, OURS, READ
-from bench.record import Record, Result, find, per_second, ratio, results, seconds
 from bench.targets import curve, memory_limit
 from rollout.extras import require
 

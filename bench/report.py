@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import machine, record, suites
+from bench import suites
+from bench.machine import host, record
+from bench.machine.record import Record, find, milliseconds, per_second, ratio
 from bench.providers.chains import NAIVE, OURS
-from bench.record import Record, find, milliseconds, per_second, ratio
 from bench.tables import (
     ceilings_table,
     cohort_table,
@@ -241,11 +242,11 @@ def render(path: Path, text: str, marker: str) -> None:
     path.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
 
 
-def write_all(root: Path = machine.ROOT, plots: bool = True) -> list[Path]:
+def write_all(root: Path = host.ROOT, plots: bool = True) -> list[Path]:
     """Every page and plot; returns what was written."""
     folder = root / "bench" / "results"
     found = devices(folder)
-    shown = chosen(found, machine.folder())
+    shown = chosen(found, host.folder())
     judged, written = all_verdicts(found, shown), []
     if plots:
         from bench.figures import draw_all
@@ -265,7 +266,7 @@ def write_all(root: Path = machine.ROOT, plots: bool = True) -> list[Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--root", type=Path, default=machine.ROOT, help="the folder that holds README.md and bench/")
+    parser.add_argument("--root", type=Path, default=host.ROOT, help="the folder that holds README.md and bench/")
     parser.add_argument("--no-plots", action="store_true", help="pages only")
     options = parser.parse_args()
     for path in write_all(options.root, not options.no_plots):

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import machine, suites
+from bench import suites
+from bench.machine import host
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--suite", action="append", metavar="NAME", help="run this suite only; may be given again")
     parser.add_argument("--list", action="store_true", help="the names of the suites")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=machine.DEVICE)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=host.DEVICE)
     parser.add_argument("--out", type=Path, help="write the record here and render no page")
     options = parser.parse_args(arguments)
     if options.list:
@@ -37,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         selected = suites.selections(wanted)
     except ValueError as error:
         parser.error(str(error))
-    if options.device != machine.DEVICE:  # read once, at import: start again with it set
+    if options.device != host.DEVICE:  # read once, at import: start again with it set
         again = [sys.executable, "-m", "bench.run", *(sys.argv[1:] if arguments is None else arguments)]
         return subprocess.run(again, env=os.environ | {"BENCH_DEVICE": options.device}, check=False).returncode
-    present = {file: nodes for file, nodes in selected.items() if (machine.ROOT / "bench" / file).exists()}
+    present = {file: nodes for file, nodes in selected.items() if (host.ROOT / "bench" / file).exists()}
     for file in selected.keys() - present.keys():
         print(f"bench.run: bench/{file} is not there; its suites are left out")
     return quick(present, wanted) if options.quick else full(present, wanted, options.out)
@@ -57,8 +58,8 @@ def quick(selected: dict[str, list[str]], wanted: list[str]) -> int:
 
         from bench import scaling
 
-        torch.set_num_threads(machine.THREADS)
-        flush, checked = machine.Flush(), 0
+        torch.set_num_threads(host.THREADS)
+        flush, checked = host.Flush(), 0
         for source, name, axes in scaling.curves():
             for axis in axes:
                 checked += sum("error" in each for each in scaling.climb(source, name, axis, scaling.QUICK, flush))
@@ -68,11 +69,12 @@ def quick(selected: dict[str, list[str]], wanted: list[str]) -> int:
 
 def full(selected: dict[str, list[str]], wanted: list[str], out: Path | None) -> int:
     """Times the suites, merges them into the stored record, renders the pages; a file with a failure is not kept."""
-    from bench import record, report
+    from bench import report
+    from bench.machine import record
     from bench.providers import chains
 
-    path = out or machine.folder() / f"{machine.DEVICE}.json"
-    kept = record.load(path) if path.exists() else record.empty(machine.device_name())
+    path = out or host.folder() / f"{host.DEVICE}.json"
+    kept = record.load(path) if path.exists() else record.empty(host.device_name())
     failed: list[str] = []
     for file, nodes in selected.items():
         started = time.perf_counter()
@@ -91,9 +93,9 @@ def full(selected: dict[str, list[str]], wanted: list[str], out: Path | None) ->
     print(f"wrote {path}")
     if out is None:
         for page in report.write_all():
-            print(f"wrote {page.relative_to(machine.ROOT)}")
-        found_devices = report.devices(machine.RESULTS)
-        shown = report.chosen(found_devices, machine.folder())
+            print(f"wrote {page.relative_to(host.ROOT)}")
+        found_devices = report.devices(host.RESULTS)
+        shown = report.chosen(found_devices, host.folder())
         if shown is not None and shown.cpu is not None:
             print(report.readme_table(shown, report.all_verdicts(found_devices, shown)))
     for file in failed:
@@ -104,16 +106,17 @@ def full(selected: dict[str, list[str]], wanted: list[str], out: Path | None) ->
 
 
 def scaling_suite() -> dict[str, Any]:
-    from bench import ceilings, record, scaling
+    from bench import scaling
+    from bench.machine import ceilings, record
 
     limits = scaling.default_limits()
-    found = record.context(machine.THREADS) | {"ceilings": ceilings.measure().as_dict()}
+    found = record.context(host.THREADS) | {"ceilings": ceilings.measure().as_dict()}
     return found | {"memory_limit": limits.memory, "results": scaling.run_all(limits)}
 
 
 def time_file(nodes: list[str]) -> dict[str, dict[str, Any]] | None:
     """The suites of one file, timed in a process of their own; None when a provider was wrong or raised."""
-    from bench import record
+    from bench.machine import record
 
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
@@ -124,7 +127,7 @@ def time_file(nodes: list[str]) -> dict[str, dict[str, Any]] | None:
 
 def _pytest(arguments: list[str]) -> int:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    status = subprocess.run(command, cwd=machine.ROOT, check=False).returncode
+    status = subprocess.run(command, cwd=host.ROOT, check=False).returncode
     return 0 if status == 5 else status  # 5: nothing to run, as where a library is missing
 
 

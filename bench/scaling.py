@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import machine
-from bench.memory import peak_extra_bytes
+from bench.machine import host
+from bench.machine.memory import peak_extra_bytes
 from bench.providers import chains, oracle
 from bench.providers.chains import MAPS, NAIVE, OURS, QK, Provider, Shape
 
@@ -48,7 +48,7 @@ QUICK = Limits(2**28, largest=(("S", 256), ("B", 2), ("L", 4), ("H", 2)), timing
 
 
 def default_limits() -> Limits:
-    return Limits(min(LARGEST_LIMIT, machine.available_bytes() // 4))
+    return Limits(min(LARGEST_LIMIT, host.available_bytes() // 4))
 
 
 def curves() -> list[tuple[str, str, tuple[str, ...]]]:
@@ -76,9 +76,9 @@ def make_inputs(source: str, shape: Shape) -> tuple[list[Tensor], ...]:
         first = torch.rand(shape.B, shape.H, shape.S, shape.S, generator=generator)
         first.div_(first.sum(-1, keepdim=True))
         # The layers differ by a shift of the columns: drawing numbers anew would take longer than the timing.
-        return ([torch.roll(first, 3 * layer, -1).to(machine.DEVICE) for layer in range(shape.L)],)
+        return ([torch.roll(first, 3 * layer, -1).to(host.DEVICE) for layer in range(shape.L)],)
     size = (shape.B, shape.H, shape.S, DIM)
-    made = [torch.randn(size, generator=generator).to(machine.DEVICE) for _ in range(2 * shape.L)]
+    made = [torch.randn(size, generator=generator).to(host.DEVICE) for _ in range(2 * shape.L)]
     return made[: shape.L], made[shape.L :]
 
 
@@ -111,7 +111,7 @@ def point(source: str, provider: Provider, shape: Shape, limits: Limits, flush: 
 
     def run() -> Tensor:
         result = provider.run(*inputs)
-        machine.synchronize()
+        host.synchronize()
         return result
 
     found = check(source, provider, inputs, run())
@@ -175,7 +175,7 @@ def run_all(limits: Limits) -> list[dict[str, Any]]:
     for source, name, _ in curves():
         command = [sys.executable, "-m", "bench.scaling", source, name, f"--memory={limits.memory}"]
         command.append(f"--seconds={limits.seconds}")
-        finished = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
+        finished = subprocess.run(command, cwd=host.ROOT, capture_output=True, text=True, check=False)
         if finished.returncode:
             raise RuntimeError(f"bench.scaling {source} {name} failed:\n{finished.stderr[-2000:]}")
         points = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
@@ -194,11 +194,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=CALL_LIMIT, help="seconds a call may take")
     parser.add_argument("--quick", action="store_true", help="few small sizes")
     options = parser.parse_args()
-    torch.set_num_threads(machine.THREADS)
+    torch.set_num_threads(host.THREADS)
     axes = {(source, name): axes for source, name, axes in curves()}
     if (options.source, options.provider) not in axes:
         parser.error(f"provider must be one of {[name for source, name in axes if source == options.source]}")
-    limits, flush = QUICK if options.quick else Limits(options.memory, options.seconds), machine.Flush()
+    limits, flush = QUICK if options.quick else Limits(options.memory, options.seconds), host.Flush()
     with torch.inference_mode():
         for axis in axes[options.source, options.provider]:
             for entry in climb(options.source, options.provider, axis, limits, flush):

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bench import fits, scaling
+from bench.machine.record import Record, Result, find, ratio, results
 from bench.providers.chains import NAIVE, OURS, READ
-from bench.record import Record, Result, find, ratio, results
 
 MET, MISSED, NO_GPU, NO_RUN = "met", "missed", "not yet run on a GPU", "not in the record"
 

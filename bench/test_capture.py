@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import rollout
-from bench import machine
+from bench.machine import host
 from bench.providers import chains, oracle
 
 transformers = pytest.importorskip(
@@ -31,13 +31,13 @@ def bert(hidden: int, heads: int, layers: int, implementation: str) -> Any:
         hidden_size=hidden, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=4 * hidden
     )
     config._attn_implementation = implementation
-    return transformers.BertModel(config, add_pooling_layer=False).eval().to(machine.DEVICE)
+    return transformers.BertModel(config, add_pooling_layer=False).eval().to(host.DEVICE)
 
 
 @cache
 def ids(batch: int, seq: int) -> Tensor:
     tokens = torch.randint(1000, 30000, (batch, seq), generator=torch.Generator().manual_seed(seq))
-    return tokens.to(machine.DEVICE)
+    return tokens.to(host.DEVICE)
 
 
 def stored_maps(hidden: int, heads: int, layers: int, tokens: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from bench import cohort, machine
+from bench import cohort
+from bench.machine import host
 
 SAMPLES, FEW = 20_000, 2_000
 SHARED = 40_000  # between workers: their start is ten seconds or more, whatever there is to do
@@ -48,7 +49,7 @@ def race(quick: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("provider", ["PyHealth", "ours"])
 def test_cohort(provider: str, race: dict[str, Any], benchmark: Any) -> None:
     """Samples a second, reading and writing included; stock timed on 40 of its batches, drawn at random."""
-    _record(benchmark, "synthetic cohort", provider, race[provider], machine.THREADS)
+    _record(benchmark, "synthetic cohort", provider, race[provider], host.THREADS)
 
 
 @pytest.fixture(scope="module")
@@ -66,4 +67,4 @@ def test_workers(provider: str, pair: dict[str, Any], benchmark: Any) -> None:
 def test_memory(samples: int, quick: bool, benchmark: Any) -> None:
     """Peak memory of the process against the size of the cohort."""
     found = _measured("memory", QUICK if quick else samples)["ours"]
-    _record(benchmark, f"memory, {samples:,} samples", "ours", found, machine.THREADS)
+    _record(benchmark, f"memory, {samples:,} samples", "ours", found, host.THREADS)

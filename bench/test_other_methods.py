@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import machine
+from bench.machine import host
 from bench.providers import oracle
 from bench.providers.chains import METHODS, Shape
 
@@ -23,8 +23,8 @@ def inputs(seq: int, gradients: bool) -> tuple[list[Tensor], ...]:
     """Softmax maps, and random gradients of them, of the size 1/S that gradients through a softmax have."""
     generator = torch.Generator().manual_seed(seq)
     made = [torch.randn(BATCH, HEADS, seq, seq, generator=generator) for _ in range(2 * LAYERS)]
-    maps = [scores.softmax(-1).to(machine.DEVICE) for scores in made[:LAYERS]]
-    return (maps, [values.to(machine.DEVICE) for values in made[LAYERS:]]) if gradients else (maps,)
+    maps = [scores.softmax(-1).to(host.DEVICE) for scores in made[:LAYERS]]
+    return (maps, [values.to(host.DEVICE) for values in made[LAYERS:]]) if gradients else (maps,)
 
 
 @cache

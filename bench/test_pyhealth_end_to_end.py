@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import rollout
-from bench import machine
+from bench.machine import host
 
 pytest.importorskip("pyhealth", reason="PyHealth is not installed: pip install 'attention-rollout[pyhealth]'")
 
@@ -38,7 +38,7 @@ def model() -> Any:
     samples = [{"patient_id": f"p{i}", "visit_id": "v", "codes": codes, "label": i} for i in range(2)]
     dataset = create_sample_dataset(samples, {"codes": "sequence"}, {"label": "binary"}, dataset_name="bench")
     torch.manual_seed(0)
-    return Transformer(dataset, embedding_dim=EMBEDDING, heads=HEADS, num_layers=LAYERS).eval().to(machine.DEVICE)
+    return Transformer(dataset, embedding_dim=EMBEDDING, heads=HEADS, num_layers=LAYERS).eval().to(host.DEVICE)
 
 
 def lengths(case: str, quick: bool) -> list[list[int]]:
@@ -61,7 +61,7 @@ def batches(case: str, quick: bool) -> Batches:
     for each in lengths(case, quick):
         ids = torch.randint(2, VOCABULARY, (len(each), max(each)), generator=generator)
         ids *= torch.arange(max(each)) < torch.tensor(each)[:, None]
-        made.append({"codes": ids.to(machine.DEVICE), "label": torch.zeros(len(each), 1, device=machine.DEVICE)})
+        made.append({"codes": ids.to(host.DEVICE), "label": torch.zeros(len(each), 1, device=host.DEVICE)})
     return made
 
 
@@ -69,7 +69,7 @@ def batches(case: str, quick: bool) -> Batches:
 def reference(case: str, quick: bool) -> Tensor:
     """PyHealth's own in float64, sample by sample at its own length: row 0 does not depend on padding."""
     exact = PyHealthRollout(copy.deepcopy(model()).double())
-    label = torch.zeros(1, 1, dtype=torch.float64, device=machine.DEVICE)
+    label = torch.zeros(1, 1, dtype=torch.float64, device=host.DEVICE)
     rows = []
     for data in batches(case, quick):
         for sample in data["codes"]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import machine
+from bench.machine import host
 from bench.providers import chains, oracle
 from bench.providers.chains import MAPS, NAIVE, OURS, READ, Shape
 from rollout_kernels._torch_maps import CPU_TILE_BYTES
@@ -23,7 +23,7 @@ def maps(seq: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Softmax maps of L layers."""
     generator = torch.Generator().manual_seed(seq)
     values = [torch.randn(BATCH, HEADS, seq, seq, generator=generator).softmax(-1) for _ in range(LAYERS)]
-    return [attention.to(machine.DEVICE, dtype) for attention in values]
+    return [attention.to(host.DEVICE, dtype) for attention in values]
 
 
 @cache
@@ -130,7 +130,7 @@ def test_head_sum(seq: int, provider: str, measure: Callable[..., None], quick: 
     skip_in_quick(seq, quick)
     values = maps(seq)[0]
     samples = max(1, CPU_TILE_BYTES // (4 * seq * seq))
-    buffer = torch.empty(min(samples, BATCH), seq, seq, device=machine.DEVICE)
+    buffer = torch.empty(min(samples, BATCH), seq, seq, device=host.DEVICE)
 
     def run() -> Tensor:
         for chunk in values.split(samples):

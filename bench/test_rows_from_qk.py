@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import machine
+from bench.machine import host
 from bench.providers import oracle
 from bench.providers.chains import QK, Shape
 from bench.test_rows_from_maps import skip_in_quick, skip_without_compiler
@@ -20,7 +20,7 @@ SEQUENCES = (64, 128, 256, 512)
 def queries_and_keys(seq: int) -> tuple[list[Tensor], list[Tensor]]:
     """Random Q and K of L layers."""
     generator = torch.Generator().manual_seed(seq)
-    made = [torch.randn(BATCH, HEADS, seq, DIM, generator=generator).to(machine.DEVICE) for _ in range(2 * LAYERS)]
+    made = [torch.randn(BATCH, HEADS, seq, DIM, generator=generator).to(host.DEVICE) for _ in range(2 * LAYERS)]
     return made[:LAYERS], made[LAYERS:]
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from bench import record, report, run, scaling, suites, tables, targets
+from bench import report, run, scaling, suites, tables, targets
+from bench.machine import record
 from bench.report import Device
 
 HEAD = {"date": "2001-02-03", "threads": 2, "python": "3.12", "versions": {"torch": "2.9"}}
@@ -201,7 +202,7 @@ def checkout(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "README.md").write_text("above\n<!-- bench -->\nold\n<!-- /bench -->\nbelow\n")
     (root / "bench" / "README.md").write_text("x\n<!-- verdicts -->\n<!-- /verdicts -->\ny\n")
     record.save(folder / "cpu.json", small_record())
-    monkeypatch.setattr("bench.machine.folder", lambda: folder)
+    monkeypatch.setattr("bench.machine.host.folder", lambda: folder)
     return folder
 
 

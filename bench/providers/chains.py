@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import rollout
-from bench import machine
+from bench.machine import host
 from bench.providers import peers
 from bench.providers.oracle import relative_error
 from rollout.bench import naive_chain, naive_chain_qk, naive_full
@@ -100,7 +100,7 @@ def compiler_problem() -> str | None:
     """Why `torch.compile` cannot be timed here, or None: a small function is compiled to find out."""
     try:
         probe = torch.compile(lambda x: (x * 2 + 1).sum(-1))
-        probe(torch.ones(4, 4, device=machine.DEVICE))
+        probe(torch.ones(4, 4, device=host.DEVICE))
     except Exception as error:  # what a missing compiler raises is the compiler's choice
         lines = str(error).strip().splitlines()
         return lines[0] if lines else type(error).__name__
@@ -123,7 +123,7 @@ def _by_backend(
 ) -> dict[str, Provider]:
     """Ours by backend: torch anywhere; triton beside it on a GPU, where it is what `"auto"` takes."""
     found = {name: Provider(run, tolerance=tolerance, work=work)}
-    if machine.DEVICE == "cuda":
+    if host.DEVICE == "cuda":
         found[f"{name}, triton"] = Provider(lambda *x: run(*x, backend="triton"), tolerance=tolerance, work=work)
     return found
 

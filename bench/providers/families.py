@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import rollout
-from bench import machine
+from bench.machine import host
 from bench.providers import chains, oracle
 
 PYHEALTH = "PyHealth"
@@ -84,8 +84,8 @@ def torch_encoder(quick: bool) -> Family:
     """`nn.TransformerEncoder`; its maps by hooks that ask each attention for its weights."""
     batch, seq, heads, layers, width = (2, 16, 2, 2, 16) if quick else (16, 256, 8, 4, 256)
     layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True)
-    model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).eval().to(machine.DEVICE)
-    x = torch.randn(batch, seq, width).to(machine.DEVICE)
+    model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).eval().to(host.DEVICE)
+    x = torch.randn(batch, seq, width).to(host.DEVICE)
 
     def asked(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, kwargs | {"need_weights": True, "average_attn_weights": False}
@@ -113,7 +113,7 @@ def bert(quick: bool) -> Family:
     config = transformers.BertConfig(
         hidden_size=width, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=4 * width
     )
-    tokens = torch.randint(1000, 30000, (batch, seq)).to(machine.DEVICE)
+    tokens = torch.randint(1000, 30000, (batch, seq)).to(host.DEVICE)
     sizes = {"B": batch, "H": heads, "S": seq, "L": layers, "E": width}
     return _hugging_face(transformers.BertModel, config, {"input_ids": tokens}, "encoder.layer", sizes)
 
@@ -127,7 +127,7 @@ def vit(quick: bool) -> Family:
         hidden_size=width, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=4 * width,
         image_size=side, patch_size=16,
     )  # fmt: skip
-    image = torch.randn(batch, 3, side, side).to(machine.DEVICE)
+    image = torch.randn(batch, 3, side, side).to(host.DEVICE)
     sizes = {"B": batch, "H": heads, "S": 1 + (side // 16) ** 2, "L": layers, "E": width}
     return _hugging_face(transformers.ViTModel, config, {"pixel_values": image}, "layers", sizes)
 
@@ -138,7 +138,7 @@ def _hugging_face(kind: Any, config: Any, inputs: dict[str, Tensor], stream: str
     for implementation in ("eager", "sdpa"):
         chosen = copy.deepcopy(config)
         chosen._attn_implementation = implementation
-        models.append(kind(chosen, add_pooling_layer=False).eval().to(machine.DEVICE))
+        models.append(kind(chosen, add_pooling_layer=False).eval().to(host.DEVICE))
     eager, fused = models
     eager.load_state_dict(fused.state_dict())
     return of_maps(
@@ -156,8 +156,8 @@ def timm_vit(quick: bool) -> Family:
 
     batch, side, heads, layers, width = (2, 32, 2, 2, 16) if quick else (16, 224, 3, 12, 192)
     model = VisionTransformer(img_size=side, patch_size=16, embed_dim=width, depth=layers, num_heads=heads)
-    model = model.eval().to(machine.DEVICE)
-    image = torch.randn(batch, 3, side, side).to(machine.DEVICE)
+    model = model.eval().to(host.DEVICE)
+    image = torch.randn(batch, 3, side, side).to(host.DEVICE)
 
     def maps() -> list[Tensor]:
         kept: list[Tensor] = []
@@ -219,7 +219,7 @@ def _pyhealth(model: Any, data: dict[str, Any], **sizes: int) -> Family:
 
     from rollout.pyhealth import AttentionRollout
 
-    model = model.eval().to(machine.DEVICE)
+    model = model.eval().to(host.DEVICE)
 
     def by(interpreter: Any, batch: dict[str, Any]) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():  # PyHealth's needs gradients

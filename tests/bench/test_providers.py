@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import ceilings, fits, machine, scaling, suites
-from bench.memory import peak_extra_bytes
+from bench import fits, scaling, suites
+from bench.machine import ceilings, host
+from bench.machine.memory import peak_extra_bytes
 from bench.providers import chains, oracle, peers
 from bench.providers.chains import COMPILED, FULL, MAPS, METHODS, QK, Provider, Shape
 
@@ -149,7 +150,7 @@ def test_the_ceiling_that_binds() -> None:
 
 def test_ceilings_are_measured() -> None:
     found = ceilings.measure(size=2**22, side=128)
-    assert found.cache == machine.cache_bytes() > 2**16
+    assert found.cache == host.cache_bytes() > 2**16
     assert 1e8 < found.read < 1e13
     assert 1e8 < found.copy < 1e13
     assert 1e8 < found.matmul < 1e14

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench import machine
+from bench.machine import host
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -32,7 +32,7 @@ def peak_extra_bytes(run: Callable[[], object]) -> int | None:
     Run it once before: libraries' own first-call memory is not meant.
     """
     gc.collect()
-    return _on_gpu(run) if machine.DEVICE == "cuda" else _resident(run)
+    return _on_gpu(run) if host.DEVICE == "cuda" else _resident(run)
 
 
 def _resident(run: Callable[[], object]) -> int | None:

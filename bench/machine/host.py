@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 DEVICE = os.environ.get("BENCH_DEVICE", "cpu")
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench import machine
+from bench.machine import host
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,16 @@ class Ceilings:
 
 
 def measure(size: int | None = None, side: int = 2048) -> Ceilings:
-    """Measure them on `machine.DEVICE`.
+    """Measure them on `host.DEVICE`.
 
     Args:
         size: bytes of the buffer read and copied; default sixteen times the last-level cache.
         side: rows of the square float32 matrices multiplied.
     """
-    cache = machine.cache_bytes()
-    source = torch.ones((size or 16 * cache) // 4, device=machine.DEVICE)
+    cache = host.cache_bytes()
+    source = torch.ones((size or 16 * cache) // 4, device=host.DEVICE)
     target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=machine.DEVICE) for _ in range(2))
+    a, b = (torch.randn(side, side, device=host.DEVICE) for _ in range(2))
     with torch.inference_mode():
         product = _best(lambda: torch.mm(a, b))
         return Ceilings(
@@ -56,10 +56,10 @@ def _best(run: Callable[[], object], rounds: int = 9) -> float:
     """Seconds of the second fastest of several calls: a ceiling is what the machine does when left alone."""
     times = []
     for _ in range(rounds + 2):
-        machine.synchronize()
+        host.synchronize()
         started = time.perf_counter()
         run()
-        machine.synchronize()
+        host.synchronize()
         times.append(time.perf_counter() - started)
     return statistics.quantiles(times[2:], n=rounds)[0] if rounds > 1 else times[-1]
 
