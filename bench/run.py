@@ -69,8 +69,8 @@ def quick(selected: dict[str, list[str]], wanted: list[str]) -> int:
 
 def full(selected: dict[str, list[str]], wanted: list[str], out: Path | None) -> int:
     """Times the suites, merges them into the stored record, renders the pages; a file with a failure is not kept."""
-    from bench import report
     from bench.machine import record
+    from bench.pages import report
     from bench.providers import chains
 
     path = out or host.folder() / f"{host.DEVICE}.json"

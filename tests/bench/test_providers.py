@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import fits, scaling, suites
+from bench import scaling, suites
 from bench.machine import ceilings, host
 from bench.machine.memory import peak_extra_bytes
+from bench.pages import fits
 from bench.providers import chains, oracle, peers
 from bench.providers.chains import COMPILED, FULL, MAPS, METHODS, QK, Provider, Shape
 

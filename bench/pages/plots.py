@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench import fits, scaling
+from bench import scaling
 from bench.machine.record import Record, Result, find, per_second, ratio, results, seconds
+from bench.pages import fits
+from bench.pages.targets import curve, memory_limit
 from bench.providers import chains
 from bench.providers.chains import NAIVE, OURS, READ
-from bench.targets import curve, memory_limit
 from rollout.extras import require
 
 DPI = 130

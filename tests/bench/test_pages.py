@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from bench import report, run, scaling, suites, tables, targets
+from bench import run, scaling, suites
 from bench.machine import record
-from bench.report import Device
+from bench.pages import report, tables, targets
+from bench.pages.report import Device
 
 HEAD = {"date": "2001-02-03", "threads": 2, "python": "3.12", "versions": {"torch": "2.9"}}
 CEILINGS = {"read": 10e9, "copy": 15e9, "matmul": 100e9, "cache": 2**25}
@@ -297,14 +298,14 @@ def test_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_the_stored_pages_are_those_of_the_stored_records(tmp_path: Path) -> None:
     """RESULTS.md and the verdicts in bench/README.md were rendered from the records beside them."""
-    root = Path(report.__file__).resolve().parent.parent
+    root = Path(report.__file__).resolve().parents[2]
     for page in ("README.md", "bench/README.md"):
         (tmp_path / page).parent.mkdir(exist_ok=True)
         shutil.copy(root / page, tmp_path / page)
     shutil.copytree(root / "bench" / "results", tmp_path / "bench" / "results")
     report.write_all(tmp_path, plots=False)
     for page in ("bench/README.md", "bench/RESULTS.md"):
-        assert (tmp_path / page).read_text() == (root / page).read_text(), f"{page}: run python -m bench.report"
+        assert (tmp_path / page).read_text() == (root / page).read_text(), f"{page}: run python -m bench.pages"
 
 
 def test_every_suite_is_described() -> None:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bench import fits, scaling
+from bench import scaling
 from bench.machine.record import Record, Result, find, ratio, results
+from bench.pages import fits
 from bench.providers.chains import NAIVE, OURS, READ
 
 MET, MISSED, NO_GPU, NO_RUN = "met", "missed", "not yet run on a GPU", "not in the record"

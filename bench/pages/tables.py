@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench import fits, scaling
+from bench import scaling
 from bench.machine.ceilings import binding
 from bench.machine.record import Record, Result, milliseconds, per_second, ratio, results, seconds
+from bench.pages import fits
+from bench.pages.targets import COHORT_CASE, NO_GPU, Verdict, curve, memory_limit, stop
 from bench.providers import chains
 from bench.providers.chains import Shape
-from bench.targets import COHORT_CASE, NO_GPU, Verdict, curve, memory_limit, stop
 
 # Who the others are measured against, the first that a group has.
 BASELINES = (

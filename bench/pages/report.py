@@ -1,4 +1,4 @@
-"""Pages from the records, so that no figure is typed by hand: `python -m bench.report`.
+"""Pages from the records, so that no figure is typed by hand: `python -m bench.pages`.
 
 Renders every record under `bench/results/` into `bench/RESULTS.md` with its plots, and this machine's (or the only one)
 into the table of the README and the verdicts of `bench/README.md`, between their markers.
@@ -15,8 +15,7 @@ from typing import Any
 from bench import suites
 from bench.machine import host, record
 from bench.machine.record import Record, find, milliseconds, per_second, ratio
-from bench.providers.chains import NAIVE, OURS
-from bench.tables import (
+from bench.pages.tables import (
     ceilings_table,
     cohort_table,
     exponents_table,
@@ -27,7 +26,8 @@ from bench.tables import (
     suite_table,
     verdict_table,
 )
-from bench.targets import COHORT_CASE, MET, MISSED, NO_GPU, NO_RUN, PYHEALTH, SPEED, Verdict, verdicts
+from bench.pages.targets import COHORT_CASE, MET, MISSED, NO_GPU, NO_RUN, PYHEALTH, SPEED, Verdict, verdicts
+from bench.providers.chains import NAIVE, OURS
 
 PAGE, PLOTS_BELOW = "RESULTS.md", "results"
 # What a suite times, said once above its table.
@@ -52,7 +52,7 @@ ABOUT = {
 
 
 INTRODUCTION = (
-    "Rendered by `python -m bench.report` from the records in `bench/results/`; how each figure is taken: "
+    "Rendered by `python -m bench.pages` from the records in `bench/results/`; how each figure is taken: "
     "[README.md](README.md). A heading names the suite its figures are from."
 )
 
@@ -249,7 +249,7 @@ def write_all(root: Path = host.ROOT, plots: bool = True) -> list[Path]:
     shown = chosen(found, host.folder())
     judged, written = all_verdicts(found, shown), []
     if plots:
-        from bench.figures import draw_all
+        from bench.pages.plots import draw_all
 
         for each in found:
             if each.main is not None:
@@ -272,7 +272,3 @@ def main() -> int:
     for path in write_all(options.root, not options.no_plots):
         print(path)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
