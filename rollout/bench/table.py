@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rollout._bench_measure import OURS, Ceilings, Row, Settings
+from rollout.bench.measure import OURS, Ceilings, Row, Settings
 
 PACKAGES = ("attention-rollout", "torch", "numpy", "triton", "pyhealth")
 COLUMNS = {

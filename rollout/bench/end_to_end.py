@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rollout._bench_measure import OURS, Row, Runs, Settings, compare
+from rollout.bench.measure import OURS, Row, Runs, Settings, compare
 from rollout.extras import require
 
 STOCK = "PyHealth's"

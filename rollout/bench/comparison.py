@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rollout import _bench_pyhealth as end_to_end
-from rollout import _bench_table as table
-from rollout._bench_measure import OURS, Ceilings, Row, Runs, Settings, compare, does_not_fit, measure_ceilings
 from rollout.api import attention_rollout, attention_rollout_qk
+from rollout.bench import end_to_end, table
+from rollout.bench.measure import OURS, Ceilings, Row, Runs, Settings, compare, does_not_fit, measure_ceilings
 from rollout_kernels import Method, ops
 from rollout_kernels._dispatch import choose
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import rollout
-from rollout import _bench_measure as measuring
-from rollout import _bench_table as table
-from rollout import bench
-from rollout._bench_measure import Ceilings, Row, Settings
+from rollout.bench import comparison as bench
+from rollout.bench import measure as measuring
+from rollout.bench import table
+from rollout.bench.measure import Ceilings, Row, Settings
 
 SMALL = Settings(batch=2, heads=2, layers=3, size=8, sequences=(8, 16), seconds=0.01)
 CPU = torch.device("cpu")
@@ -203,7 +203,7 @@ def test_a_file_without_a_folder_and_heads_that_do_not_divide_are_refused_before
 
 def test_patients_a_second(ceilings: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("pyhealth", reason="PyHealth is not installed: pip install 'attention-rollout[pyhealth]'")
-    from rollout import _bench_pyhealth as end_to_end
+    from rollout.bench import end_to_end
 
     monkeypatch.setattr(end_to_end, "CASES", ("S=12", "log-normal lengths"))
     monkeypatch.setattr(end_to_end, "LONGEST", 30)

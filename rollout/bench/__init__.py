@@ -1,0 +1,16 @@
+"""`rollout bench`: how fast attention rollout is on this machine, against the chain as most public code writes it."""
+
+from rollout.bench.comparison import (
+    naive_chain,
+    naive_chain_qk,
+    naive_full,
+    rows_from_maps,
+    rows_from_qk,
+    run,
+    softmax_maps,
+)
+from rollout.bench.measure import Settings
+
+__all__ = [
+    "Settings", "naive_chain", "naive_chain_qk", "naive_full", "rows_from_maps", "rows_from_qk", "run", "softmax_maps",
+]  # fmt: skip
