@@ -8,7 +8,7 @@ from bench import fits, providers, scaling
 from bench.providers import NAIVE, OURS, READ
 from bench.record import Record, Result, find, per_second, ratio, results, seconds
 from bench.targets import curve, memory_limit
-from rollout.extras import require
+from rollout.errors import require
 
 DPI = 130
 # One colour a provider in every plot; distinct for the colour-blind (Okabe & Ito).

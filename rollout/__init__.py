@@ -9,9 +9,9 @@ torch.Size([2, 8])
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from rollout._capture import CaptureError, capture, register_capture
+from rollout._capture import capture, register_capture
 from rollout.api import attention_rollout, attention_rollout_qk
-from rollout.extras import require
+from rollout.errors import CaptureError, require
 from rollout.method import METHODS
 from rollout.tape import Record
 from rollout_kernels.method import Method

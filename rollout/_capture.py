@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rollout._capture_patch import around_forward
 from rollout._capture_streams import stream_names
+from rollout.errors import CaptureError
 from rollout.tape import Record, Tape
 
 __all__ = ["CaptureError", "capture", "is_recording", "memo", "record", "register_capture", "registered"]
@@ -37,10 +38,6 @@ ADAPTERS = {
 }
 ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
 _readers: dict[type[nn.Module], Reader] = {}
-
-
-class CaptureError(ValueError):
-    """The model, or what it did, cannot be recorded exactly; the message names the module and the reason."""
 
 
 def register_capture(module_type: type[nn.Module], function: Reader | None) -> None:

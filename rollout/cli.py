@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from rollout.extras import require
+from rollout.errors import require
 
 typer = require("typer", "cohort")
 app = typer.Typer(

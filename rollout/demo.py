@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from rollout.cohort.run import CohortRun
 from rollout.cohort.source import pyhealth_collate
-from rollout.folder import empty_folder
+from rollout.files import empty_folder
 from rollout.mimic import check_mimic_root, code_names, mimic_source
 from rollout.plots import plot_record, plot_top_codes
 from rollout.quiet import quiet_pyhealth

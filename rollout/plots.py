@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from rollout.attributions import CohortAttributions
-from rollout.extras import require
+from rollout.errors import require
 
 PLAIN, PLANTED, READ = "#4878a8", "#d1603d", "#b8b8b8"
 DPI = 150

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from rollout.folder import write_whole
+from rollout.files import write_whole
 
 FAILURE_SCHEMA = pa.schema([("sample", pa.int64()), ("error", pa.string())])
 TARGET = pa.field("target_class", pa.int32())

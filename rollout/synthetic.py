@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from rollout.codebook import PREVALENCE, STREAMS, CodeBook, Stream, code_books
-from rollout.folder import empty_folder
+from rollout.files import empty_folder
 
 BLOCK_PATIENTS = 4096
 """Patients generated at a time: the memory a cohort needs does not grow with its size."""

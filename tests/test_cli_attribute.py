@@ -10,7 +10,7 @@ import pytest
 
 import rollout.runs.start as start
 from rollout.cli import main
-from rollout.cohort.store import CohortError
+from rollout.errors import CohortError
 
 ENTRY = '''
 from tests.pyhealth_models import dataset, transformer

@@ -17,7 +17,7 @@ from pyhealth.models import Transformer
 
 import rollout
 from rollout.cohort.source import pyhealth_collate
-from rollout.cohort.store import CohortError
+from rollout.errors import CohortError
 from rollout.mimic import mimic_source
 from rollout.runfile import CACHE, RunFile, prepare_samples, read_run_file, save_model
 from rollout.runs.start import attribute_run_file

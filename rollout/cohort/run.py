@@ -16,7 +16,7 @@ from rollout.cohort.source import Collate, open_source
 from rollout.cohort.store import Store
 from rollout.cohort.summary import CohortRun
 from rollout.cohort.work import Work
-from rollout.extras import require
+from rollout.errors import require
 from rollout.method import get_method
 from rollout_kernels import Method
 from rollout_kernels._dispatch import BACKENDS

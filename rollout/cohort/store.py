@@ -17,7 +17,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rollout.cohort.identity import CONTENT, differences, run_digest
-from rollout.folder import PARTIAL, PROBE, empty_folder, write_whole
+from rollout.errors import CohortError
+from rollout.files import PARTIAL, PROBE, empty_folder, write_whole
 from rollout.records import SCHEMA_VERSION
 
 KINDS = ("attributions", "predictions", "failures")
@@ -29,10 +30,6 @@ CACHE = ".pyhealth-cache"
 _PART = re.compile(r"part-\d{5,}\.(parquet|json)")
 
 Record = dict[str, Any]
-
-
-class CohortError(RuntimeError):
-    """A cohort run that cannot start, or cannot go on; what is written so far stays good."""
 
 
 class Store:

@@ -19,7 +19,7 @@ from torch import Tensor
 from rollout.cohort.explain import Explain, Explained
 from rollout.cohort.plan import Plan, sample_lengths
 from rollout.cohort.source import Sample, Source
-from rollout.cohort.store import CohortError
+from rollout.errors import CohortError
 from rollout.records import (
     ATTRIBUTION_SCHEMA,
     FAILURE_SCHEMA,

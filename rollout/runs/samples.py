@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rollout.cohort.store import CohortError
+from rollout.errors import CohortError
 from rollout.quiet import quiet_pyhealth
 from rollout.runs.classes import check_arguments, did_you_mean, named_class, root_argument
 from rollout.runs.text import write_json

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rollout.folder import write_whole
+from rollout.files import write_whole
 
 
 def write_json(content: Any, path: str | Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rollout.folder import write_whole
+from rollout.files import write_whole
 from rollout.quiet import quiet_pyhealth
 from rollout.runs.classes import check_arguments, check_model_class, named_class
 

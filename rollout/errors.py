@@ -1,7 +1,15 @@
-"""Optional dependencies: imported where needed, and named with their extra when they are missing."""
+"""The package's own errors, and the one that names the extra a missing package comes with."""
 
 from importlib import import_module
 from typing import Any
+
+
+class CaptureError(ValueError):
+    """The model, or what it did, cannot be recorded exactly; the message names the module and the reason."""
+
+
+class CohortError(RuntimeError):
+    """A cohort run that cannot start, or cannot go on; what is written so far stays good."""
 
 
 def require(module: str, extra: str) -> Any:
