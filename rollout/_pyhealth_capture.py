@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError("rollout.pyhealth needs PyHealth: pip install 'attention-rollout[pyhealth]'") from error
 
-from rollout._capture_patch import Around, around_forward, foreign_forward
+from rollout._capture.patch import Around, around_forward, foreign_forward
 
 __all__ = [
     "READOUT_METHODS",

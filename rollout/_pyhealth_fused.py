@@ -15,9 +15,9 @@ import torch
 from pyhealth.models.transformer import PositionwiseFeedForward, TransformerBlock, TransformerLayer
 from torch import Tensor, nn
 
-from rollout._capture import is_recording
-from rollout._capture_patch import Around, foreign_forward
-from rollout._capture_pyhealth import CannotFuseError, fused_attention, valid_positions
+from rollout._capture.adapters.pyhealth import CannotFuseError, fused_attention, valid_positions
+from rollout._capture.patch import Around, foreign_forward
+from rollout._capture.recording import is_recording
 from rollout._pyhealth_capture import ModelCapture, Sites, Transformer, listener
 from rollout.api import attention_rollout_qk
 from rollout_kernels import Method

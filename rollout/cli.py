@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from rollout.errors import require
+from rollout.errors import CohortError, require
 
 typer = require("typer", "cohort")
 app = typer.Typer(
@@ -173,11 +173,7 @@ def main() -> None:
     """Run the command line; wrong input, and what stops a run, ends with one line on stderr and exit status 2."""
     try:
         app()
-    except (ValueError, ImportError) as error:
-        typer.echo(f"rollout: {error}", err=True)
-    except RuntimeError as error:
-        if type(error).__name__ != "CohortError":
-            raise
+    except (ValueError, ImportError, CohortError) as error:
         typer.echo(f"rollout: {error}", err=True)
     sys.exit(2)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from rollout import _capture, _capture_patch
+from rollout._capture import patch, recording
 
 
 def state(model: nn.Module) -> dict[str, Any]:
@@ -33,5 +33,5 @@ def assert_nothing_left(model: nn.Module, before: dict[str, Any]) -> None:
     after = state(model)
     assert {k: v for k, v in after.items() if before.get(k) != v} == {}
     assert after == before
-    assert not _capture_patch._patches
-    assert _capture._recordings.get() == ()
+    assert not patch._patches
+    assert recording._recordings.get() == ()

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import rollout
 from rollout import Record
-from rollout._capture_mask import structure
-from rollout._capture_streams import stream_names
+from rollout._capture.masks import structure
+from rollout._capture.streams import stream_names
 from rollout.tape import Tape
 from tests.capture_models import ROLLOUT, Mixer, read_mixer
 from tests.cases import generator, random_qk, random_weights

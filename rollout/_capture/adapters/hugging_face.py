@@ -21,9 +21,9 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rollout._capture import is_recording, memo, name_of, owners, record, registered
-from rollout._capture_mask import structure
-from rollout._capture_patch import around_forward
+from rollout._capture.masks import structure
+from rollout._capture.patch import around_forward
+from rollout._capture.recording import is_recording, memo, name_of, owners, record, registered
 from rollout.errors import CaptureError
 from rollout.tape import Record
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rollout._capture import is_recording, memo, name_of, record, registered
-from rollout._capture_patch import Around, around_forward
+from rollout._capture.patch import Around, around_forward
+from rollout._capture.recording import is_recording, memo, name_of, record, registered
 from rollout.errors import CaptureError
 from rollout.tape import Record
 

@@ -17,8 +17,8 @@ from pyhealth.models.transformer import Attention, MultiHeadedAttention
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rollout._capture import is_recording, memo, name_of, record, registered
-from rollout._capture_patch import around_forward, foreign_forward
+from rollout._capture.patch import around_forward, foreign_forward
+from rollout._capture.recording import is_recording, memo, name_of, record, registered
 from rollout.errors import CaptureError
 from rollout.tape import Record
 

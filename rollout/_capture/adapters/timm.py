@@ -12,9 +12,9 @@ from timm.layers import attention as timm_attention
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rollout._capture import is_recording, record, registered
-from rollout._capture_mask import structure
-from rollout._capture_patch import around_forward
+from rollout._capture.masks import structure
+from rollout._capture.patch import around_forward
+from rollout._capture.recording import is_recording, record, registered
 from rollout.tape import Record
 
 __all__ = ["adapter"]

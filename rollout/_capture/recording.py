@@ -7,7 +7,6 @@ the same numbers inside the context as outside, and be as before after it, in ev
 """
 
 import importlib
-import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -19,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rollout._capture_patch import around_forward
-from rollout._capture_streams import stream_names
+from rollout._capture.patch import around_forward
+from rollout._capture.refusals import ATTENTION, nothing_found, refuse_dropout, refuse_opaque
+from rollout._capture.streams import stream_names
 from rollout.errors import CaptureError
 from rollout.tape import Record, Tape
 
@@ -31,12 +31,11 @@ Reader = Callable[..., Record | None]
 
 # Module of the adapter → the package without which no model needs it.
 ADAPTERS = {
-    "rollout._capture_torch": "torch",
-    "rollout._capture_hf": "transformers",
-    "rollout._capture_timm": "timm",
-    "rollout._capture_pyhealth": "pyhealth.models.transformer",
+    "rollout._capture.adapters.torch_nn": "torch",
+    "rollout._capture.adapters.hugging_face": "transformers",
+    "rollout._capture.adapters.timm": "timm",
+    "rollout._capture.adapters.pyhealth": "pyhealth.models.transformer",
 }
-ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
 _readers: dict[type[nn.Module], Reader] = {}
 
 
@@ -238,46 +237,6 @@ def memo(tensor: Tensor, what: Any, compute: Callable[[], Any]) -> Any:
     return held[key][1]
 
 
-def refuse_dropout(model: nn.Module) -> None:
-    """Attention that drops out is not the softmax that rollout computes from.
-
-    Raises:
-        CaptureError: a module with dropout is in training mode.
-    """
-    for path, module in model.named_modules():
-        rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
-        if module.training and isinstance(rate, float) and rate > 0.0:
-            raise CaptureError(
-                f"capture: the model must be in eval mode, got dropout {rate} on in {type(module).__name__} at "
-                f"{path or 'the root'}: call model.eval()"
-            )
-
-
-def refuse_opaque(model: nn.Module) -> None:
-    """Modules whose Python code does not run cannot be watched.
-
-    Raises:
-        CaptureError: the model, or a part of it, is compiled, scripted or run in copies.
-    """
-    for path, module in model.named_modules():
-        kind, where = type(module).__name__, path or "the root"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise CaptureError(
-                f"capture: the model must run as Python, got {kind} at {where}: capture the unscripted one"
-            )
-        compiled = getattr(module, "_compiled_call_impl", None) is not None
-        if compiled or isinstance(getattr(module, "_orig_mod", None), nn.Module):
-            raise CaptureError(
-                f"capture: the model must not be compiled, got {kind} at {where}: capture the module given to "
-                f"torch.compile (its _orig_mod)"
-            )
-        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
-            raise CaptureError(
-                f"capture: the model must run itself, got {kind} at {where}, which runs copies of it in threads: "
-                f"capture and call its .module"
-            )
-
-
 def _through_root(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The captured model's own forward: marks where a pass begins and ends."""
     started = [recording for recording in _recordings.get() if recording.model is module]
@@ -332,7 +291,7 @@ def _capturing(model: nn.Module, shared_layers: bool) -> Iterator[Tape]:
     refuse_dropout(model)
     contexts = list(_contexts(model))
     if not contexts:
-        raise CaptureError(_nothing_found(model))
+        raise CaptureError(nothing_found(model))
     recording = Recording(model, shared_layers)
     with ExitStack() as stack:
         stack.enter_context(around_forward({model: _through_root}))
@@ -346,18 +305,3 @@ def _capturing(model: nn.Module, shared_layers: bool) -> Iterator[Tape]:
 def _close(recording: Recording) -> None:
     _recordings.set(tuple(other for other in _recordings.get() if other is not recording))
     recording.memo.clear()
-
-
-def _nothing_found(model: nn.Module) -> str:
-    named = [
-        f"{path} ({type(module).__name__})"
-        for path, module in model.named_modules()
-        if ATTENTION.search(type(module).__name__)
-    ]
-    shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
-    found = f"attention-like modules found: {shown}" if named else "no module with attention in its name was found"
-    return (
-        f"capture: the model must have attention that can be captured, {type(model).__name__} has none: {found}. "
-        f"Known are torch.nn.MultiheadAttention, Hugging Face models with the attention interface, timm's Attention, "
-        f"PyHealth's models; teach it another with rollout.register_capture(module_type, function)"
-    )
