@@ -164,9 +164,9 @@ def test_nothing_is_left_after_an_exception(where: str, own: bool, monkeypatch: 
     if not own:
         model.get_attention_layers = type(model).get_attention_layers.__get__(model)
         model.get_relevance_tensor = boom if where == "readout" else model.get_relevance_tensor
-        monkeypatch.setattr("rollout._pyhealth_interpreter.attention_sites", lambda model: None)
+        monkeypatch.setattr("rollout.pyhealth.interpreter.attention_sites", lambda model: None)
     elif where == "readout":
-        monkeypatch.setattr("rollout._pyhealth_chefer.attention_rollout", boom)
+        monkeypatch.setattr("rollout.pyhealth.gradient_rollout.attention_rollout", boom)
     handle = model.fc.register_forward_hook(boom if where == "forward" else lambda *args: None)
     before = footprint(model)
     with pytest.raises(Boom):

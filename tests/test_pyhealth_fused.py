@@ -37,7 +37,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 @pytest.fixture
 def without_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of stored maps is closed."""
-    monkeypatch.setattr("rollout.pyhealth.MapCapture", None)
+    monkeypatch.setattr("rollout.pyhealth.attention_rollout.MapCapture", None)
 
 
 def ragged(lengths: list[int]) -> dict[str, Any]:
@@ -202,8 +202,8 @@ def test_the_whole_batch_is_run_when_more_than_row_0_may_be_seen(
 def test_another_row_than_0_is_found_out(layer_runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a later PyHealth's Transformer read its last row."""
     model, data = transformer("flat"), batch("flat")
-    monkeypatch.setattr("rollout.pyhealth.is_own", lambda model, *names: True)
-    monkeypatch.setattr("rollout._pyhealth_interpreter.is_own", lambda model, *names: True)
+    monkeypatch.setattr("rollout.pyhealth.attention_rollout.is_own", lambda model, *names: True)
+    monkeypatch.setattr("rollout.pyhealth.interpreter.is_own", lambda model, *names: True)
     model.get_relevance_tensor = lambda R, **data: {key: r[:, -1] for key, r in R.items()}
     assert_same(AttentionRollout(model).attribute(**data), result(Stock, model, data))
     assert layer_runs == [6, 6]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rollout._pyhealth_readout import rows_read
+from rollout.pyhealth.readout import rows_read
 
 SHAPES = {"a": (3, 5), "b": (3, 4)}
 PICKS = {

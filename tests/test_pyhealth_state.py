@@ -105,7 +105,7 @@ def chained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         seen.append({"query": query, "shape": tuple(queries[0].shape), "layers": len(queries), **options})
         return rollout.attention_rollout_qk(queries, keys, query=query, **options)
 
-    monkeypatch.setattr("rollout._pyhealth_fused.attention_rollout_qk", spy)
+    monkeypatch.setattr("rollout.pyhealth.fused.attention_rollout_qk", spy)
     return seen
 
 
@@ -184,7 +184,7 @@ def test_nothing_is_left_after_an_exception(build: Any, where: str, monkeypatch:
         raise Boom
 
     if where == "readout":
-        monkeypatch.setattr("rollout._pyhealth_fused.attention_rollout_qk", boom)
+        monkeypatch.setattr("rollout.pyhealth.fused.attention_rollout_qk", boom)
         before = footprint(model)
     else:
         handle = (model.fc if where == "forward" else model.embedding_model).register_forward_hook(boom)

@@ -1,7 +1,7 @@
 """PyHealth's own Transformer and StageAttentionNet: where their attention is, and one forward pass watched.
 
-`FusedCapture` (`rollout._pyhealth_fused`) keeps queries and keys and lets torch's fused attention run; `MapCapture`
-here lets PyHealth's run and keeps its maps. Other models are run by their own protocol, `rollout._pyhealth_protocol`.
+`FusedCapture` (`rollout.pyhealth.fused`) keeps queries and keys and lets torch's fused attention run; `MapCapture`
+here lets PyHealth's run and keeps its maps. Other models are run by their own protocol, `rollout.pyhealth.protocol`.
 """
 
 import threading

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rollout._pyhealth_capture import CheferInterpretable, MapCapture, Sites
-from rollout._pyhealth_interpreter import RowInterpreter
-from rollout._pyhealth_protocol import Target, protocol_gradients, usable
-from rollout._pyhealth_readout import Relevance
 from rollout.api import attention_rollout
 from rollout.method import get_method
+from rollout.pyhealth.interpreter import RowInterpreter
+from rollout.pyhealth.protocol import Target, protocol_gradients, usable
+from rollout.pyhealth.readout import Relevance
+from rollout.pyhealth.watch import CheferInterpretable, MapCapture, Sites
 from rollout_kernels import Method
 
 __all__ = ["CheferRelevance", "GradientRollout"]

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from rollout import _pyhealth_readout as readout_of
-from rollout._pyhealth_capture import (
+from rollout.pyhealth.readout import Relevance
+from rollout.pyhealth.watch import (
     READOUT_METHODS,
     BaseInterpreter,
     ModelCapture,
@@ -15,7 +16,6 @@ from rollout._pyhealth_capture import (
     attention_sites,
     is_own,
 )
-from rollout._pyhealth_readout import Relevance
 
 __all__ = ["RowInterpreter"]
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from rollout._capture.adapters.pyhealth import CannotFuseError, fused_attention, valid_positions
 from rollout._capture.patch import Around, foreign_forward
 from rollout._capture.recording import is_recording
-from rollout._pyhealth_capture import ModelCapture, Sites, Transformer, listener
 from rollout.api import attention_rollout_qk
+from rollout.pyhealth.watch import ModelCapture, Sites, Transformer, listener
 from rollout_kernels import Method
 
 __all__ = ["CannotFuseError", "FusedCapture", "can_fuse", "can_split"]

@@ -1,11 +1,7 @@
-"""PyHealth's `AttentionRollout` and `CheferRelevance` by the row chain: change one import line, nothing else.
+"""Attention rollout of PyHealth models, as its own interpreter gives it.
 
-    from rollout.pyhealth import AttentionRollout        # was: from pyhealth.interpret.methods import AttentionRollout
-
-The same numbers, shapes, device and dtype. They also run where PyHealth's cannot: under `torch.no_grad()` and
-`torch.inference_mode()`, with frozen parameters, in float16, for sequences beyond `max_seq_len`, for empty features,
-and for a StageAttentionNet of flat features. Rollout takes one forward pass without gradients and, in float32 and
-float64, without an attention map: the model runs torch's fused attention, and the chain its queries and keys.
+One forward pass without gradients and, in float32 and float64, without an attention map: the model runs torch's fused
+attention, and the chain its queries and keys.
 """
 
 from contextlib import suppress
@@ -14,19 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rollout._pyhealth_capture import READOUT_METHODS, MapCapture, Sites, is_own
-from rollout._pyhealth_chefer import CheferRelevance, GradientRollout
-from rollout._pyhealth_fused import CannotFuseError, FusedCapture, can_fuse, can_split
-from rollout._pyhealth_interpreter import RowInterpreter
-from rollout._pyhealth_protocol import protocol_maps
-from rollout._pyhealth_readout import MissingFeatureError, Relevance
 from rollout.api import attention_rollout
 from rollout.method import METHODS, get_method
+from rollout.pyhealth.fused import CannotFuseError, FusedCapture, can_fuse, can_split
+from rollout.pyhealth.interpreter import RowInterpreter
+from rollout.pyhealth.protocol import protocol_maps
+from rollout.pyhealth.readout import Relevance
+from rollout.pyhealth.watch import READOUT_METHODS, MapCapture, Sites, is_own
 from rollout_kernels import Method
 from rollout_kernels._dispatch import BACKENDS
 from rollout_kernels.method import HEAD_FUSIONS, HeadFusion
 
-__all__ = ["AttentionRollout", "CheferRelevance", "GradientRollout", "MissingFeatureError"]
+__all__ = ["AttentionRollout"]
 
 READOUTS = ("model", "forward")
 
