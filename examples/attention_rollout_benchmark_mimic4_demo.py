@@ -44,8 +44,8 @@ from rollout.evaluate import faithfulness
 from rollout.intervals import Interval, bootstrap_auroc, bootstrap_mean
 from rollout.mimic import check_mimic_root, mortality_samples
 from rollout.quiet import quiet_pyhealth
-from rollout.ranking import planted_codes, planted_found, rank_codes
 from rollout.records import attribution_table, feature_decoders
+from rollout.results.ranking import planted_codes, planted_found, rank_codes
 from rollout.synthetic import write_synthetic_cohort
 from rollout.training import Recipe, Split, labels_of, train_transformer
 

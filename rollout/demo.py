@@ -17,9 +17,9 @@ from rollout.cohort.run import CohortRun
 from rollout.cohort.source import pyhealth_collate
 from rollout.files import empty_folder
 from rollout.mimic import check_mimic_root, code_names, mimic_source
-from rollout.plots import plot_record, plot_top_codes
 from rollout.quiet import quiet_pyhealth
-from rollout.ranking import planted_codes, planted_found, rank_codes
+from rollout.results.plots import plot_record, plot_top_codes
+from rollout.results.ranking import planted_codes, planted_found, rank_codes
 from rollout.runfile import CACHE, RUN, VOCABULARY, WEIGHTS, prepare_samples, save_model
 from rollout.runs.settings import check_device
 from rollout.runs.start import attribute_run_file

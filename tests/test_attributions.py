@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from rollout.attributions import CohortAttributions
+from rollout.results.attributions import CohortAttributions
 from tests.cohort_folder import NASTY, Record, Run, write_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -310,7 +310,7 @@ def test_paths_and_names_are_checked(tmp_path: Path) -> None:
 PEAK = """
 import resource, sys
 sys.path[:0] = {paths!r}
-from rollout.attributions import CohortAttributions
+from rollout.results.attributions import CohortAttributions
 for folder in sys.argv[1:]:
     cohort = CohortAttributions(folder)
     table = cohort.top_codes(per_label=True, k=3)

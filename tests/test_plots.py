@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from rollout import CohortAttributions, plot_positions, plot_record, plot_top_codes
-from rollout.plots import PLAIN, PLANTED, READ
+from rollout.results.plots import PLAIN, PLANTED, READ
 from tests.cohort_folder import NASTY, Record, Run, write_run
 
 RECORDS = [

@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from rollout.ranking import planted_found, rank_codes
+from rollout.results.ranking import planted_found, rank_codes
 
 
 def records(entries: list[tuple[int, int, str, float]], feature: str = "drugs") -> pl.DataFrame:

@@ -12,12 +12,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from rollout.attributions import CohortAttributions
 from rollout.report import scale, text, write_report
 from rollout.report.charts import Axes, Bars, bar_chart, ticks
 from rollout.report.page import render
 from rollout.report.sections.run import formula
 from rollout.report.sections.summary import summary
+from rollout.results.attributions import CohortAttributions
 from tests.cohort_folder import HOSTILE, NASTY, Record, Run, write_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from rollout.mimic import REQUIRED, check_mimic_root, code_names
-from rollout.ranking import planted_codes
+from rollout.results.ranking import planted_codes
 from rollout.synthetic import BLOCK_PATIENTS, write_synthetic_cohort
 
 EVENTS = {

@@ -8,8 +8,8 @@ from typing import Any
 
 import polars as pl
 
-from rollout.aggregates import code_sums, length_counts, merged, place_sums
-from rollout.run_folder import ATTRIBUTIONS, Names, RunFolder
+from rollout.results.folder import ATTRIBUTIONS, Names, RunFolder
+from rollout.results.places import code_sums, length_counts, merged, place_sums
 
 READ_POSITION = {"Transformer": 0, "StageAttentionNet": -1}
 """The place each PyHealth model reads, by its class: it keeps the residual's share whatever stands there."""
@@ -29,7 +29,7 @@ class CohortAttributions:
     What relevance is taken as: each feature of a sample has scores of its own, on its *places*: the positions of a flat
     feature, the visits of a nested one. A nested feature's rows carry the visit's score once per code; the summaries
     count a visit once. ``lift`` = relevance × number of places of the record / their total: 1 is what an even spread
-    would give, whatever the length of the record. See ``rollout.ranking`` for why relevance cannot be averaged as it
+    would give, whatever the length of the record. See ``rollout.results.ranking`` for why relevance cannot be averaged as it
     stands, and for a ranking net of the record a code stands in.
 
     Args:

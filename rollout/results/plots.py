@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from rollout.attributions import CohortAttributions
 from rollout.errors import require
+from rollout.results.attributions import CohortAttributions
 
 PLAIN, PLANTED, READ = "#4878a8", "#d1603d", "#b8b8b8"
 DPI = 150
