@@ -40,13 +40,13 @@ from tqdm import tqdm
 
 import rollout
 from rollout.cohort.source import pyhealth_collate
+from rollout.data.mimic import check_mimic_root, mortality_samples
+from rollout.data.quiet import quiet_pyhealth
+from rollout.data.synthetic import write_synthetic_cohort
 from rollout.evaluate import faithfulness
 from rollout.intervals import Interval, bootstrap_auroc, bootstrap_mean
-from rollout.mimic import check_mimic_root, mortality_samples
-from rollout.quiet import quiet_pyhealth
 from rollout.records import attribution_table, feature_decoders
 from rollout.results.ranking import planted_codes, planted_found, rank_codes
-from rollout.synthetic import write_synthetic_cohort
 from rollout.training import Recipe, Split, labels_of, train_transformer
 
 RANDOM, CHEFER, STOCK, OURS = "Random", "Chefer (PyHealth)", "Rollout (PyHealth)", "Rollout (ours)"

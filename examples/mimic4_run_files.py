@@ -18,8 +18,8 @@ demo, most of it PyHealth reading the tables. PyHealth's own progress goes to st
 import argparse
 from pathlib import Path
 
+from rollout.data.mimic import CODE_TABLES, check_mimic_root, mimic_source
 from rollout.files import empty_folder
-from rollout.mimic import CODE_TABLES, check_mimic_root, mimic_source
 from rollout.runfile import CACHE, prepare_samples, save_model
 from rollout.training import Recipe, labels_of, split_patients, train_transformer
 

@@ -25,7 +25,7 @@ def synthetic(
 ) -> None:
     """Write a synthetic cohort in MIMIC-IV's layout, with planted risk codes listed in truth.json."""
     require("polars", "cohort")
-    from rollout.synthetic import write_synthetic_cohort
+    from rollout.data.synthetic import write_synthetic_cohort
 
     truth = write_synthetic_cohort(out, patients, seed)
     planted = sum(len(rows) for rows in truth["planted"].values())

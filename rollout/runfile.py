@@ -35,12 +35,12 @@ from pathlib import Path
 from typing import Any
 
 from rollout.cohort.store import CACHE
-from rollout.runs.classes import did_you_mean
-from rollout.runs.samples import SampleSource, prepare_samples
+from rollout.data.classes import did_you_mean
+from rollout.data.samples import SampleSource, prepare_samples
+from rollout.data.vocabulary import Vocabulary, read_vocabulary, vocabulary_of
 from rollout.runs.settings import SETTINGS, check_settings
 from rollout.runs.text import write_json, write_toml
 from rollout.runs.weights import build_model, check_model, differences, load_weights, read_weights, write_weights
-from rollout.vocabulary import Vocabulary, read_vocabulary, vocabulary_of
 
 __all__ = ["CACHE", "RunFile", "SampleSource", "prepare_samples", "read_run_file", "save_model"]
 

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from rollout.cohort.source import pyhealth_collate
-from rollout.quiet import quiet_pyhealth
+from rollout.data.quiet import quiet_pyhealth
 
 Sample = dict[str, Any]
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rollout.cli import app, main
-from rollout.synthetic import write_synthetic_cohort
+from rollout.data.synthetic import write_synthetic_cohort
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:

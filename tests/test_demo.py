@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 import rollout.demo
 from rollout.cli import app
 from rollout.cohort.source import pyhealth_collate
-from rollout.mimic import mortality_samples
-from rollout.synthetic import write_synthetic_cohort
+from rollout.data.mimic import mortality_samples
+from rollout.data.synthetic import write_synthetic_cohort
 from rollout.training import Recipe, predict, train_transformer
 
 PATIENTS = 500

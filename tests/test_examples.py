@@ -13,8 +13,8 @@ import polars as pl
 import pytest
 import torch
 
+from rollout.data.synthetic import write_synthetic_cohort
 from rollout.intervals import Interval
-from rollout.synthetic import write_synthetic_cohort
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BENCHMARK = "attention_rollout_benchmark_mimic4_demo.py"

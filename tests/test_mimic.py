@@ -7,8 +7,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from rollout.mimic import NO_NDC, check_mimic_root, code_names, mimic_source, names_for
-from rollout.synthetic import write_synthetic_cohort
+from rollout.data.mimic import NO_NDC, check_mimic_root, code_names, mimic_source, names_for
+from rollout.data.synthetic import write_synthetic_cohort
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from pyhealth.models import Transformer
 
 import rollout
 from rollout.cohort.source import pyhealth_collate
+from rollout.data.mimic import mimic_source
+from rollout.data.synthetic import write_synthetic_cohort
+from rollout.data.vocabulary import read_vocabulary
 from rollout.errors import CohortError
-from rollout.mimic import mimic_source
 from rollout.runfile import CACHE, RunFile, prepare_samples, read_run_file, save_model
 from rollout.runs.start import attribute_run_file
-from rollout.synthetic import write_synthetic_cohort
-from rollout.vocabulary import read_vocabulary
 
 ARGUMENTS = {"embedding_dim": 16, "heads": 2, "num_layers": 2}
 FEATURES = ("conditions", "procedures", "drugs")

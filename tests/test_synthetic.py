@@ -8,9 +8,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from rollout.mimic import REQUIRED, check_mimic_root, code_names
+from rollout.data.mimic import REQUIRED, check_mimic_root, code_names
+from rollout.data.synthetic import BLOCK_PATIENTS, write_synthetic_cohort
 from rollout.results.ranking import planted_codes
-from rollout.synthetic import BLOCK_PATIENTS, write_synthetic_cohort
 
 EVENTS = {
     "conditions": ("diagnoses_icd", "icd_code"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pyhealth import processors
 
-from rollout.vocabulary import read_vocabulary, vocabulary_of, write_vocabulary
+from rollout.data.vocabulary import read_vocabulary, vocabulary_of, write_vocabulary
 
 ODD = ["é", "数", 'a"b', "<b>", "two\nlines", "tab\t", "\ud800", " ", "x" * 500]
 HOURS = [datetime(2020, 1, 1, k) for k in (0, 2, 5)]
@@ -172,7 +172,7 @@ def test_what_is_no_vocabulary_is_refused(content: bytes | None, tmp_path: Path)
 
 def test_reading_does_not_import_pyhealth(tmp_path: Path) -> None:
     path = write_vocabulary(dataset(codes=fitted("sequence")), tmp_path / "v.json")
-    code = "import sys; from rollout.vocabulary import read_vocabulary as r; print(len(r(sys.argv[1]).inputs), " \
+    code = "import sys; from rollout.data.vocabulary import read_vocabulary as r; print(len(r(sys.argv[1]).inputs), " \
         "'pyhealth' in sys.modules)"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "False"]

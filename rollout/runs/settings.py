@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from rollout.data.classes import did_you_mean
 from rollout.method import METHODS
-from rollout.runs.classes import did_you_mean
 from rollout_kernels._dispatch import BACKENDS
 
 COUNTS = ("batch_tokens", "batch_samples", "part_samples", "workers")

@@ -11,8 +11,8 @@ from typing import Any
 
 from rollout.cohort.run import CohortRun, attribute_cohort
 from rollout.cohort.store import NAMES, run_folder
+from rollout.data.mimic import names_for
 from rollout.errors import require
-from rollout.mimic import names_for
 from rollout.runfile import RunFile, read_run_file
 from rollout.runs.settings import check_settings
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rollout.data.classes import check_arguments, check_model_class, named_class
+from rollout.data.quiet import quiet_pyhealth
 from rollout.files import write_whole
-from rollout.quiet import quiet_pyhealth
-from rollout.runs.classes import check_arguments, check_model_class, named_class
 
 SHOWN = 4
 """Differences between weights and model that an error lists."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
-from rollout.quiet import quiet_pyhealth
+from rollout.data.quiet import quiet_pyhealth
 
 _BASES = {
     "model": ("pyhealth.models", "pyhealth.models.base_model", "BaseModel"),

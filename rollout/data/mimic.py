@@ -7,8 +7,8 @@ from typing import Any
 
 import polars as pl
 
-from rollout.quiet import quiet_pyhealth
-from rollout.runs.samples import SampleSource, prepare_samples
+from rollout.data.quiet import quiet_pyhealth
+from rollout.data.samples import SampleSource, prepare_samples
 
 __all__ = ["check_mimic_root", "code_names", "mimic_source", "mortality_samples", "names_for", "quiet_pyhealth"]
 

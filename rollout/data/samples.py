@@ -17,11 +17,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from rollout.data.classes import check_arguments, did_you_mean, named_class, root_argument
+from rollout.data.quiet import quiet_pyhealth
+from rollout.data.vocabulary import Vocabulary
 from rollout.errors import CohortError
-from rollout.quiet import quiet_pyhealth
-from rollout.runs.classes import check_arguments, did_you_mean, named_class, root_argument
 from rollout.runs.text import write_json
-from rollout.vocabulary import Vocabulary
 
 SCHEMA_VERSION = 1
 RECORD, LOCK, PREPARED = "prepared.json", ".lock", "pyhealth"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from rollout.codebook import PREVALENCE, STREAMS, CodeBook, Stream, code_books
+from rollout.data.codebook import PREVALENCE, STREAMS, CodeBook, Stream, code_books
 from rollout.files import empty_folder
 
 BLOCK_PATIENTS = 4096
