@@ -1,7 +1,8 @@
 """A cohort run measured in a process of its own: `python -m bench.cohort --samples N --plan race|workers|memory`.
 
-The samples have the lengths of `rollout.data.codebook`, which follow MIMIC-IV's (three streams, log-normal), and lie on disk
-as PyHealth keeps them. It prints one JSON object. Memory is that of the whole process, so nothing else may run in it.
+The samples have the lengths of `rollout.data.codebook`, which follow MIMIC-IV's (three streams, log-normal), and lie on
+disk as PyHealth keeps them. It prints one JSON object. Memory is that of the whole process, so nothing else may run
+in it.
 """
 
 import argparse

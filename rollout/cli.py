@@ -92,7 +92,7 @@ def attribute(
     """
     for module, extra in (("polars", "cohort"), ("pyarrow", "cohort"), ("pyhealth", "pyhealth")):
         require(module, extra)
-    from rollout.runs.start import attribute_entry, attribute_run_file, scheduler_client
+    from rollout.runfile.start import attribute_entry, attribute_run_file, scheduler_client
 
     if (run_file is None) == (entry is None):
         raise ValueError("attribute needs a run file or --entry, one of them")

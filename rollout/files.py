@@ -1,7 +1,9 @@
 """Output folders, refused if they hold anything or cannot be written; and files that are there whole or not at all."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 PROBE = ".write-probe"
 PARTIAL = ".partial"
@@ -49,3 +51,8 @@ def write_whole(path: Path, content: bytes) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def write_json(content: Any, path: str | Path) -> Path:
+    """Write plain values as JSON, in ASCII: any string comes back as it was."""
+    return write_whole(Path(path), (json.dumps(content, indent=1) + "\n").encode("ascii"))

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-import rollout.runs.start as start
+import rollout.runfile.start as start
 from rollout.cli import main
 from rollout.errors import CohortError
 

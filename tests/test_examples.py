@@ -165,7 +165,7 @@ def labs_of(root: Path) -> None:
 )
 def test_run_files(tasks: list[str], tmp_path: Path) -> None:
     """Each task is attributed by its run file: as many rows as the samples have codes or hours."""
-    from rollout.runs.start import attribute_run_file
+    from rollout.runfile.start import attribute_run_file
 
     write_synthetic_cohort(tmp_path / "cohort", 40, 0)
     labs_of(tmp_path / "cohort")

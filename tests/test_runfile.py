@@ -22,7 +22,7 @@ from rollout.data.synthetic import write_synthetic_cohort
 from rollout.data.vocabulary import read_vocabulary
 from rollout.errors import CohortError
 from rollout.runfile import CACHE, RunFile, prepare_samples, read_run_file, save_model
-from rollout.runs.start import attribute_run_file
+from rollout.runfile.start import attribute_run_file
 
 ARGUMENTS = {"embedding_dim": 16, "heads": 2, "num_layers": 2}
 FEATURES = ("conditions", "procedures", "drugs")

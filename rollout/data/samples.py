@@ -21,7 +21,7 @@ from rollout.data.classes import check_arguments, did_you_mean, named_class, roo
 from rollout.data.quiet import quiet_pyhealth
 from rollout.data.vocabulary import Vocabulary
 from rollout.errors import CohortError
-from rollout.runs.text import write_json
+from rollout.files import write_json
 
 SCHEMA_VERSION = 1
 RECORD, LOCK, PREPARED = "prepared.json", ".lock", "pyhealth"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rollout.runs.text import write_json
+from rollout.files import write_json
 
 SCHEMA_VERSION = 1
 PADDING = ["<pad>", "<unk>"]

@@ -29,8 +29,8 @@ class CohortAttributions:
     What relevance is taken as: each feature of a sample has scores of its own, on its *places*: the positions of a flat
     feature, the visits of a nested one. A nested feature's rows carry the visit's score once per code; the summaries
     count a visit once. ``lift`` = relevance × number of places of the record / their total: 1 is what an even spread
-    would give, whatever the length of the record. See ``rollout.results.ranking`` for why relevance cannot be averaged as it
-    stands, and for a ranking net of the record a code stands in.
+    would give, whatever the length of the record. See ``rollout.results.ranking`` for why relevance cannot be averaged
+    as it stands, and for a ranking net of the record a code stands in.
 
     Args:
         path: The folder (``out`` of ``attribute_cohort``). A run that is not complete can be read: it warns, and what

@@ -13,8 +13,8 @@ from rollout.cohort.run import CohortRun, attribute_cohort
 from rollout.cohort.store import NAMES, run_folder
 from rollout.data.mimic import names_for
 from rollout.errors import require
-from rollout.runfile import RunFile, read_run_file
-from rollout.runs.settings import check_settings
+from rollout.runfile.file import RunFile, read_run_file
+from rollout.runfile.settings import check_settings
 
 MIMIC = ("MIMIC4Dataset", "MIMIC4EHRDataset")
 

@@ -1,4 +1,4 @@
-"""Plain values as JSON and TOML files, written whole or not at all."""
+"""Plain values as a TOML file, written whole or not at all."""
 
 import json
 from collections.abc import Mapping
@@ -6,11 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rollout.files import write_whole
-
-
-def write_json(content: Any, path: str | Path) -> Path:
-    """Write plain values as JSON, in ASCII: any string comes back as it was."""
-    return write_whole(Path(path), (json.dumps(content, indent=1) + "\n").encode("ascii"))
 
 
 def write_toml(tables: Mapping[str, Mapping[str, Any]], path: str | Path, heading: str = "") -> Path:

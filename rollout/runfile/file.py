@@ -38,11 +38,10 @@ from rollout.cohort.store import CACHE
 from rollout.data.classes import did_you_mean
 from rollout.data.samples import SampleSource, prepare_samples
 from rollout.data.vocabulary import Vocabulary, read_vocabulary, vocabulary_of
-from rollout.runs.settings import SETTINGS, check_settings
-from rollout.runs.text import write_json, write_toml
-from rollout.runs.weights import build_model, check_model, differences, load_weights, read_weights, write_weights
-
-__all__ = ["CACHE", "RunFile", "SampleSource", "prepare_samples", "read_run_file", "save_model"]
+from rollout.files import write_json
+from rollout.runfile.settings import SETTINGS, check_settings
+from rollout.runfile.toml import write_toml
+from rollout.runfile.weights import build_model, check_model, differences, load_weights, read_weights, write_weights
 
 REFIT = "refit"
 WEIGHTS, VOCABULARY, RUN = "weights.pt", "vocabulary.json", "run.toml"
