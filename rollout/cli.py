@@ -52,8 +52,8 @@ def demo(
         ("matplotlib", "plots"),
     ):
         require(module, extra)
-    from rollout.demo import report, run_demo
-    from rollout.training import Recipe
+    from rollout.demo.run import report, run_demo
+    from rollout.demo.training import Recipe
 
     found = run_demo(
         output,

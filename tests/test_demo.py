@@ -14,12 +14,12 @@ from PIL import Image
 from pyhealth.interpret.methods import AttentionRollout as StockRollout
 from typer.testing import CliRunner
 
-import rollout.demo
+import rollout.demo.run
 from rollout.cli import app
 from rollout.cohort.source import pyhealth_collate
 from rollout.data.mimic import mortality_samples
 from rollout.data.synthetic import write_synthetic_cohort
-from rollout.training import Recipe, predict, train_transformer
+from rollout.demo.training import Recipe, predict, train_transformer
 
 PATIENTS = 500
 
@@ -41,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, home: Path) -> dict[str, Any]:
             kept.update(samples=samples, model=result.model)
             return result
 
-        patch.setattr(rollout.demo, "train_transformer", trained)
+        patch.setattr(rollout.demo.run, "train_transformer", trained)
         arguments = ["demo", "--output", output, "--patients", PATIENTS, "--epochs", 2, "--batch-size", 24]
         result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -53,7 +53,7 @@ def test_the_folder_holds_the_results_and_the_home_no_cache(run: dict[str, Any],
     names = {path.name for path in run["output"].iterdir()}
     assert names == {"attributed", "cohort", ".pyhealth-cache", "run.toml", "weights.pt", "vocabulary.json",
                      "ranking.csv", "top_codes.png", "record.png", "report.html", "demo.json"}  # fmt: skip
-    assert names == set(rollout.demo.WRITTEN)
+    assert names == set(rollout.demo.run.WRITTEN)
     assert not [path for path in home.rglob("*") if path.is_file() and path.suffix in (".bin", ".parquet")]
 
 
@@ -174,13 +174,13 @@ def test_an_unfinished_demo_can_be_overwritten(tmp_path: Path, monkeypatch: pyte
     def stopped(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rollout.demo, "prepare_samples", stopped)
+    monkeypatch.setattr(rollout.demo.run, "prepare_samples", stopped)
     for overwrite in (False, True):
         with pytest.raises(KeyboardInterrupt):
-            rollout.demo.run_demo(tmp_path / "out", patients=20, overwrite=overwrite)
+            rollout.demo.run.run_demo(tmp_path / "out", patients=20, overwrite=overwrite)
         assert json.loads((tmp_path / "out" / "demo.json").read_text())["status"] == "running"
     with pytest.raises(ValueError, match="must be a new or empty folder"):
-        rollout.demo.run_demo(tmp_path / "out", patients=20)
+        rollout.demo.run.run_demo(tmp_path / "out", patients=20)
 
 
 def test_pictures_are_large_enough_to_read_and_not_blank(run: dict[str, Any]) -> None:
@@ -197,7 +197,7 @@ def test_training_is_deterministic_and_leaves_the_generator_alone(run: dict[str,
     write_synthetic_cohort(tmp_path / "tables", 150, 1)
     dataset = mortality_samples(tmp_path / "tables", tmp_path / "cache")
     samples = list(dataset)
-    split = rollout.demo.split_patients(
+    split = rollout.demo.run.split_patients(
         [s["patient_id"] for s in samples], np.array([float(s["mortality"]) for s in samples])
     )
     before = torch.get_rng_state()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.training import _lengths, _shuffled_batches, _subset, auroc, log_loss, predict, split_patients
+from rollout.demo.training import _lengths, _shuffled_batches, _subset, auroc, log_loss, predict, split_patients
 
 
 def test_no_patient_is_in_two_parts_and_each_part_has_both_classes() -> None:
@@ -78,7 +78,7 @@ def test_predictions_come_in_the_order_asked_for(classes: int, monkeypatch: pyte
     def pad(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         return {"codes": torch.nn.utils.rnn.pad_sequence([s["codes"] for s in samples], batch_first=True)}
 
-    monkeypatch.setattr("rollout.training.pyhealth_collate", pad)
+    monkeypatch.setattr("rollout.demo.training.pyhealth_collate", pad)
     samples = [{"codes": torch.full((size,), size)} for size in (3, 1, 4, 2)]
     found = predict(Counting(classes), samples, np.array([2, 0, 1]), batch_size=2, progress=False)
     expected = np.array([16, 9, 1])[:, None] + np.arange(classes)

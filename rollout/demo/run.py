@@ -18,13 +18,7 @@ from rollout.cohort.source import pyhealth_collate
 from rollout.data.mimic import check_mimic_root, code_names, mimic_source
 from rollout.data.quiet import quiet_pyhealth
 from rollout.data.synthetic import write_synthetic_cohort
-from rollout.files import empty_folder, write_json
-from rollout.results.plots import plot_record, plot_top_codes
-from rollout.results.ranking import planted_codes, planted_found, rank_codes
-from rollout.runfile import CACHE, RUN, VOCABULARY, WEIGHTS, prepare_samples, save_model
-from rollout.runfile.settings import check_device
-from rollout.runfile.start import attribute_run_file
-from rollout.training import (
+from rollout.demo.training import (
     Recipe,
     Sample,
     Split,
@@ -34,6 +28,12 @@ from rollout.training import (
     split_patients,
     train_transformer,
 )
+from rollout.files import empty_folder, write_json
+from rollout.results.plots import plot_record, plot_top_codes
+from rollout.results.ranking import planted_codes, planted_found, rank_codes
+from rollout.runfile import CACHE, RUN, VOCABULARY, WEIGHTS, prepare_samples, save_model
+from rollout.runfile.settings import check_device
+from rollout.runfile.start import attribute_run_file
 
 DEMO, ATTRIBUTED = "demo.json", "attributed"
 WRITTEN = (ATTRIBUTED, "cohort", CACHE, RUN, WEIGHTS, VOCABULARY, "ranking.csv", "top_codes.png", "record.png",
