@@ -39,6 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rollout
+from rollout.cohort.rows import attribution_table, feature_decoders
 from rollout.cohort.source import pyhealth_collate
 from rollout.data.mimic import check_mimic_root, mortality_samples
 from rollout.data.quiet import quiet_pyhealth
@@ -46,7 +47,6 @@ from rollout.data.synthetic import write_synthetic_cohort
 from rollout.demo.training import Recipe, Split, labels_of, train_transformer
 from rollout.evaluate import faithfulness
 from rollout.intervals import Interval, bootstrap_auroc, bootstrap_mean
-from rollout.records import attribution_table, feature_decoders
 from rollout.results.ranking import planted_codes, planted_found, rank_codes
 
 RANDOM, CHEFER, STOCK, OURS = "Random", "Chefer (PyHealth)", "Rollout (PyHealth)", "Rollout (ours)"

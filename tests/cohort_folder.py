@@ -8,7 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from rollout.records import ATTRIBUTION_SCHEMA, PREDICTION_SCHEMA, write_parquet
+from rollout.cohort.rows import write_parquet
+from rollout.results.layout import ATTRIBUTION_SCHEMA, PREDICTION_SCHEMA
 
 HOSTILE = "</script><script>alert('x')</script>"
 NASTY = (

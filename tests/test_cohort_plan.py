@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.cohort.plan import Plan, sample_lengths
-from rollout.records import Decoder, vocabulary_array
+from rollout.cohort.rows import Decoder, vocabulary_array
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=1, max_size=80)
 

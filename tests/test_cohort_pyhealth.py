@@ -12,8 +12,8 @@ from pyhealth.interpret.methods import CheferRelevance as StockChefer
 from pyhealth.models import Transformer
 
 import rollout
+from rollout.cohort.rows import attribution_table, feature_decoders
 from rollout.cohort.source import pyhealth_collate
-from rollout.records import attribution_table, feature_decoders
 from tests.capture_state import assert_nothing_left, state
 from tests.cohort_cases import rows
 from tests.pyhealth_models import Stock, dataset, stage_net, transformer

@@ -14,8 +14,7 @@ pytest.importorskip("pyhealth", reason="the PyHealth drop-in needs the pyhealth 
 from pyhealth.models import Transformer
 
 import rollout
-from rollout import _pyhealth_fused as fused
-from rollout.pyhealth import AttentionRollout
+from rollout.pyhealth import AttentionRollout, fused
 from tests.pyhealth_models import Stock, assert_same, batch, maps_of, naive_rollout, result, stage_net, transformer
 from tests.test_capture_pyhealth import CASES, masked_batch
 

@@ -12,14 +12,13 @@ from pyhealth.datasets import create_sample_dataset
 from pyhealth.datasets.utils import collate_fn_dict_with_padding
 from pyhealth.processors import SequenceProcessor
 
-from rollout.records import (
-    ATTRIBUTION_SCHEMA,
-    PREDICTION_SCHEMA,
+from rollout.cohort.rows import (
     attribution_table,
     feature_decoders,
     prediction_table,
     write_parquet,
 )
+from rollout.results.layout import ATTRIBUTION_SCHEMA, PREDICTION_SCHEMA
 
 SCHEMA = {
     "flat": "sequence",

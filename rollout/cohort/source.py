@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rollout.cohort.identity import CONTENT, digest_of, sampled_content
-from rollout.records import Decoder, feature_decoders, vocabulary_array
+from rollout.cohort.rows import Decoder, feature_decoders, vocabulary_array
 
 Sample = Mapping[str, Any]
 Collate = Callable[[Sequence[Sample]], Mapping[str, Any]]

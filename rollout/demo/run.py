@@ -17,6 +17,7 @@ from rollout.cohort.run import CohortRun
 from rollout.cohort.source import pyhealth_collate
 from rollout.data.mimic import check_mimic_root, code_names, mimic_source
 from rollout.data.quiet import quiet_pyhealth
+from rollout.data.samples import prepare_samples
 from rollout.data.synthetic import write_synthetic_cohort
 from rollout.demo.training import (
     Recipe,
@@ -29,9 +30,10 @@ from rollout.demo.training import (
     train_transformer,
 )
 from rollout.files import empty_folder, write_json
+from rollout.results.layout import CACHE
 from rollout.results.plots import plot_record, plot_top_codes
 from rollout.results.ranking import planted_codes, planted_found, rank_codes
-from rollout.runfile import CACHE, RUN, VOCABULARY, WEIGHTS, prepare_samples, save_model
+from rollout.runfile.file import RUN, VOCABULARY, WEIGHTS, save_model
 from rollout.runfile.settings import check_device
 from rollout.runfile.start import attribute_run_file
 

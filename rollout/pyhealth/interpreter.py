@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from rollout import _pyhealth_readout as readout_of
+from rollout.pyhealth import readout as readout_of
 from rollout.pyhealth.readout import Relevance
 from rollout.pyhealth.watch import (
     READOUT_METHODS,

@@ -7,9 +7,8 @@ from typing import Any
 
 import polars as pl
 
-from rollout.records import ATTRIBUTION_SCHEMA, FAILURE_SCHEMA, PREDICTION_SCHEMA, SCHEMA_VERSION
+from rollout.results.layout import ATTRIBUTION_SCHEMA, FAILURE_SCHEMA, PREDICTION_SCHEMA, SCHEMA_VERSION, STATUSES
 
-STATUSES = ("running", "complete", "complete with failures")
 ATTRIBUTIONS = pl.DataFrame(pl.from_arrow(ATTRIBUTION_SCHEMA.empty_table()))
 PREDICTIONS = pl.DataFrame(pl.from_arrow(PREDICTION_SCHEMA.empty_table()))
 FAILURES = pl.DataFrame(pl.from_arrow(FAILURE_SCHEMA.empty_table()))

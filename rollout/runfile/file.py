@@ -34,11 +34,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rollout.cohort.store import CACHE
 from rollout.data.classes import did_you_mean
 from rollout.data.samples import SampleSource, prepare_samples
 from rollout.data.vocabulary import Vocabulary, read_vocabulary, vocabulary_of
 from rollout.files import write_json
+from rollout.results.layout import CACHE
 from rollout.runfile.settings import SETTINGS, check_settings
 from rollout.runfile.toml import write_toml
 from rollout.runfile.weights import build_model, check_model, differences, load_weights, read_weights, write_weights

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rollout.cohort.run import CohortRun, attribute_cohort
-from rollout.cohort.store import NAMES, run_folder
+from rollout.cohort.store import run_folder
 from rollout.data.mimic import names_for
 from rollout.errors import require
+from rollout.results.layout import NAMES
 from rollout.runfile.file import RunFile, read_run_file
 from rollout.runfile.settings import check_settings
 

@@ -12,40 +12,11 @@ import torch
 from torch import Tensor
 
 from rollout.files import write_whole
-
-FAILURE_SCHEMA = pa.schema([("sample", pa.int64()), ("error", pa.string())])
-TARGET = pa.field("target_class", pa.int32())
-"""Column of the predictions of a class-specific method: the class its scores are for."""
-
-SCHEMA_VERSION = 1
-"""Of these columns and of the manifest beside them."""
+from rollout.results.layout import ATTRIBUTION_SCHEMA, PREDICTION_SCHEMA
 
 ROW_GROUP = 65536
 VISIT_KEYS = ("visit_id", "admission_id", "record_id")
 """Where PyHealth's tasks put the visit a sample is of, the first that is there."""
-
-ATTRIBUTION_SCHEMA = pa.schema(
-    [
-        ("sample", pa.int64()),
-        ("patient_id", pa.string()),
-        ("visit_id", pa.string()),
-        ("feature", pa.string()),
-        ("visit", pa.int32()),
-        ("position", pa.int32()),
-        ("code", pa.string()),
-        ("time", pa.float32()),
-        ("attribution", pa.float32()),
-    ]
-)
-PREDICTION_SCHEMA = pa.schema(
-    [
-        ("sample", pa.int64()),
-        ("patient_id", pa.string()),
-        ("visit_id", pa.string()),
-        ("y_prob", pa.list_(pa.float32())),
-        ("y_true", pa.list_(pa.float32())),
-    ]
-)
 
 
 @dataclass(frozen=True)
