@@ -9,7 +9,7 @@ from torch import Tensor
 
 import rollout
 from rollout import Method
-from rollout_kernels import _torch_maps
+from rollout_kernels._torch import maps as maps_source
 from tests.cases import (
     BACKENDS,
     DTYPES,
@@ -66,7 +66,7 @@ def test_matches_loops(batch: int, heads: int, seq: int, dtype: torch.dtype, bac
 def test_any_tiling_gives_the_same(
     monkeypatch: pytest.MonkeyPatch, tile_bytes: int, lengths: list[int] | None, form: str
 ):
-    monkeypatch.setattr(_torch_maps, "CPU_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(maps_source, "CPU_TILE_BYTES", tile_bytes)
     maps = random_maps(8, 2, 16)
     ends = None if lengths is None else torch.tensor(lengths)
     query = torch.tensor([3, 0, -1, -7, 15, 1, -2, 0]) if form == "per-sample" else make_query(form, 8, 16)
@@ -228,7 +228,7 @@ def test_row_form_needs_a_tile_whatever_the_depth(
 ):
     """Extra memory beyond the maps: a tile, one more for the upcast, and O(B·H·S); nothing per layer, nothing of S²."""
     tile = 1 << 16
-    monkeypatch.setattr(_torch_maps, "CPU_TILE_BYTES", tile)
+    monkeypatch.setattr(maps_source, "CPU_TILE_BYTES", tile)
     for method in (ROLLOUT, Method(head_fusion="max")):
         shallow, deep = (extra_bytes(layers, *shape, dtype, ragged, method) for layers in (2, 8))
         assert deep == shallow

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import rollout
 from rollout import Method
-from rollout_kernels import _torch_qk
+from rollout_kernels._torch import qk
 from tests.cases import (
     BACKENDS,
     DTYPES,
@@ -132,7 +132,7 @@ def test_masks(mask: str, backend: str, groups: int, given_lse: bool):
 @pytest.mark.parametrize("tile_bytes", [1, 4 * 4 * 12 * 5, 2304 - 1, 2304, 3 * 2304, 4 << 20], ids=lambda n: f"tile{n}")
 @pytest.mark.parametrize("mask", ["plain", "causal", "lengths", "both-masks", "bias-inf-lengths", "everything"])
 def test_any_tiling_gives_the_same(monkeypatch: pytest.MonkeyPatch, mask: str, tile_bytes: int):
-    monkeypatch.setattr(_torch_qk, "CPU_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(qk, "CPU_TILE_BYTES", tile_bytes)
     given = MASKS[mask]
     queries, keys = random_qk(B, H, S, groups=2)
     maps, sums = expected_maps(queries, keys, given)
@@ -330,7 +330,7 @@ def test_row_form_needs_a_tile_and_some_rows(monkeypatch: pytest.MonkeyPatch, dt
     """Extra memory is O(B·H·S) and a few tiles (with one sample's keys): nothing per layer, nothing of S² or B·S·D."""
     given: dict[str, Any] = {"plain": {}, "causal": {"causal": True}, "max": {"method": FUSIONS["max"]}}[kind]
     tile, batch, heads = 1 << 16, 24, 4
-    monkeypatch.setattr(_torch_qk, "CPU_TILE_BYTES", tile)
+    monkeypatch.setattr(qk, "CPU_TILE_BYTES", tile)
     for seq, dim in ((128, 64), (256, 32)):
         shallow, deep = (extra_bytes(layers, batch, seq, dim, dtype, given) for layers in (2, 6))
         assert deep == shallow
@@ -356,7 +356,7 @@ def test_rows_that_attend_nothing_are_uniform(
     monkeypatch: pytest.MonkeyPatch, mask: str, backend: str, given_lse: bool, tile_bytes: int
 ):
     """A row left out by `query_mask` has 1/n on each of the n keys of its sample, masked keys among them."""
-    monkeypatch.setattr(_torch_qk, "CPU_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(qk, "CPU_TILE_BYTES", tile_bytes)
     given = dict(QUERY_MASKS[mask])
     queries, keys = random_qk(B, H, S, groups=2, dtype=torch.float64)
     lengths, silent = given.get("lengths"), ~given["query_mask"]

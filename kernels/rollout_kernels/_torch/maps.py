@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from rollout_kernels._fuse import Scratch, fuse_by_function, fuse_heads
 from rollout_kernels._problem import MapsProblem
-from rollout_kernels._tiles import Tile, tiles
+from rollout_kernels._torch.fuse import Scratch, fuse_by_function, fuse_heads
+from rollout_kernels._torch.tiles import Tile, tiles
 
 # A tile's fused map stays in the second-level cache between the head sum, the row sum and the product.
 CPU_TILE_BYTES = 4 << 20

@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rollout_kernels._fuse import Scratch, discard_smallest
 from rollout_kernels._problem import MapsProblem, Problem, QKProblem, shape_result, start_weights
-from rollout_kernels._tiles import Tile
-from rollout_kernels._torch_maps import MapsSource
-from rollout_kernels._torch_qk import QKSource
+from rollout_kernels._torch.fuse import Scratch, discard_smallest
+from rollout_kernels._torch.maps import MapsSource
+from rollout_kernels._torch.qk import QKSource
+from rollout_kernels._torch.tiles import Tile
 
 
 class Source(Protocol):

@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor
 
-from rollout_kernels._fuse import Scratch, fuse_by_function, fuse_heads
 from rollout_kernels._problem import QKProblem
-from rollout_kernels._tiles import Tile, tiles
+from rollout_kernels._torch.fuse import Scratch, fuse_by_function, fuse_heads
+from rollout_kernels._torch.tiles import Tile, tiles
 
 CPU_TILE_BYTES = 4 << 20
 GPU_TILE_BYTES = 1 << 30
