@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import rollout
 from rollout.cohort.rows import attribution_table, feature_decoders
-from rollout.cohort.source import pyhealth_collate
+from rollout.data.collate import pyhealth_collate
 from rollout.data.mimic import check_mimic_root, mortality_samples
 from rollout.data.quiet import quiet_pyhealth
 from rollout.data.synthetic import write_synthetic_cohort

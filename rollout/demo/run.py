@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from rollout.cohort.run import CohortRun
-from rollout.cohort.source import pyhealth_collate
+from rollout.data.collate import pyhealth_collate
 from rollout.data.mimic import check_mimic_root, code_names, mimic_source
 from rollout.data.quiet import quiet_pyhealth
 from rollout.data.samples import prepare_samples

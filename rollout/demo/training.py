@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from rollout.cohort.source import pyhealth_collate
+from rollout.data.collate import pyhealth_collate
 from rollout.data.quiet import quiet_pyhealth
 
 Sample = dict[str, Any]
