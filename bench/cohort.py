@@ -1,7 +1,8 @@
 """A cohort run measured in a process of its own: `python -m bench.cohort --samples N --plan race|workers|memory`.
 
-The samples have the lengths of `rollout.codebook`, which follow MIMIC-IV's (three streams, log-normal), and lie on disk
-as PyHealth keeps them. It prints one JSON object. Memory is that of the whole process, so nothing else may run in it.
+The samples have the lengths of `rollout.data.codebook`, which follow MIMIC-IV's (three streams, log-normal), and lie on
+disk as PyHealth keeps them. It prints one JSON object. Memory is that of the whole process, so nothing else may run
+in it.
 """
 
 import argparse
@@ -21,9 +22,9 @@ import torch
 
 import rollout
 from bench.machine import host
-from rollout.codebook import STREAMS
 from rollout.cohort.memory import peak_memory
-from rollout.quiet import quiet_pyhealth
+from rollout.data.codebook import STREAMS
+from rollout.data.quiet import quiet_pyhealth
 
 LAYERS, HEADS, EMBEDDING = 4, 8, 128
 STOCK_BATCH = 32  # PyHealth's loader loop, in the order of the dataset

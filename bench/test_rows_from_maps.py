@@ -10,7 +10,7 @@ from torch import Tensor
 from bench.machine import host
 from bench.providers import chains, oracle
 from bench.providers.chains import MAPS, NAIVE, OURS, READ, Shape
-from rollout_kernels._torch_maps import CPU_TILE_BYTES
+from rollout_kernels._torch.maps import CPU_TILE_BYTES
 
 BATCH, HEADS, LAYERS = 32, 8, 4
 SEQUENCES = (64, 128, 256, 512)

@@ -39,15 +39,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rollout
-from rollout.cohort.source import pyhealth_collate
+from rollout.cohort.rows import attribution_table, feature_decoders
+from rollout.data.collate import pyhealth_collate
+from rollout.data.mimic import check_mimic_root, mortality_samples
+from rollout.data.quiet import quiet_pyhealth
+from rollout.data.synthetic import write_synthetic_cohort
+from rollout.demo.training import Recipe, Split, labels_of, train_transformer
 from rollout.evaluate import faithfulness
 from rollout.intervals import Interval, bootstrap_auroc, bootstrap_mean
-from rollout.mimic import check_mimic_root, mortality_samples
-from rollout.quiet import quiet_pyhealth
-from rollout.ranking import planted_codes, planted_found, rank_codes
-from rollout.records import attribution_table, feature_decoders
-from rollout.synthetic import write_synthetic_cohort
-from rollout.training import Recipe, Split, labels_of, train_transformer
+from rollout.results.ranking import planted_codes, planted_found, rank_codes
 
 RANDOM, CHEFER, STOCK, OURS = "Random", "Chefer (PyHealth)", "Rollout (PyHealth)", "Rollout (ours)"
 CHEFER_PREDICTED = "Chefer, predicted class"

@@ -18,10 +18,10 @@ demo, most of it PyHealth reading the tables. PyHealth's own progress goes to st
 import argparse
 from pathlib import Path
 
-from rollout.folder import empty_folder
-from rollout.mimic import CODE_TABLES, check_mimic_root, mimic_source
+from rollout.data.mimic import CODE_TABLES, check_mimic_root, mimic_source
+from rollout.demo.training import Recipe, labels_of, split_patients, train_transformer
+from rollout.files import empty_folder
 from rollout.runfile import CACHE, prepare_samples, save_model
-from rollout.training import Recipe, labels_of, split_patients, train_transformer
 
 TASKS = {
     "mortality": ("MortalityPredictionMIMIC4", CODE_TABLES),

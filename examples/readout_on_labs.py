@@ -17,7 +17,7 @@ from pyhealth.datasets import MIMIC4Dataset, get_dataloader
 from pyhealth.models import StageAttentionNet
 from pyhealth.tasks import MortalityPredictionStageNetMIMIC4
 
-from rollout.mimic import check_mimic_root
+from rollout.data.mimic import check_mimic_root
 from rollout.pyhealth import AttentionRollout
 
 TABLES = ["diagnoses_icd", "procedures_icd", "labevents"]

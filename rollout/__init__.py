@@ -9,17 +9,17 @@ torch.Size([2, 8])
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from rollout._capture import CaptureError, capture, register_capture
+from rollout._capture import capture, register_capture
 from rollout.api import attention_rollout, attention_rollout_qk
-from rollout.extras import require
+from rollout.errors import CaptureError, require
 from rollout.method import METHODS
 from rollout.tape import Record
 from rollout_kernels.method import Method
 
 if TYPE_CHECKING:
-    from rollout.attributions import CohortAttributions
     from rollout.cohort import attribute_cohort
-    from rollout.plots import plot_positions, plot_record, plot_top_codes
+    from rollout.results.attributions import CohortAttributions
+    from rollout.results.plots import plot_positions, plot_record, plot_top_codes
 
 __version__ = "0.1.0"
 
@@ -40,11 +40,11 @@ __all__ = [
 ]
 
 _FROM_EXTRAS = {
-    "CohortAttributions": ("rollout.attributions", "polars"),
+    "CohortAttributions": ("rollout.results.attributions", "polars"),
     "attribute_cohort": ("rollout.cohort", "pyarrow"),
-    "plot_positions": ("rollout.plots", "polars"),
-    "plot_record": ("rollout.plots", "polars"),
-    "plot_top_codes": ("rollout.plots", "polars"),
+    "plot_positions": ("rollout.results.plots", "polars"),
+    "plot_record": ("rollout.results.plots", "polars"),
+    "plot_top_codes": ("rollout.results.plots", "polars"),
 }
 """Name → its module, imported when first asked for, and what that needs of the extra ``cohort``."""
 

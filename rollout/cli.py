@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from rollout.extras import require
+from rollout.errors import CohortError, require
 
 typer = require("typer", "cohort")
 app = typer.Typer(
@@ -25,7 +25,7 @@ def synthetic(
 ) -> None:
     """Write a synthetic cohort in MIMIC-IV's layout, with planted risk codes listed in truth.json."""
     require("polars", "cohort")
-    from rollout.synthetic import write_synthetic_cohort
+    from rollout.data.synthetic import write_synthetic_cohort
 
     truth = write_synthetic_cohort(out, patients, seed)
     planted = sum(len(rows) for rows in truth["planted"].values())
@@ -52,8 +52,8 @@ def demo(
         ("matplotlib", "plots"),
     ):
         require(module, extra)
-    from rollout.demo import report, run_demo
-    from rollout.training import Recipe
+    from rollout.demo.run import report, run_demo
+    from rollout.demo.training import Recipe
 
     found = run_demo(
         output,
@@ -92,7 +92,7 @@ def attribute(
     """
     for module, extra in (("polars", "cohort"), ("pyarrow", "cohort"), ("pyhealth", "pyhealth")):
         require(module, extra)
-    from rollout.runs.start import attribute_entry, attribute_run_file, scheduler_client
+    from rollout.runfile.start import attribute_entry, attribute_run_file, scheduler_client
 
     if (run_file is None) == (entry is None):
         raise ValueError("attribute needs a run file or --entry, one of them")
@@ -173,11 +173,7 @@ def main() -> None:
     """Run the command line; wrong input, and what stops a run, ends with one line on stderr and exit status 2."""
     try:
         app()
-    except (ValueError, ImportError) as error:
-        typer.echo(f"rollout: {error}", err=True)
-    except RuntimeError as error:
-        if type(error).__name__ != "CohortError":
-            raise
+    except (ValueError, ImportError, CohortError) as error:
         typer.echo(f"rollout: {error}", err=True)
     sys.exit(2)
 

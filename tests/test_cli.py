@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rollout.cli import app, main
-from rollout.synthetic import write_synthetic_cohort
+from rollout.data.synthetic import write_synthetic_cohort
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
@@ -24,13 +24,13 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest
 def refused(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):  # the demo must stop before it reads a table or imports PyHealth's data sets
-    import rollout.demo
+    import rollout.demo.run
 
     def worked(*_: object, **__: object) -> None:
         raise AssertionError("work began")
 
-    monkeypatch.setattr(rollout.demo, "prepare_samples", worked)
-    monkeypatch.setattr(rollout.demo, "write_synthetic_cohort", worked)
+    monkeypatch.setattr(rollout.demo.run, "prepare_samples", worked)
+    monkeypatch.setattr(rollout.demo.run, "write_synthetic_cohort", worked)
     return lambda *arguments: run(["demo", *map(str, arguments)], capsys, monkeypatch)
 
 
@@ -100,7 +100,7 @@ def test_demo_refuses_numbers_out_of_range(refused, tmp_path: Path, option: str,
 
 
 def test_overwrite_removes_an_earlier_demo_and_nothing_else(tmp_path: Path) -> None:
-    from rollout.demo import _remove_earlier
+    from rollout.demo.run import _remove_earlier
 
     for name in ("attributed/attributions/part-00000.parquet", ".pyhealth-cache/prepared.json", "cohort/hosp/x.csv.gz"):
         (tmp_path / name).parent.mkdir(parents=True)
@@ -112,7 +112,7 @@ def test_overwrite_removes_an_earlier_demo_and_nothing_else(tmp_path: Path) -> N
 
 
 def test_overwrite_leaves_a_folder_that_is_no_demo(tmp_path: Path) -> None:
-    from rollout.demo import _remove_earlier
+    from rollout.demo.run import _remove_earlier
 
     (tmp_path / "cohort").mkdir()
     (tmp_path / "weights.pt").write_text("mine")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from rollout.demo.training import auroc
 from rollout.evaluate import Faithfulness, evaluate, faithfulness, top_codes
 from rollout.intervals import bootstrap_auroc, bootstrap_mean
-from rollout.training import auroc
 
 WEIGHTS = torch.tensor([0.0, 3.0, -2.0, 1.0, 0.5, -0.25, 2.0])
 """Log odds each code adds; code 0 is padding."""

@@ -13,8 +13,8 @@ import polars as pl
 import pytest
 import torch
 
+from rollout.data.synthetic import write_synthetic_cohort
 from rollout.intervals import Interval
-from rollout.synthetic import write_synthetic_cohort
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BENCHMARK = "attention_rollout_benchmark_mimic4_demo.py"
@@ -165,7 +165,7 @@ def labs_of(root: Path) -> None:
 )
 def test_run_files(tasks: list[str], tmp_path: Path) -> None:
     """Each task is attributed by its run file: as many rows as the samples have codes or hours."""
-    from rollout.runs.start import attribute_run_file
+    from rollout.runfile.start import attribute_run_file
 
     write_synthetic_cohort(tmp_path / "cohort", 40, 0)
     labs_of(tmp_path / "cohort")

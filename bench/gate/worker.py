@@ -154,7 +154,7 @@ def encoder_reference(model: nn.TransformerEncoder, tokens: Tensor) -> Tensor:
 
 
 class Codes:
-    """What `rollout.records.feature_decoders` asks of a fitted PyHealth processor of code sequences."""
+    """What `rollout.cohort.rows.feature_decoders` asks of a fitted PyHealth processor of code sequences."""
 
     def __init__(self, size: int) -> None:
         self.code_vocab = {f"code-{i}": i for i in range(size)}
@@ -170,7 +170,7 @@ class Codes:
 
 
 def table(device: torch.device, batch: int, longest: int) -> Prepared:
-    """`rollout.records.attribution_table` of a batch of code sequences; its result: sample, position and score."""
+    """`rollout.cohort.rows.attribution_table` of a batch of code sequences; its result: sample, position and score."""
     from rollout import records  # needs pyarrow, which the other cases do not
 
     generator = np.random.default_rng(0)

@@ -10,7 +10,7 @@ from bench.pages import fits
 from bench.pages.targets import curve, memory_limit
 from bench.providers import chains
 from bench.providers.chains import NAIVE, OURS, READ
-from rollout.extras import require
+from rollout.errors import require
 
 DPI = 130
 # One colour a provider in every plot; distinct for the colour-blind (Okabe & Ito).

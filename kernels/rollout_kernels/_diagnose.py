@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rollout_kernels._fuse import Scratch
 from rollout_kernels._problem import MapsProblem, Problem, QKProblem
-from rollout_kernels._torch_qk import QKSource
+from rollout_kernels._torch.fuse import Scratch
+from rollout_kernels._torch.qk import QKSource
 
 LOGSUMEXP_TOLERANCE = 0.05
 

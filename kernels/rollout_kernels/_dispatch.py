@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rollout_kernels import _torch, reference
+from rollout_kernels import reference
 from rollout_kernels._problem import MapsProblem, Problem, QKProblem
+from rollout_kernels._torch import chain
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -55,7 +56,7 @@ def _run_triton(problem: Problem) -> Tensor:
 
 _TABLE = {
     "triton": Backend("triton", _triton_refusals, _run_triton),
-    "torch": Backend("torch", _never_refuses, _torch.rollout),
+    "torch": Backend("torch", _never_refuses, chain.rollout),
     "reference": Backend("reference", _never_refuses, _run_reference),
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rollout.bench.measure import OURS, Row, Runs, Settings, compare
-from rollout.extras import require
+from rollout.errors import require
 
 STOCK = "PyHealth's"
 ALLOWED = 1e-5  # max|err| / max|ref| against PyHealth's own in float64

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from rollout.cohort.memory import peak_memory
-from rollout.cohort.store import CohortError
 from rollout.cohort.work import Part, Work, run_parts
-from rollout.extras import require
+from rollout.errors import CohortError, require
 
 WAIT = 120
 """Seconds to wait for a worker when there is none."""

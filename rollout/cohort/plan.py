@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rollout.records import Decoder
+from rollout.cohort.rows import Decoder
 
 
 @dataclass(frozen=True)

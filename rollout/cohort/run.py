@@ -12,11 +12,12 @@ from rollout.cohort.explain import Explain, PyHealthExplain, describe_method
 from rollout.cohort.identity import model_identity
 from rollout.cohort.plan import Plan
 from rollout.cohort.session import Session, device_of, settled
-from rollout.cohort.source import Collate, open_source
+from rollout.cohort.source import open_source
 from rollout.cohort.store import Store
 from rollout.cohort.summary import CohortRun
 from rollout.cohort.work import Work
-from rollout.extras import require
+from rollout.data.collate import Collate
+from rollout.errors import require
 from rollout.method import get_method
 from rollout_kernels import Method
 from rollout_kernels._dispatch import BACKENDS

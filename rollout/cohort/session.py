@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from rollout.cohort.memory import peak_gpu_memory, peak_memory, reset_peak_memory
-from rollout.cohort.store import SCRATCH, CohortError, Store, totals
+from rollout.cohort.store import Store, totals
 from rollout.cohort.summary import CohortRun
 from rollout.cohort.work import Part, Work, run_parts
-from rollout.extras import require
-from rollout.records import ATTRIBUTION_SCHEMA, FAILURE_SCHEMA, PREDICTION_SCHEMA, TARGET
+from rollout.errors import CohortError, require
+from rollout.results.layout import ATTRIBUTION_SCHEMA, FAILURE_SCHEMA, PREDICTION_SCHEMA, SCRATCH, TARGET
 
 PACKAGES = ("attention-rollout", "torch", "triton", "numpy", "pyarrow", "pyhealth")
 ENOUGH = 32

@@ -1,14 +1,12 @@
 """The samples of a cohort: read by number, collated, and described."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rollout.cohort.identity import CONTENT, digest_of, sampled_content
-from rollout.records import Decoder, feature_decoders, vocabulary_array
-
-Sample = Mapping[str, Any]
-Collate = Callable[[Sequence[Sample]], Mapping[str, Any]]
+from rollout.cohort.rows import Decoder, feature_decoders, vocabulary_array
+from rollout.data.collate import Collate, Sample, pyhealth_collate
 
 
 @dataclass(frozen=True)
@@ -86,14 +84,6 @@ def open_source(
         CONTENT: sampled_content(dataset, len(dataset)),
     }
     return Source(dataset, collate, decoders, description)
-
-
-def pyhealth_collate(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Pad and stack samples as PyHealth's own loader does."""
-    from pyhealth.datasets.utils import collate_fn_dict_with_padding
-
-    padded: Callable[[list[Sample]], dict[str, Any]] = collate_fn_dict_with_padding
-    return padded(list(samples))
 
 
 def _plain_decoder(codes: Mapping[str, int] | None) -> Decoder:

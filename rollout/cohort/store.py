@@ -17,22 +17,24 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rollout.cohort.identity import CONTENT, differences, run_digest
-from rollout.folder import PARTIAL, PROBE, empty_folder, write_whole
-from rollout.records import SCHEMA_VERSION
+from rollout.errors import CohortError
+from rollout.files import PARTIAL, PROBE, empty_folder, write_whole
+from rollout.results.layout import (
+    CACHE,
+    KINDS,
+    LOCK,
+    MANIFEST,
+    NAMES,
+    RECORDS,
+    SCHEMA_VERSION,
+    SCRATCH,
+    WRITER,
+    part_name,
+)
 
-KINDS = ("attributions", "predictions", "failures")
-MANIFEST, RECORDS, NAMES = "manifest.json", "parts", "code_names.json"
-WRITER = "rollout.attribute_cohort"
-LOCK, SCRATCH = ".rollout.lock", ".workers"
-CACHE = ".pyhealth-cache"
-"""Where a run file's samples are prepared within an output that does not say otherwise."""
 _PART = re.compile(r"part-\d{5,}\.(parquet|json)")
 
 Record = dict[str, Any]
-
-
-class CohortError(RuntimeError):
-    """A cohort run that cannot start, or cannot go on; what is written so far stays good."""
 
 
 class Store:
@@ -144,13 +146,13 @@ class Store:
 
     def _whole(self, number: int) -> Record | None:
         """The record of a part whose files are all there as they were written, else None."""
-        record = _read_json(self.path / RECORDS / f"{_name(number)}.json")
+        record = _read_json(self.path / RECORDS / f"{part_name(number)}.json")
         if record is None or record.get("run") != self.run:
             return None
         try:
             totals([record])
             for kind, file in record["files"].items():
-                path = self.path / kind / f"{_name(number)}.parquet"
+                path = self.path / kind / f"{part_name(number)}.parquet"
                 if path.stat().st_size != file["bytes"] or _sha256(path) != file["sha256"]:
                     return None
         except (OSError, KeyError, TypeError, AttributeError):
@@ -164,7 +166,7 @@ class Store:
             for path in folder.glob(f".*{PARTIAL}"):
                 path.unlink(missing_ok=True)
         for kind in (*KINDS, RECORDS):
-            kept = {_name(n) for n, r in self.records.items() if kind == RECORDS or kind in r["files"]}
+            kept = {part_name(n) for n, r in self.records.items() if kind == RECORDS or kind in r["files"]}
             for path in (self.path / kind).glob("part-*"):
                 if _PART.fullmatch(path.name) and path.stem not in kept:
                     path.unlink()
@@ -183,8 +185,8 @@ class Store:
         with _disk_trouble(self.path):
             for kind, content in files.items():
                 (self.path / kind).mkdir(exist_ok=True)
-                write_whole(self.path / kind / f"{_name(number)}.parquet", content)
-            write_whole(self.path / RECORDS / f"{_name(number)}.json", _json(record))
+                write_whole(self.path / kind / f"{part_name(number)}.parquet", content)
+            write_whole(self.path / RECORDS / f"{part_name(number)}.json", _json(record))
         self.records[number] = record
 
     def write_manifest(self) -> None:
@@ -236,10 +238,6 @@ def _keep_content(identity: dict[str, Any], there: Mapping[str, Any]) -> None:
     known = there.get("dataset", {}).get(CONTENT, {})
     content = identity["dataset"].get(CONTENT, {})
     content |= {number: known.get(number) for number, digest in content.items() if digest is None}
-
-
-def _name(number: int) -> str:
-    return f"part-{number:05d}"
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

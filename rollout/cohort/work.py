@@ -18,17 +18,11 @@ from torch import Tensor
 
 from rollout.cohort.explain import Explain, Explained
 from rollout.cohort.plan import Plan, sample_lengths
-from rollout.cohort.source import Sample, Source
-from rollout.cohort.store import CohortError
-from rollout.records import (
-    ATTRIBUTION_SCHEMA,
-    FAILURE_SCHEMA,
-    PREDICTION_SCHEMA,
-    TARGET,
-    attribution_table,
-    parquet_bytes,
-    prediction_table,
-)
+from rollout.cohort.rows import attribution_table, parquet_bytes, prediction_table
+from rollout.cohort.source import Source
+from rollout.data.collate import Sample
+from rollout.errors import CohortError
+from rollout.results.layout import ATTRIBUTION_SCHEMA, FAILURE_SCHEMA, PREDICTION_SCHEMA, TARGET
 from rollout.stopwatch import stopwatch, timed
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")

@@ -8,8 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from rollout.attributions import CohortAttributions
-from rollout.folder import write_whole
+from rollout.files import write_whole
 from rollout.report import scale
 from rollout.report.sections.codes import codes
 from rollout.report.sections.patients import patients
@@ -17,6 +16,7 @@ from rollout.report.sections.places import places
 from rollout.report.sections.run import run
 from rollout.report.sections.summary import summary
 from rollout.report.text import FILTERS, number, percent
+from rollout.results.attributions import CohortAttributions
 
 
 def write_report(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from rollout.attributions import CohortAttributions
 from rollout.report.bounds import PATIENT_SAMPLES, SAMPLES
+from rollout.results.attributions import CohortAttributions
 
 CANDIDATES = 24
 READABLE = (8, 150)

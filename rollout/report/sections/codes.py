@@ -4,8 +4,8 @@ from typing import Any
 
 import polars as pl
 
-from rollout.attributions import CohortAttributions
 from rollout.report.bounds import CODES, FEATURES, LABEL_CODES, LABELS
+from rollout.results.attributions import CohortAttributions
 
 
 def codes(cohort: CohortAttributions) -> dict[str, Any]:

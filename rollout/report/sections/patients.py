@@ -5,12 +5,12 @@ from typing import Any
 import polars as pl
 from markupsafe import Markup
 
-from rollout.attributions import CohortAttributions
 from rollout.report import scale
 from rollout.report.bounds import CHIPS, FEATURES, LEADERS, VISIT_CODES, VISITS
 from rollout.report.charts import Axes, stem_chart
 from rollout.report.sections.choice import chosen
 from rollout.report.text import number, percent, shown
+from rollout.results.attributions import CohortAttributions
 
 
 def patients(cohort: CohortAttributions, patient: str | None) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from typing import Any
 import polars as pl
 from markupsafe import Markup
 
-from rollout.attributions import CohortAttributions
 from rollout.report import text
 from rollout.report.bounds import FEATURES, PLACES
 from rollout.report.charts import Axes, Bars, bar_chart
 from rollout.report.sections.codes import minimum_records
+from rollout.results.attributions import CohortAttributions
 
 
 def places(cohort: CohortAttributions) -> dict[str, Any]:

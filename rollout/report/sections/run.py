@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rollout.attributions import CohortAttributions
 from rollout.report.bounds import MANIFEST, NOTES, SESSIONS
 from rollout.report.text import count, moment, seconds, size
+from rollout.results.attributions import CohortAttributions
 
 PHASES = ("collate", "forward", "chain", "write")
 

@@ -5,10 +5,10 @@ from typing import Any
 import polars as pl
 from markupsafe import Markup
 
-from rollout.attributions import CohortAttributions
 from rollout.report.bounds import ERRORS, EXACT_PATIENTS, FEATURES, LABELS
 from rollout.report.charts import Axes, Bars, bar_chart
 from rollout.report.text import count
+from rollout.results.attributions import CohortAttributions
 
 BINS = 20
 

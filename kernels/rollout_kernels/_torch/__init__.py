@@ -1,0 +1,1 @@
+"""The production path in pure torch: the row chain from maps, and from queries and keys."""

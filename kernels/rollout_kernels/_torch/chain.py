@@ -1,0 +1,146 @@
+"""The chain in pure torch: rows, and the full product. Where the layer's F comes from is a `Source`.
+
+The row chain is w ← w·M_L, then ·M_{L−1} … down to ·M_1 for each start row w: O(S²) a layer instead of O(S³). The
+renormalisation of row i divides w_i: w·rownorm(M) = (w / d)·M with d the row sums of M, so M itself is never written.
+A one-hot start needs one row per head of the top layer.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rollout_kernels._problem import MapsProblem, Problem, QKProblem, shape_result, start_weights
+from rollout_kernels._torch.fuse import Scratch, discard_smallest
+from rollout_kernels._torch.maps import MapsSource
+from rollout_kernels._torch.qk import QKSource
+from rollout_kernels._torch.tiles import Tile
+
+
+class Source(Protocol):
+    """Where the fused maps F_l of a problem come from, tile by tile."""
+
+    rows_sum_to_one: bool
+    """Every row of every F_l sums to 1 by construction, so that renormalisation divides by a constant."""
+
+    def plan(self) -> list[Tile]:
+        """Tiles that cover every valid row of every sample once."""
+
+    def fused(self, layer: int, tile: Tile) -> tuple[Tensor, float]:
+        """F_l of a tile as (values [b, r, n], factor), F = factor · values, 0 outside the valid blocks."""
+
+    def weighted(self, layer: int, tile: Tile, weights: Tensor) -> Tensor:
+        """weights [b, R, r] times F_l of the tile: [b, R, n]."""
+
+    def top_rows(self) -> tuple[Tensor, float]:
+        """Row `rows[b]` of F_L of each sample as (values [B, 1, S], factor); what lies on padding is undefined."""
+
+
+def rollout(problem: Problem) -> Tensor:
+    """The rows [B, S] or [B, R, S], or the full matrix [B, S, S]; 0 outside each sample's valid prefix."""
+    scratch = Scratch(problem.compute_dtype, problem.device)
+    if isinstance(problem, QKProblem):
+        source: Source = QKSource(problem, scratch)
+    else:
+        assert isinstance(problem, MapsProblem)
+        source = MapsSource(problem, scratch)
+    if problem.form == "full":
+        return _full(problem, source)
+    return shape_result(problem, _rows(problem, source))
+
+
+def _rows(problem: Problem, source: Source) -> Tensor:
+    layers = problem.layers
+    if problem.form == "row" and not problem.method.needs_whole_map:
+        layers -= 1
+        weights = _top_row(problem, source)
+    else:
+        weights = start_weights(problem)
+    plan = source.plan()
+    for layer in reversed(range(layers)):
+        result = torch.zeros_like(weights)
+        for tile in plan:
+            _step(problem, source, layer, tile, weights, result)
+        weights = result
+    return weights
+
+
+def _top_row(problem: Problem, source: Source) -> Tensor:
+    """Row `rows[b]` of M_L, [B, 1, S]: the chain's first step from a one-hot start."""
+    assert problem.rows is not None
+    values, factor = source.top_rows()
+    row = values * (problem.method.attention_weight * factor)
+    if problem.lengths is not None:
+        padded = torch.arange(problem.seq, device=problem.device) >= problem.lengths[:, None]
+        row.masked_fill_(padded[:, None], 0.0)
+    row.scatter_add_(2, problem.rows.view(-1, 1, 1), torch.full_like(row[:, :, :1], problem.method.residual))
+    return row.div_(row.sum(-1, keepdim=True)) if problem.method.renormalize else row
+
+
+def _step(problem: Problem, source: Source, layer: int, tile: Tile, weights: Tensor, result: Tensor) -> None:
+    """Add the tile's part of w·M_l to `result`."""
+    method = problem.method
+    start = weights[tile.samples, :, tile.rows]
+    if tile.skippable and not bool(start.any()):
+        return
+    if not method.renormalize or (source.rows_sum_to_one and not method.discard_ratio):
+        if method.renormalize:
+            start = start / (method.residual + method.attention_weight)
+        product, factor = source.weighted(layer, tile, start), 1.0
+    else:
+        values, factor = _discarded(problem, source, layer, tile)
+        sums = _row_sums(values).mul_(method.attention_weight * factor).add_(method.residual)
+        if tile.padded_rows is not None:
+            sums.masked_fill_(tile.padded_rows, 1.0)
+        start = start / sums.unsqueeze(1)
+        product = torch.bmm(start, values)
+    # The residual is added after the product: accumulated first, a large w_i would swallow the small terms.
+    result[tile.samples, :, : tile.width].add_(product, alpha=method.attention_weight * factor)
+    result[tile.samples, :, tile.rows].add_(start, alpha=method.residual)
+
+
+def _row_sums(values: Tensor) -> Tensor:
+    """Sums over the last axis, [b, r]. `sum` is slow where rows are not contiguous; a product with ones is not."""
+    if values.is_contiguous():
+        return values.sum(-1)
+    ones = torch.ones(1, dtype=values.dtype, device=values.device).expand(*values.shape[:1], values.shape[2], 1)
+    return torch.bmm(values, ones).squeeze(-1)
+
+
+def _discarded(problem: Problem, source: Source, layer: int, tile: Tile) -> tuple[Tensor, float]:
+    values, factor = source.fused(layer, tile)
+    if problem.method.discard_ratio:
+        values = discard_smallest(values, problem.method.discard_ratio, tile.lengths)
+    return values, factor
+
+
+def _full(problem: Problem, source: Source) -> Tensor:
+    """R = M_L · … · M_1, tile by tile of samples, so that R stays in cache across the layers.
+
+    The identity stays out of the matrix product, M·R = F·R + r∘R: with it, rounding is several times larger.
+    """
+    method = problem.method
+    result = torch.zeros(problem.batch, problem.seq, problem.seq, dtype=problem.compute_dtype, device=problem.device)
+    for tile in source.plan():
+        n, product = tile.width, None
+        for layer in range(problem.layers):
+            values, factor = _discarded(problem, source, layer, tile)
+            matrix = torch.mul(values, method.attention_weight * factor)
+            residual = torch.full_like(matrix[..., :1], method.residual)
+            if method.renormalize:
+                sums = matrix.sum(-1, keepdim=True).add_(residual)
+                if tile.padded_rows is not None:
+                    sums.masked_fill_(tile.padded_rows.unsqueeze(-1), 1.0)
+                matrix.div_(sums)
+                residual.div_(sums)
+            if product is None:
+                product = matrix
+                product.diagonal(dim1=1, dim2=2).add_(residual.squeeze(-1))
+            else:
+                product = torch.bmm(matrix, product).addcmul_(product, residual)
+        assert product is not None
+        padded = tile.padded
+        if padded is not None:
+            product.masked_fill_(padded, 0.0)
+        result[tile.samples, :n, :n] = product
+    return result

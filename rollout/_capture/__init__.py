@@ -1,0 +1,5 @@
+"""How `rollout.capture` works: recording, what it refuses, and an adapter for each family of attention modules."""
+
+from rollout._capture.recording import capture, register_capture
+
+__all__ = ["capture", "register_capture"]

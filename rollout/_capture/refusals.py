@@ -1,0 +1,66 @@
+"""Models that cannot be recorded whatever their attention is, refused before they run."""
+
+import re
+
+import torch
+from torch import nn
+
+from rollout.errors import CaptureError
+
+ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
+
+
+def refuse_dropout(model: nn.Module) -> None:
+    """Attention that drops out is not the softmax that rollout computes from.
+
+    Raises:
+        CaptureError: a module with dropout is in training mode.
+    """
+    for path, module in model.named_modules():
+        rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
+        if module.training and isinstance(rate, float) and rate > 0.0:
+            raise CaptureError(
+                f"capture: the model must be in eval mode, got dropout {rate} on in {type(module).__name__} at "
+                f"{path or 'the root'}: call model.eval()"
+            )
+
+
+def refuse_opaque(model: nn.Module) -> None:
+    """Modules whose Python code does not run cannot be watched.
+
+    Raises:
+        CaptureError: the model, or a part of it, is compiled, scripted or run in copies.
+    """
+    for path, module in model.named_modules():
+        kind, where = type(module).__name__, path or "the root"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"capture: the model must run as Python, got {kind} at {where}: capture the unscripted one"
+            )
+        compiled = getattr(module, "_compiled_call_impl", None) is not None
+        if compiled or isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            raise CaptureError(
+                f"capture: the model must not be compiled, got {kind} at {where}: capture the module given to "
+                f"torch.compile (its _orig_mod)"
+            )
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise CaptureError(
+                f"capture: the model must run itself, got {kind} at {where}, which runs copies of it in threads: "
+                f"capture and call its .module"
+            )
+
+
+def nothing_found(model: nn.Module) -> str:
+    """Why a model cannot be captured at all: what it has that looks like attention, and what is known."""
+    named = [
+        f"{path} ({type(module).__name__})"
+        for path, module in model.named_modules()
+        if ATTENTION.search(type(module).__name__)
+    ]
+    shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+    found = f"attention-like modules found: {shown}" if named else "no module with attention in its name was found"
+    return (
+        f"capture: the model must have attention that can be captured, {type(model).__name__} has none: {found}. "
+        f"Known are torch.nn.MultiheadAttention, Hugging Face models with the attention interface, timm's Attention, "
+        f"PyHealth's models; teach it another with rollout.register_capture(module_type, function)"
+    )

@@ -1,0 +1,1 @@
+"""The demo: tables to a trained model, attributions, pictures and a comparison with PyHealth, in one command."""

@@ -1,0 +1,365 @@
+"""From tables to attributions: the whole path on a synthetic cohort or on real MIMIC-IV tables."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from tqdm import tqdm
+
+from rollout.cohort.run import CohortRun
+from rollout.data.collate import pyhealth_collate
+from rollout.data.mimic import check_mimic_root, code_names, mimic_source
+from rollout.data.quiet import quiet_pyhealth
+from rollout.data.samples import prepare_samples
+from rollout.data.synthetic import write_synthetic_cohort
+from rollout.demo.training import (
+    Recipe,
+    Sample,
+    Split,
+    Trained,
+    auroc,
+    labels_of,
+    split_patients,
+    train_transformer,
+)
+from rollout.files import empty_folder, write_json
+from rollout.results.layout import CACHE
+from rollout.results.plots import plot_record, plot_top_codes
+from rollout.results.ranking import planted_codes, planted_found, rank_codes
+from rollout.runfile.file import RUN, VOCABULARY, WEIGHTS, save_model
+from rollout.runfile.settings import check_device
+from rollout.runfile.start import attribute_run_file
+
+DEMO, ATTRIBUTED = "demo.json", "attributed"
+WRITTEN = (ATTRIBUTED, "cohort", CACHE, RUN, WEIGHTS, VOCABULARY, "ranking.csv", "top_codes.png", "record.png",
+           "report.html", DEMO)  # fmt: skip
+"""All that a demo writes; what marks a folder as a demo's own comes last."""
+FEW_POSITIVES = 20
+WARM_UP = 2
+
+
+@dataclass
+class Race:
+    """Our interpreter and PyHealth's on the same batches, in turn: seconds of each, and how far they are apart."""
+
+    samples: int = 0
+    ours: float = 0.0
+    stock: float = 0.0
+    difference: float = 0.0
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Patient records per second of ours and of PyHealth's."""
+        return self.samples / self.ours, self.samples / self.stock
+
+
+@dataclass
+class Demo:
+    """What a demo run found; ``report`` prints it."""
+
+    output: Path
+    samples: int
+    patients: int
+    positive: float
+    cohort: CohortRun
+    trained: Trained
+    test_auroc: float
+    test_positives: int
+    race: Race
+    ranking: pl.DataFrame
+    names: dict[str, dict[str, str]]
+    planted: dict[str, list[str]]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def run_demo(
+    output: str | Path,
+    ehr_root: str | Path | None = None,
+    *,
+    patients: int = 6000,
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    batch_size: int = 32,
+    device: str = "cpu",
+    workers: int = 1,
+    overwrite: bool = False,
+) -> Demo:
+    """Read a cohort, train PyHealth's Transformer on it, attribute every sample, and write what was found.
+
+    ``output`` gets ``run.toml`` with its ``weights.pt`` and ``vocabulary.json``, ``attributed/`` (what
+    ``rollout attribute run.toml`` writes), ``report.html``, ``ranking.csv``, ``top_codes.png``, ``record.png`` and
+    ``demo.json``; and ``cohort/`` with the tables when they were made here. The truth of a synthetic cohort is opened
+    after the ranking is made, to mark it.
+
+    Args:
+        output: New or empty folder.
+        ehr_root: MIMIC-IV folder; None: a synthetic cohort.
+        patients: Size of the synthetic cohort.
+        seed: Of the cohort, the split and the training.
+        recipe: Of the model and its training.
+        batch_size: Samples in a batch of the race against PyHealth's interpreter.
+        device: Where the model runs.
+        workers: Processes PyHealth reads tables with.
+        overwrite: Whether to replace the files of an earlier demo in ``output``.
+
+    Raises:
+        ValueError: If an argument is out of range, ``output`` cannot be used, or ``ehr_root`` is no MIMIC-IV folder.
+    """
+    recipe = recipe or Recipe()
+    _check_numbers(patients=patients, batch_size=batch_size, workers=workers, epochs=recipe.epochs)
+    if seed < 0:
+        raise ValueError(f"run_demo: seed must not be negative, got {seed}")
+    root = None if ehr_root is None else check_mimic_root(ehr_root)
+    where = check_device(device, "run_demo: device")
+    if overwrite:
+        _remove_earlier(Path(output).expanduser())
+    folder = empty_folder(output, "output")
+    write_json({"written_by": "rollout demo", "status": "running"}, folder / DEMO)
+    clock = _Clock()
+    if root is None:
+        print(f"Writing a synthetic cohort of {patients} patients (seed {seed})")
+        root = folder / "cohort"
+        write_synthetic_cohort(root, patients, seed)
+        clock.lap("tables")
+    print(f"Reading the tables in {root} with PyHealth")
+    source, cache = mimic_source(root, workers=workers), folder / CACHE
+    dataset = prepare_samples(source, cache)
+    samples: list[Sample] = list(dataset)
+    names = code_names(root)
+    labels = labels_of(samples, next(iter(dataset.output_schema)))
+    split = split_patients([sample["patient_id"] for sample in samples], labels, seed)
+    clock.lap("PyHealth samples")
+    trained = train_transformer(dataset, samples, split, recipe, device=where, seed=seed)
+    clock.lap("training")
+    settings = {"output": ATTRIBUTED} if where == "cpu" else {"output": ATTRIBUTED, "device": where}
+    run_file = save_model(
+        trained.model, dataset, folder, arguments=recipe.arguments, source=source, run=settings, cache=cache
+    )
+    cohort = attribute_run_file(run_file)
+    clock.lap("attribution, written")
+    race = _race(samples, trained.model, batch_size)
+    clock.lap("attribution, both")
+    rows = pl.read_parquet(cohort.out / "attributions" / "*.parquet")
+    probability = _probabilities(cohort.out, len(samples))
+    ranking = rank_codes(rows)
+    ranking.write_csv(folder / "ranking.csv")
+    truth = root / "truth.json"
+    planted = planted_codes(json.loads(truth.read_text())) if truth.is_file() else {}
+    shown = _telling_sample(rows, probability, labels, split)
+    plot_top_codes(ranking, names, planted, folder / "top_codes.png")
+    plot_record(
+        rows.filter(pl.col("sample") == shown), names, planted, _caption(samples[shown], shown, probability, labels),
+        folder / "record.png",
+    )  # fmt: skip
+    _write_report(cohort.out, folder / "report.html")
+    clock.lap("ranking, pictures and report")
+    demo = Demo(
+        output=folder,
+        samples=len(samples),
+        patients=len({sample["patient_id"] for sample in samples}),
+        positive=float(labels.mean()),
+        cohort=cohort,
+        trained=trained,
+        test_auroc=auroc(labels[split.test], probability[split.test]),
+        test_positives=int(labels[split.test].sum()),
+        race=race,
+        ranking=ranking,
+        names=names,
+        planted=planted,
+        seconds=clock.laps,
+    )
+    _write_figures(demo, seed)
+    return demo
+
+
+def _race(samples: Sequence[Sample], model: Any, batch_size: int) -> Race:
+    """Attribute every sample with both interpreters, batch by batch in turn, the first to go changing."""
+    with quiet_pyhealth():
+        from pyhealth.interpret.methods import AttentionRollout as StockRollout
+
+        from rollout.pyhealth import AttentionRollout
+
+    pair, race = (AttentionRollout(model), StockRollout(model)), Race()
+    for start in range(0, min(WARM_UP * batch_size, len(samples)), batch_size):
+        batch = pyhealth_collate(samples[start : start + batch_size])
+        for interpreter in pair:
+            interpreter.attribute(**batch)
+    starts = range(0, len(samples), batch_size)
+    for number, start in enumerate(tqdm(starts, desc="compare", unit="batch")):
+        chosen = samples[start : start + batch_size]
+        ours, theirs = _raced(race, pair, pyhealth_collate(chosen), number)
+        race.samples += len(chosen)
+        race.difference = max(race.difference, *(_distance(ours[key], theirs[key]) for key in ours))
+    return race
+
+
+def _raced(race: Race, pair: tuple[Any, Any], batch: dict[str, Any], number: int) -> tuple[Any, Any]:
+    """Run both on one batch; add their seconds to the race."""
+    results: list[Any] = [None, None]
+    for which in (0, 1) if number % 2 == 0 else (1, 0):
+        _synchronize()
+        begun = time.perf_counter()
+        results[which] = pair[which].attribute(**batch)
+        _synchronize()
+        spent = time.perf_counter() - begun
+        if which == 0:
+            race.ours += spent
+        else:
+            race.stock += spent
+    return results[0], results[1]
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _distance(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float((left.detach() - right.detach()).abs().max()) if left.numel() else 0.0
+
+
+def _probabilities(attributed: Path, samples: int) -> np.ndarray:
+    """The predicted probability of each sample, float32 [samples]; nan where a sample failed."""
+    table = pl.read_parquet(attributed / "predictions" / "*.parquet", columns=["sample", "y_prob"])
+    result = np.full(samples, np.nan, dtype=np.float32)
+    result[table["sample"].to_numpy()] = table["y_prob"].list.first().to_numpy()
+    return result
+
+
+def _write_report(attributed: Path, page: Path) -> None:
+    from rollout.report import write_report
+
+    write_report(attributed, page)
+
+
+def _telling_sample(rows: pl.DataFrame, probability: np.ndarray, labels: np.ndarray, split: Split) -> int:
+    """The sample to draw: the test patient with a positive label and the highest prediction, if records are readable.
+
+    Readable is 12 to 150 entries in all; without such a one, the sample with the highest prediction.
+    """
+    sizes = np.zeros(len(probability), dtype=np.int64)
+    counted = rows.group_by("sample").len()
+    sizes[counted["sample"].to_numpy()] = counted["len"].to_numpy()
+    in_test = np.isin(np.arange(len(probability)), split.test)
+    for wanted in (in_test & (labels > 0.5), labels > 0.5, in_test):
+        fit = np.flatnonzero(wanted & (sizes >= 12) & (sizes <= 150))
+        if len(fit):
+            return int(fit[np.argmax(probability[fit])])
+    return int(np.argmax(probability))
+
+
+def _caption(sample: Sample, number: int, probability: np.ndarray, labels: np.ndarray) -> str:
+    outcome = "died" if labels[number] > 0.5 else "survived"
+    return (
+        f"Patient {sample['patient_id']}, admission {sample['visit_id']}: relevance of each code\n"
+        f"predicted risk of death in the next admission {probability[number]:.0%}; {outcome}"
+    )
+
+
+def _write_figures(demo: Demo, seed: int) -> None:
+    found = planted_found(demo.ranking, demo.planted)
+    ours, stock = demo.race.rates
+    figures = {
+        "written_by": "rollout demo",
+        "status": "complete",
+        "seed": seed,
+        "samples": demo.samples,
+        "tokens": demo.cohort.tokens,
+        "test_auroc": demo.test_auroc,
+        "epoch": demo.trained.epoch,
+        "validation_auroc": demo.trained.validation_auroc,
+        "patients_per_second": {"ours": round(ours, 1), "pyhealth": round(stock, 1)},
+        "largest_difference": demo.race.difference,
+        "planted_in_top_k": {key: {"found": hit, "k": k} for key, (hit, k) in found.items()},
+        "seconds": demo.seconds,
+    }
+    write_json(figures, demo.output / DEMO)
+
+
+def report(demo: Demo, top: int = 8) -> str:
+    """Return the table a run prints."""
+    written = [
+        f"Written to {demo.output}; look at report.html there",
+        f"rollout attribute {demo.output / RUN} attributes the cohort again",
+    ]
+    return "\n".join([*_numbers(demo), "", *_leaders(demo, top), "", *_score(demo), *written])
+
+
+def _numbers(demo: Demo) -> Iterator[str]:
+    ours, stock = demo.race.rates
+    cohort = demo.cohort
+    pairs = [
+        ("samples (patients)", f"{demo.samples:,} ({demo.patients:,}), {demo.positive:.1%} positive"),
+        ("tokens", f"{cohort.tokens:,}"),
+        ("test AUROC", f"{demo.test_auroc:.3f} ({demo.test_positives} positive; epoch {demo.trained.epoch} kept)"),
+        ("attention rollout, ours", f"{ours:,.0f} patients/s"),
+        ("PyHealth's interpreter, same batches", f"{stock:,.0f} patients/s"),
+        ("ratio", f"{ours / stock:.1f}×"),
+        ("largest difference between the two", f"{demo.race.difference:.1e}"),
+        ("whole cohort, rows written", f"{cohort.done / cohort.elapsed:,.0f} samples/s"),
+        ("seconds", ", ".join(f"{name} {spent:.0f}" for name, spent in demo.seconds.items())),
+    ]
+    width = max(len(name) for name, _ in pairs)
+    return (f"{name:<{width}}  {value}" for name, value in pairs)
+
+
+def _leaders(demo: Demo, top: int) -> Iterator[str]:
+    yield "Codes that draw the most relevance, per feature" + (" (★ planted)" if demo.planted else "")
+    yield f"  {'':2}{'code':<12} {'effect ± 2 se':>15} {'lift':>6} {'records':>8}  name"
+    for feature in demo.ranking["feature"].unique(maintain_order=True):
+        yield f"  {feature}"
+        known = set(demo.planted.get(feature, ()))
+        for row in demo.ranking.filter(pl.col("feature") == feature).head(top).iter_rows(named=True):
+            mark = "★ " if row["code"] in known else "  "
+            name = demo.names.get(feature, {}).get(row["code"], "")
+            effect = f"{row['effect']:.2f} ± {2 * row['error']:.2f}"
+            yield f"  {mark}{row['code']:<12} {effect:>15} {row['lift']:>6.1f} {row['records']:>8}  {name[:60]}"
+
+
+def _score(demo: Demo) -> Iterator[str]:
+    if demo.test_positives < FEW_POSITIVES:
+        yield (
+            f"Note: the test patients have {demo.test_positives} positive samples, too few to tell whether the model "
+            "predicts anything; its relevance then says where it looks, not what matters."
+        )
+    if demo.planted:
+        found = planted_found(demo.ranking, demo.planted)
+        parts = ", ".join(f"{feature} {hit} of {k}" for feature, (hit, k) in found.items())
+        total, places = (sum(column) for column in zip(*found.values(), strict=True))
+        yield f"Planted codes in the top k of their feature (k = planted codes there): {total} of {places} ({parts})"
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Note the seconds since the last lap."""
+        now = time.perf_counter()
+        self.laps[name], self.last = round(now - self.last, 2), now
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"run_demo: {name} must be at least 1, got {value}")
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Remove what an earlier demo wrote there, finished or not; a folder without its mark is left alone."""
+    if not (folder / DEMO).is_file():
+        return
+    for name in WRITTEN:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

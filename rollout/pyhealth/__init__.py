@@ -1,0 +1,14 @@
+"""PyHealth's `AttentionRollout` and `CheferRelevance` by the row chain: change one import line, nothing else.
+
+    from rollout.pyhealth import AttentionRollout        # was: from pyhealth.interpret.methods import AttentionRollout
+
+The same numbers, shapes, device and dtype. They also run where PyHealth's cannot: under `torch.no_grad()` and
+`torch.inference_mode()`, with frozen parameters, in float16, for sequences beyond `max_seq_len`, for empty features,
+and for a StageAttentionNet of flat features.
+"""
+
+from rollout.pyhealth.attention_rollout import AttentionRollout
+from rollout.pyhealth.gradient_rollout import CheferRelevance, GradientRollout
+from rollout.pyhealth.readout import MissingFeatureError
+
+__all__ = ["AttentionRollout", "CheferRelevance", "GradientRollout", "MissingFeatureError"]

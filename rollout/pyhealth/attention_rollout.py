@@ -1,0 +1,178 @@
+"""Attention rollout of PyHealth models, as its own interpreter gives it.
+
+One forward pass without gradients and, in float32 and float64, without an attention map: the model runs torch's fused
+attention, and the chain its queries and keys.
+"""
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout.api import attention_rollout
+from rollout.method import METHODS, get_method
+from rollout.pyhealth.fused import CannotFuseError, FusedCapture, can_fuse, can_split
+from rollout.pyhealth.interpreter import RowInterpreter
+from rollout.pyhealth.protocol import protocol_maps
+from rollout.pyhealth.readout import Relevance
+from rollout.pyhealth.watch import READOUT_METHODS, MapCapture, Sites, is_own
+from rollout_kernels import Method
+from rollout_kernels._dispatch import BACKENDS
+from rollout_kernels.method import HEAD_FUSIONS, HeadFusion
+
+__all__ = ["AttentionRollout"]
+
+READOUTS = ("model", "forward")
+
+
+class AttentionRollout(RowInterpreter):
+    """Attention rollout of a PyHealth model, a drop-in for `pyhealth.interpret.methods.AttentionRollout`.
+
+    R = M_L · … · M_1 with M_l = ½(I + mean_h A_l), and of R the row the model reads, per feature.
+
+    For PyHealth's Transformer and StageAttentionNet only that row is computed. Which one it is, is asked of
+    `get_relevance_tensor`; when that does anything but pick one row per sample, it is handed the full R. A model that
+    overrides a readout method, or any other model that has the three, is run by PyHealth's protocol and handed the full
+    R [B, S, S].
+
+    In float32 and float64 those two run on fused attention and no map is made; a Transformer on a CPU runs on groups of
+    samples of like length, and of its top layer only what row 0 needs. Hooks of others inside a layer have it run on
+    the whole batch, and on an `Attention` bring its maps back, as do half precision, autocast, dropout, a mask that is
+    not made of valid positions, and an open `rollout.capture`.
+
+    Nothing is left on the model: no hook, no map, no flag, no `.grad`, also after an exception. `model.eval()` is
+    called once, here; a model put back in training mode is attributed with its dropout, as by PyHealth.
+
+    Args:
+        model: has `set_attention_hooks`, `get_attention_layers` and `get_relevance_tensor`.
+        head_fusion: `"mean"`: PyHealth's numbers. `"max"`, `"min"`, or a tensor of head weights [H] or [L, H]: fused
+            so, and renormalised.
+        method: a name in `rollout.METHODS` or a `rollout.Method`, instead of `head_fusion`; gradient-free ones only.
+        backend: as in `rollout.attention_rollout`.
+        readout: `"model"`: the row `get_relevance_tensor` picks. `"forward"`: the row the forward pass predicted from.
+            They differ for a StageAttentionNet with `stagenet_tensor` features, whose readout takes its mask from the
+            raw values while the model takes it from their embedding. PyHealth's own two models only.
+
+    Raises:
+        ValueError: unknown `head_fusion`, `method`, `backend` or `readout`; `head_fusion` and `method` both given; a
+            method that needs gradients.
+        TypeError: the model lacks a readout method; `head_fusion` or `method` is of the wrong type.
+
+    Source: Abnar & Zuidema 2020, arXiv:2005.00928, section 3.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        head_fusion: HeadFusion = "mean",
+        *,
+        method: str | Method | None = None,
+        backend: str = "auto",
+        readout: str = "model",
+    ) -> None:
+        self.method = _resolve_method(head_fusion, method)
+        if backend not in BACKENDS:
+            raise ValueError(f"AttentionRollout: backend must be one of {BACKENDS}, got {backend!r}")
+        if readout not in READOUTS:
+            raise ValueError(f"AttentionRollout: readout must be one of {READOUTS}, got {readout!r}")
+        missing = [name for name in READOUT_METHODS if not hasattr(model, name)]
+        if missing:
+            raise TypeError(
+                f"AttentionRollout: model must have the attention readout methods {', '.join(READOUT_METHODS)}; got "
+                f"{type(model).__name__}. Missing: {', '.join(missing)}"
+            )
+        super().__init__(model)
+        self.head_fusion = head_fusion
+        self.backend = backend
+        self.readout = readout
+
+    def attribute(self, target_class_idx: int | None = None, **data: Any) -> Relevance:
+        """The relevance of every input position for the row the model reads.
+
+        Args:
+            target_class_idx: accepted and ignored: rollout is class-agnostic.
+            **data: a batch of the dataloader, labels and ids included.
+
+        Returns:
+            Per feature key a tensor of the shape of the feature's value tensor, on the model's device, in the dtype of
+            its attention maps. Over the positions the model read it is non-negative and sums to 1, before a visit's
+            score is copied to its codes.
+
+        Raises:
+            MissingFeatureError: the batch lacks a feature of the model (a `ValueError` and a `KeyError`).
+            RuntimeError: the model gave no attention map for a feature.
+        """
+        return super().attribute(target_class_idx, **data)
+
+    def _by_protocol(self, data: dict[str, Any], target_class_idx: int | None) -> Relevance:
+        if self.readout == "forward":
+            raise ValueError(
+                "AttentionRollout: readout='forward' needs PyHealth's own Transformer or StageAttentionNet, "
+                f"got {type(self.model).__name__} with attention or readout methods of its own; use readout='model'"
+            )
+        maps = protocol_maps(self.model, data)
+        matrices = {key: self._rollout(maps.pop(key), None) for key in list(maps)}
+        return self._read_matrices(matrices, data)
+
+    def _by_capture(self, sites: Sites, data: dict[str, Any], target_class_idx: int | None) -> Relevance:
+        """Queries and keys where fused attention can stand in, else the maps."""
+        if can_fuse(self.model, sites):
+            with suppress(CannotFuseError):
+                return self._by_fused(sites, data)
+        captured = MapCapture(self.model, sites)
+        captured.run(data)
+        rows = self._rows(captured, data)
+        relevance = {key: self._rollout(captured.take(key), None if rows is None else rows[key]) for key in sites}
+        return self._read_matrices(relevance, data) if rows is None else relevance
+
+    def _by_fused(self, sites: Sites, data: dict[str, Any]) -> Relevance:
+        """Row 0 of each stream when that is all that is read, else any rows, else the full matrix."""
+        reads_rows = self.readout == "forward" or is_own(self.model, *READOUT_METHODS)
+        if reads_rows and not self.method.needs_whole_map and can_split(self.model):
+            captured = FusedCapture(self.model, sites, self.method, self.backend, split=True)
+            captured.run(data)
+            rows = self._rows(captured, data)
+            if rows is not None and not any(bool(row.any()) for row in rows.values()):
+                return {key: captured.rollout(key, rows[key]) for key in sites}
+        captured = FusedCapture(self.model, sites, self.method, self.backend, split=False)
+        captured.run(data)
+        rows = self._rows(captured, data)
+        relevance = {key: captured.rollout(key, None if rows is None else rows[key]) for key in sites}
+        return self._read_matrices(relevance, data) if rows is None else relevance
+
+    def _rollout(self, maps: list[Tensor], rows: Tensor | None) -> Tensor:
+        """Rows [B, S] of the rollout, or all of it [B, S, S], in the maps' dtype; a NaN stays in its sample."""
+        result = attention_rollout(maps, query=rows, method=self.method, backend=self.backend, validate=False)
+        return result.to(_stock_dtype(maps[0]))
+
+
+def _stock_dtype(attention: Tensor) -> torch.dtype:
+    """The dtype of PyHealth's product of maps: the map's own, or autocast's where it is on."""
+    kind = attention.device.type
+    if attention.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return attention.dtype
+
+
+def _resolve_method(head_fusion: HeadFusion, method: str | Method | None) -> Method:
+    """The method that `head_fusion` or `method` stands for: PyHealth's own by default."""
+    if not (isinstance(head_fusion, Tensor) or callable(head_fusion) or head_fusion in HEAD_FUSIONS):
+        raise ValueError(
+            f"AttentionRollout: head_fusion must be one of {HEAD_FUSIONS} or a tensor of head weights [H] or [L, H], "
+            f"got {head_fusion!r}"
+        )
+    by_mean = isinstance(head_fusion, str) and head_fusion == "mean"
+    if method is None:
+        return METHODS["pyhealth"] if by_mean else Method(head_fusion=head_fusion, residual=0.5, renormalize=True)
+    if not by_mean:
+        raise ValueError(
+            "AttentionRollout: give head_fusion or method, not both; rollout.Method(head_fusion=...) says both"
+        )
+    chosen = get_method(method, "AttentionRollout")
+    if chosen.gradients is not None:
+        raise ValueError(
+            f"AttentionRollout: method must be gradient-free, got {method!r}, which weights maps by their gradients; "
+            f"use rollout.attention_rollout(maps, gradients=...)"
+        )
+    return chosen

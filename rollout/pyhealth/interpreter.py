@@ -1,0 +1,72 @@
+"""What the interpreters of PyHealth models share: the row a model reads, and the shapes given back."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+
+from rollout.pyhealth import readout as readout_of
+from rollout.pyhealth.readout import Relevance
+from rollout.pyhealth.watch import (
+    READOUT_METHODS,
+    BaseInterpreter,
+    ModelCapture,
+    Sites,
+    StageAttentionNet,
+    attention_sites,
+    is_own,
+)
+
+__all__ = ["RowInterpreter"]
+
+
+class RowInterpreter(BaseInterpreter):
+    """An interpreter whose relevance is a row of a chain of attention layers.
+
+    Attributes:
+        readout: `"model"`: the row `get_relevance_tensor` picks. `"forward"`: the row the forward pass predicted from.
+    """
+
+    readout = "model"
+
+    def attribute(self, target_class_idx: int | None = None, **data: Any) -> Relevance:
+        sites = attention_sites(self.model)
+        if sites is None:
+            relevance = self._by_protocol(data, target_class_idx)
+            return readout_of.to_value_shapes(self.model, relevance, data)
+        keys = list(sites)
+        readout_of.check_features(keys, data, type(self).__name__)
+        nothing = readout_of.empty_batch(self.model, keys, data)
+        if nothing is not None:
+            return nothing
+        runnable = readout_of.without_empty_features(keys, data)
+        relevance = self._by_capture(sites, runnable, target_class_idx)
+        return readout_of.to_value_shapes(self.model, relevance, data)
+
+    @abstractmethod
+    def _by_protocol(self, data: dict[str, Any], target_class_idx: int | None) -> Relevance:
+        """Any model with the three methods: its own hooks, and the full R to its readout."""
+
+    @abstractmethod
+    def _by_capture(self, sites: Sites, data: dict[str, Any], target_class_idx: int | None) -> Relevance:
+        """PyHealth's own models, watched, and one row per sample where one row is read."""
+
+    def _rows(self, captured: ModelCapture, data: dict[str, Any]) -> Relevance | None:
+        """The row read per feature, long [B]; None when the readout must be handed the full R."""
+        shapes = captured.shapes()
+        if self.readout == "forward":
+            return captured.rows
+        if not is_own(self.model, *READOUT_METHODS):
+            return None
+        device = next(iter(captured.rows.values())).device
+        try:
+            with torch.no_grad():
+                return readout_of.rows_read(self.model.get_relevance_tensor, shapes, device, data)
+        except Exception:
+            # PyHealth's readout of a StageAttentionNet fails on flat features whatever R is; the model did read a row.
+            return captured.rows if isinstance(self.model, StageAttentionNet) else None
+
+    def _read_matrices(self, matrices: Relevance, data: dict[str, Any]) -> Relevance:
+        with torch.no_grad():
+            relevance: Relevance = self.model.get_relevance_tensor(matrices, **data)
+        return relevance

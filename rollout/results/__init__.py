@@ -1,0 +1,1 @@
+"""A cohort run as a reader finds it: the folder of its parts, tables and sums over its rows, pictures."""

@@ -1,0 +1,415 @@
+"""A cohort's attributions read back as polars frames, lazily or summed part by part."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from rollout.results.folder import ATTRIBUTIONS, Names, RunFolder
+from rollout.results.places import code_sums, length_counts, merged, place_sums
+
+READ_POSITION = {"Transformer": 0, "StageAttentionNet": -1}
+"""The place each PyHealth model reads, by its class: it keeps the residual's share whatever stands there."""
+
+ORDERS = ("relevance", "lift", "prevalence")
+_ROWS = ["sample", "feature", "visit", "position", "code", "attribution"]
+
+
+class CohortAttributions:
+    """The folder of a cohort run, opened for reading.
+
+    Nothing is read at once but the manifest and the footers of the parts. ``attributions``, ``predictions`` and
+    ``failures`` are lazy frames: filter and select before ``collect``. The summaries (``top_codes``, ``by_position``,
+    ``by_visit``, ``lengths``) go through the parts one by one, so their memory is that of the largest part, not of the
+    cohort.
+
+    What relevance is taken as: each feature of a sample has scores of its own, on its *places*: the positions of a flat
+    feature, the visits of a nested one. A nested feature's rows carry the visit's score once per code; the summaries
+    count a visit once. ``lift`` = relevance × number of places of the record / their total: 1 is what an even spread
+    would give, whatever the length of the record. See ``rollout.results.ranking`` for why relevance cannot be averaged
+    as it stands, and for a ranking net of the record a code stands in.
+
+    Args:
+        path: The folder (``out`` of ``attribute_cohort``). A run that is not complete can be read: it warns, and what
+            is not committed yet is left out.
+        names: Names of codes, ``{feature: {code: name}}`` or a JSON file of them, before those of the folder.
+
+    Raises:
+        ValueError: If there is no such folder, its manifest is missing, damaged or of an unknown version, or parts are
+            missing or damaged.
+    """
+
+    def __init__(self, path: str | Path, names: str | Path | Mapping[str, Mapping[str, str]] | None = None) -> None:
+        self._folder = RunFolder(path, names)
+        self._label_kind: str | None = None
+        if not self.complete:
+            warnings.warn(
+                f"the run in {self.path} is not complete: {self.samples:,} of {self._planned()} samples can "
+                "be read; run the same attribution again on the folder to finish it",
+                stacklevel=2,
+            )
+
+    def __repr__(self) -> str:
+        return f"CohortAttributions({str(self.path)!r}, {self.manifest['status']}, {self.samples:,} samples)"
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self._folder.path
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What was run: see ``manifest.json``."""
+        return self._folder.manifest
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run came to its end."""
+        return self._folder.complete
+
+    @property
+    def names(self) -> Names:
+        """Feature → code → name."""
+        return self._folder.names
+
+    @property
+    def attributions(self) -> pl.LazyFrame:
+        """One row per real entry of every record: sample, patient_id, visit_id, feature, …, attribution."""
+        return self._folder.scan("attributions")
+
+    @property
+    def predictions(self) -> pl.LazyFrame:
+        """One row per sample: ``y_prob`` and ``y_true`` as lists, ``target_class`` for class-specific methods."""
+        return self._folder.scan("predictions")
+
+    @property
+    def failures(self) -> pl.LazyFrame:
+        """``sample`` and ``error`` of every sample that could not be attributed; empty when all could."""
+        return self._folder.scan("failures")
+
+    @property
+    def samples(self) -> int:
+        """Number of attributed samples."""
+        return self._folder.rows["predictions"]
+
+    @property
+    def planned(self) -> int | None:
+        """Number of samples of the dataset, when the manifest says."""
+        data = self.manifest["identity"].get("dataset")
+        return data.get("samples") if isinstance(data, dict) else None
+
+    @property
+    def features(self) -> list[str]:
+        """The features, in the order of the dataset."""
+        return list(self.granularity)
+
+    @property
+    def granularity(self) -> dict[str, str]:
+        """Feature → what has a score of its own in it: a ``code``, a ``visit``, the ``feature``, a ``step``."""
+        return self._folder.granularity
+
+    @property
+    def read_position(self) -> int | None:
+        """The place the model reads, for the models known here (``READ_POSITION``), else None."""
+        model = self.manifest["identity"].get("model") or {}
+        return READ_POSITION.get(str(model.get("class", "")).rpartition(".")[2])
+
+    @property
+    def label_kind(self) -> str | None:
+        """How ``y_true`` is read: ``binary``, ``multiclass``, ``multilabel``, ``regression``, or None when absent.
+
+        One number per sample, whole and not negative, is a class: of two when ``y_prob`` is one number and none is
+        above 1, of more when ``y_prob`` has several. Several zeros and ones are a set of labels. Anything else is a
+        measured value.
+        """
+        if self._label_kind is None:
+            self._label_kind = _label_kind(self.predictions)
+        return self._label_kind or None
+
+    def with_predictions(self) -> pl.LazyFrame:
+        """``attributions`` with each row's prediction and truth; for a large one ``collect(engine="streaming")``."""
+        return self.attributions.join(self.predictions.drop("patient_id", "visit_id"), on="sample", how="left")
+
+    def labels(self) -> pl.DataFrame:
+        """How many ``samples`` have each ``label``, commonest first; no row without labels or for measured values."""
+        if self.label_kind in (None, "regression"):
+            return pl.DataFrame(schema={"label": pl.Int64, "samples": pl.UInt32})
+        counted = _exploded(self.predictions, self.label_kind).group_by("label").agg(pl.len().alias("samples"))
+        return counted.collect(engine="streaming").sort(["samples", "label"], descending=[True, False])
+
+    def top_codes(
+        self,
+        feature: str | None = None,
+        by: str = "relevance",
+        *,
+        label: int | Sequence[int] | None = None,
+        per_label: bool = False,
+        minimum_records: int = 5,
+        k: int | None = 20,
+        read_position: int | str | None = "auto",
+    ) -> pl.DataFrame:
+        """The leading codes of each feature.
+
+        For a nested feature a code's relevance is that of the visits it stands in, shared with the other codes there:
+        such numbers do not add up over codes. Features are ranked apart.
+
+        Args:
+            feature: One feature; None: each of them.
+            by: ``relevance``, ``lift`` or ``prevalence``.
+            label: Only samples of this label, or of these: 0 or 1 (binary), a class (multiclass), a label that is set
+                (multilabel).
+            per_label: Each label apart; ``prevalence`` is then a share of the samples of that label.
+            minimum_records: Codes in fewer records are left out. A mean over few records leads by chance.
+            k: Codes per feature (and label); None: all.
+            read_position: The place left out of every record, since it keeps the residual's share whatever code stands
+                there: 0 is the first, -1 the last, None leaves out none; ``"auto"``: the attribute ``read_position``.
+                Prevalence counts every place.
+
+        Returns:
+            Best first within ``feature`` (and ``label``): ``code``, ``name`` (null when unknown), ``relevance`` (sum
+            within a record, mean over the records that have the code), ``lift`` (mean over entries), ``prevalence``
+            (share of the samples that have the code), ``records`` and ``entries`` (what the means are over; the codes
+            of one visit that are equal are one entry).
+
+        Raises:
+            ValueError: If an argument is out of range, or labels are asked for and there are none.
+        """
+        self._check_feature(feature)
+        read = self._read(read_position)
+        if by not in ORDERS:
+            raise ValueError(f"top_codes: by must be one of {', '.join(ORDERS)}, got {by!r}")
+        _check_count("top_codes", "minimum_records", minimum_records, 0)
+        if k is not None:
+            _check_count("top_codes", "k", k, 1)
+        split = per_label or label is not None
+        wanted = self._wanted(label) if split else None
+        keys = ["feature", "code", "label"] if split else ["feature", "code"]
+        sums = merged((self._code_sums(part, feature, read, wanted, per_label) for part in self._parts()), keys)
+        if sums is None:
+            sums = code_sums(ATTRIBUTIONS, read, _NO_LABELS if split else None)
+        if wanted is None:
+            sums = sums.with_columns(samples=pl.lit(self.samples))
+        elif per_label:
+            sums = sums.join(self.labels(), on="label")
+        else:
+            sums = sums.with_columns(samples=pl.lit(self._samples_of(wanted)))
+        groups = ["feature", "label"] if per_label else ["feature"]
+        return self._ranked(sums, groups, by, minimum_records, k)
+
+    def _code_sums(
+        self, part: Path, feature: str | None, read: int | None, wanted: Sequence[int] | None, per_label: bool
+    ) -> pl.DataFrame:
+        labels = None if wanted is None else self._labels_of(part, wanted, per_label)
+        return code_sums(_read_part(part, feature), read, labels)
+
+    def _ranked(self, sums: pl.DataFrame, groups: list[str], by: str, minimum: int, k: int | None) -> pl.DataFrame:
+        means = sums.filter(pl.col("records") >= minimum).select(
+            *groups,
+            "code",
+            _named(self.names),
+            relevance=_ratio("relevance", "records"),
+            lift=_ratio("lift", "entries"),
+            prevalence=_ratio("present", "samples"),
+            records="records",
+            entries="entries",
+        )
+        order = _order(self.features, means["feature"]).alias("order")
+        keys = ["order", *groups[1:], by, "code"]
+        ordered = means.with_columns(order).sort(keys, descending=[name == by for name in keys], nulls_last=True)
+        best = ordered if k is None else ordered.group_by(groups, maintain_order=True).head(k)
+        return best.drop("order").select(*groups, pl.exclude(groups))
+
+    def by_position(
+        self, feature: str | None = None, *, from_end: bool = False, read_position: int | str | None = None
+    ) -> pl.DataFrame:
+        """Mean ``relevance`` and ``lift`` of each ``position`` of the flat features, over ``records`` that reach it.
+
+        Longer records spread relevance thinner, and late positions are in long records only: compare ``lift``.
+
+        Args:
+            feature: One feature; None: each of them.
+            from_end: Count from the last position of each record, which is 0.
+            read_position: As in ``top_codes``: a place that is left out, so that it does not press down the others.
+        """
+        return self._by_place("position", feature, from_end, self._read(read_position))
+
+    def by_visit(
+        self, feature: str | None = None, *, from_end: bool = False, read_position: int | str | None = None
+    ) -> pl.DataFrame:
+        """As ``by_position``, for each ``visit`` of the nested features, however many codes stand in it."""
+        return self._by_place("visit", feature, from_end, self._read(read_position))
+
+    def _by_place(self, name: str, feature: str | None, from_end: bool, read: int | None) -> pl.DataFrame:
+        self._check_feature(feature)
+        nested = name == "visit"
+        partials = (place_sums(_read_part(part, feature), nested, from_end, read) for part in self._parts())
+        sums = merged(partials, ["feature", "place"])
+        if sums is None:
+            sums = place_sums(ATTRIBUTIONS, nested, from_end, read)
+        means = sums.select(
+            "feature",
+            pl.col("place").alias(name),
+            relevance=_ratio("relevance", "records"),
+            lift=_ratio("lift", "records"),
+            records="records",
+        )
+        return (
+            means.with_columns(_order(self.features, means["feature"]).alias("order")).sort("order", name).drop("order")
+        )
+
+    def lengths(self, feature: str | None = None) -> pl.DataFrame:
+        """How many ``records`` have which ``length``, by ``feature`` and ``unit`` (entries; visits if nested)."""
+        self._check_feature(feature)
+        partials = (length_counts(_read_part(part, feature)) for part in self._parts())
+        sums = merged(partials, ["feature", "unit", "length"])
+        return length_counts(ATTRIBUTIONS) if sums is None else sums
+
+    def patient(self, patient_id: str) -> pl.DataFrame:
+        """Every row of a patient's samples, in record order, with prediction and truth.
+
+        Raises:
+            ValueError: If no attributed sample is of that patient.
+        """
+        wanted = pl.col("patient_id") == str(patient_id)
+        found = self._rows_of(wanted)
+        if found.is_empty() and self.predictions.filter(wanted).collect(engine="streaming").is_empty():
+            some = self.predictions.select("patient_id").head(3).collect()["patient_id"].to_list()
+            raise ValueError(
+                f"patient: no attributed sample is of patient {str(patient_id)!r}; ids here are as {some} "
+                "(see .predictions), and samples in .failures have no rows"
+            )
+        return found
+
+    def sample(self, number: int) -> pl.DataFrame:
+        """The rows of one sample (its number in the dataset), in record order, with prediction and truth.
+
+        Raises:
+            ValueError: If that sample is not there, or failed.
+        """
+        if isinstance(number, bool) or not isinstance(number, Integral):
+            raise ValueError(f"sample: number must be an int, the sample's place in the dataset, got {number!r}")
+        wanted = pl.col("sample") == int(number)
+        found = self._rows_of(wanted)
+        if found.is_empty() and self.predictions.filter(wanted).collect().is_empty():
+            failed = self.failures.filter(wanted).collect()["error"].to_list()
+            reason = f"it failed: {failed[0]}" if failed else f"the dataset has {self._planned()} samples, from 0"
+            raise ValueError(f"sample: no attributions of sample {int(number)}; {reason} (see .predictions, .failures)")
+        return found
+
+    def _rows_of(self, wanted: pl.Expr) -> pl.DataFrame:
+        rows = self.attributions.filter(wanted).collect(engine="streaming")
+        predictions = self.predictions.filter(wanted).drop("patient_id", "visit_id").collect(engine="streaming")
+        joined = rows.join(predictions, on="sample", how="left")
+        order = _order(self.features, joined["feature"]).alias("order")
+        return (
+            joined.with_columns(order).sort("sample", "order", "visit", "position", maintain_order=True).drop("order")
+        )
+
+    def _parts(self) -> list[Path]:
+        return self._folder.files["attributions"]
+
+    def _labels_of(self, part: Path, wanted: Sequence[int], per_label: bool) -> pl.DataFrame:
+        """``sample``, ``label`` of the samples of a part that have a wanted label; all of one label unless split."""
+        labels = _exploded(self._folder.twin("predictions", part), self.label_kind)
+        table = labels.filter(pl.col("label").is_in(list(wanted))).collect(engine="streaming")
+        return table if per_label else table.select("sample").unique().with_columns(label=pl.lit(0, pl.Int64))
+
+    def _samples_of(self, wanted: Sequence[int]) -> int:
+        chosen = _exploded(self.predictions, self.label_kind).filter(pl.col("label").is_in(list(wanted)))
+        return int(chosen.select(pl.col("sample").n_unique()).collect(engine="streaming").item())
+
+    def _wanted(self, label: int | Sequence[int] | None) -> list[int]:
+        known = sorted(self.labels()["label"])
+        if not known:
+            what = "no labels" if self.label_kind is None else "measured values, not classes, as labels"
+            raise ValueError(f"top_codes: the samples in {self.path} have {what}; leave out label and per_label")
+        if label is None:
+            return known
+        given = [label] if isinstance(label, Integral) else list(label)  # type: ignore[arg-type]
+        unknown = [one for one in given if one not in known]
+        if unknown or not given:
+            raise ValueError(f"top_codes: label must be among {known[:20]}, got {label!r}")
+        return [int(one) for one in given]
+
+    def _read(self, read_position: int | str | None) -> int | None:
+        if read_position == "auto":
+            return self.read_position
+        if read_position is None or (isinstance(read_position, Integral) and not isinstance(read_position, bool)):
+            return read_position
+        raise ValueError(f"read_position must be an int, None or 'auto', got {read_position!r}")
+
+    def _check_feature(self, feature: str | None) -> None:
+        if feature is not None and feature not in self.features:
+            raise ValueError(f"feature must be one of {self.features}, got {feature!r}")
+
+    def _planned(self) -> str:
+        return "an unknown number of" if self.planned is None else f"{self.planned:,}"
+
+
+def _read_part(path: Path, feature: str | None) -> pl.DataFrame:
+    """The rows of a part, whole records: a sample's rows lie in one part."""
+    rows = pl.scan_parquet(path).select(_ROWS)
+    return (rows if feature is None else rows.filter(pl.col("feature") == feature)).collect()
+
+
+_NO_LABELS = pl.DataFrame(schema={"sample": pl.Int64, "label": pl.Int64})
+
+
+def _ratio(above: str, below: str) -> pl.Expr:
+    return pl.when(pl.col(below) > 0).then(pl.col(above) / pl.col(below))
+
+
+def _named(names: Names) -> pl.Expr:
+    """The column ``name``, by feature and code."""
+    name = pl.lit(None, pl.String)
+    for feature, codes in names.items():
+        mapped = pl.col("code").replace_strict(list(codes), list(codes.values()), default=None, return_dtype=pl.String)
+        name = pl.when(pl.col("feature") == feature).then(mapped).otherwise(name)
+    return name.alias("name")
+
+
+def _order(features: Sequence[str], found: pl.Series) -> pl.Expr:
+    """The place of each row's feature in the manifest, then by name."""
+    known = [*features, *sorted(set(found.unique()) - set(features))]
+    return pl.col("feature").replace_strict(known, list(range(len(known))), default=len(known), return_dtype=pl.Int32)
+
+
+def _label_kind(predictions: pl.LazyFrame) -> str:
+    truth = pl.col("y_true")
+    value = truth.explode()
+    seen = predictions.select(
+        wide=truth.list.len().max(), classes=pl.col("y_prob").list.len().max()
+    ).collect(engine="streaming").row(0, named=True)  # fmt: skip
+    if not seen["wide"]:
+        return ""
+    values = predictions.select(value).select(
+        top=truth.max(), low=truth.min(), whole=(truth.drop_nulls() == truth.drop_nulls().round()).all()
+    ).collect(engine="streaming").row(0, named=True)  # fmt: skip
+    if values["top"] is None:
+        return ""
+    if not values["whole"] or values["low"] < 0:
+        return "regression"
+    if seen["wide"] > 1:
+        return "multilabel" if values["top"] <= 1 else "regression"
+    if (seen["classes"] or 1) > 1:
+        return "multiclass"
+    return "binary" if values["top"] <= 1 else "regression"
+
+
+def _exploded(predictions: pl.LazyFrame, kind: str | None) -> pl.LazyFrame:
+    """``sample``, ``label``: a row per sample, or per label that is set; samples without a label give none."""
+    truth = predictions.select("sample", "y_true").filter(pl.col("y_true").list.len() > 0)
+    if kind == "multilabel":
+        places = pl.int_ranges(pl.col("y_true").list.len()).alias("label")
+        cells = truth.with_columns(places).explode("y_true", "label")
+        return cells.filter(pl.col("y_true") == 1).select("sample", "label")
+    label = pl.col("y_true").list.first().cast(pl.Int64, strict=False).alias("label")
+    return truth.select("sample", label).drop_nulls()
+
+
+def _check_count(where: str, name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise ValueError(f"{where}: {name} must be an int of at least {least}, got {value!r}")

@@ -1,0 +1,53 @@
+"""The form of a cohort run's folder, for what writes it and what reads it: file names, columns, their version.
+
+manifest.json                    what was run on what, and how far it is
+parts/part-00000.json            the commit record of a part, written last
+attributions/part-00000.parquet  a row per real entry of a record
+predictions/part-00000.parquet   a row per sample
+failures/part-00000.parquet      a row per sample that could not be attributed, if there are any
+code_names.json                  feature → code → name, if they are known
+"""
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+"""Of the columns and of the manifest."""
+
+WRITER = "rollout.attribute_cohort"
+KINDS = ("attributions", "predictions", "failures")
+MANIFEST, RECORDS, NAMES = "manifest.json", "parts", "code_names.json"
+STATUSES = ("running", "complete", "complete with failures")
+LOCK, SCRATCH = ".rollout.lock", ".workers"
+CACHE = ".pyhealth-cache"
+"""Where a run file's samples are prepared within an output that does not say otherwise."""
+
+ATTRIBUTION_SCHEMA = pa.schema(
+    [
+        ("sample", pa.int64()),
+        ("patient_id", pa.string()),
+        ("visit_id", pa.string()),
+        ("feature", pa.string()),
+        ("visit", pa.int32()),
+        ("position", pa.int32()),
+        ("code", pa.string()),
+        ("time", pa.float32()),
+        ("attribution", pa.float32()),
+    ]
+)
+PREDICTION_SCHEMA = pa.schema(
+    [
+        ("sample", pa.int64()),
+        ("patient_id", pa.string()),
+        ("visit_id", pa.string()),
+        ("y_prob", pa.list_(pa.float32())),
+        ("y_true", pa.list_(pa.float32())),
+    ]
+)
+FAILURE_SCHEMA = pa.schema([("sample", pa.int64()), ("error", pa.string())])
+TARGET = pa.field("target_class", pa.int32())
+"""Column of the predictions of a class-specific method: the class its scores are for."""
+
+
+def part_name(number: int) -> str:
+    """The name of a part's files, without their ending."""
+    return f"part-{number:05d}"

@@ -1,0 +1,103 @@
+"""Weights: a state_dict in a file, loaded without unpickling anything else, and the PyHealth model it belongs to."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout.data.classes import check_arguments, check_model_class, named_class
+from rollout.data.quiet import quiet_pyhealth
+from rollout.files import write_whole
+
+SHOWN = 4
+"""Differences between weights and model that an error lists."""
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a state_dict by ``torch.load(weights_only=True)``, onto the CPU.
+
+    Raises:
+        ValueError: If the file cannot be read so, or holds something else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"weights must be a state_dict, as torch.save(model.state_dict(), path) writes it; {path} cannot be loaded "
+            f"with weights_only=True: {reason}"
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"weights must be a state_dict, parameter name → tensor, got {type(state).__name__} in {path}; save "
+            "model.state_dict() alone"
+        )
+    return dict(state)
+
+
+def write_weights(model: torch.nn.Module, path: str | Path) -> Path:
+    """Write a model's state_dict, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, buffer)
+    return write_whole(Path(path), buffer.getvalue())
+
+
+def check_model(name: str, arguments: Mapping[str, Any]) -> None:
+    """Check a model's name and arguments; PyHealth is imported, nothing built.
+
+    Raises:
+        ValueError: If PyHealth has no such model, it has no attention to roll out, or it does not take an argument.
+    """
+    model = named_class("model", name, "[model] class")
+    check_model_class(model, "[model] class")
+    check_arguments(model, arguments, ("dataset",), "[model] arguments")
+
+
+def build_model(name: str, arguments: Mapping[str, Any], dataset: Any) -> Any:
+    """Build a model of ``pyhealth.models`` for a dataset; torch's random numbers are left as they were.
+
+    Raises:
+        ValueError: If it does not take its arguments.
+    """
+    model = named_class("model", name, "[model] class")
+    with quiet_pyhealth(), torch.random.fork_rng(devices=[]):
+        try:
+            return model(dataset=dataset, **arguments)
+        except (TypeError, ValueError, AssertionError, KeyError, RuntimeError) as error:
+            raise ValueError(f"[model]: {name} did not take its arguments: {error}") from error
+
+
+def load_weights(model: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Put weights into a model.
+
+    Args:
+        model: That they were trained as.
+        state: Parameter name → tensor.
+        source: What to call them in an error.
+
+    Raises:
+        ValueError: If names or shapes differ, saying which and what that may come from.
+    """
+    differ = differences(model.state_dict(), state)
+    if differ:
+        more = f" and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
+        raise ValueError(
+            f"{source} does not fit the model: {'; '.join(differ[:SHOWN])}{more}. Embeddings of other sizes come from "
+            "another vocabulary than the weights were trained with, other sizes and names from other [model] arguments"
+        )
+    model.load_state_dict(dict(state))
+
+
+def differences(model: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Where weights differ from what a model needs: missing names, unknown names, shapes."""
+    missing = [f"{name} is missing" for name in model if name not in state]
+    unknown = [f"{name} is unknown to the model" for name in state if name not in model]
+    shapes = [
+        f"{name} must be {list(tensor.shape)}, got {list(state[name].shape)}"
+        for name, tensor in model.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    return shapes + missing + unknown

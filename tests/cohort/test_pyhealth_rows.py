@@ -1,0 +1,140 @@
+"""PyHealth models and datasets as cohorts: each sample's rows are those of PyHealth's interpreter on it alone."""
+
+import copy
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from pyhealth.datasets import create_sample_dataset
+from pyhealth.interpret.methods import CheferRelevance as StockChefer
+from pyhealth.models import Transformer
+
+import rollout
+from rollout.cohort.rows import attribution_table, feature_decoders
+from rollout.data.collate import pyhealth_collate
+from tests.support.capture_state import assert_nothing_left, state
+from tests.support.pyhealth_models import Stock, dataset, stage_net, transformer
+from tests.support.toy_cohort import rows
+
+SETTINGS = {"part_samples": 4, "batch_tokens": 12, "progress": False}
+
+
+def stock_rows(interpreter, samples, **options) -> pl.DataFrame:
+    """The rows PyHealth's interpreter gives, one sample at a time: no padding."""
+    decoders = feature_decoders(samples)
+    tables = []
+    for number in range(len(samples)):
+        sample = samples[number]
+        relevance = interpreter.attribute(**pyhealth_collate([sample]), **options)
+        tables.append(pl.from_arrow(attribution_table([sample], [number], relevance, decoders)))
+    return pl.concat(tables)
+
+
+def assert_rows(found: pl.DataFrame, wanted: pl.DataFrame) -> None:
+    assert found.drop("attribution").equals(wanted.drop("attribution"), null_equal=True)
+    np.testing.assert_allclose(found["attribution"], wanted["attribution"], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["flat", "nested", "mixed", "timeseries"])
+def test_transformer_by_pyhealths_method(kind: str, tmp_path) -> None:
+    model, samples = transformer(kind), dataset(kind)
+    before = state(model)
+    settings = SETTINGS | ({"batch_tokens": 1} if kind == "timeseries" else {})  # there the model depends on padding
+    run = rollout.attribute_cohort(model, samples, tmp_path / "out", method="pyhealth", **settings)
+    assert_nothing_left(model, before)
+    assert (run.attributed, run.failed) == (6, 0)
+    assert_rows(rows(tmp_path / "out"), stock_rows(Stock(model), samples))
+    found = rows(tmp_path / "out", "predictions")
+    with torch.inference_mode():
+        alone = [model(**pyhealth_collate([samples[number]]))["y_prob"].item() for number in range(6)]
+    np.testing.assert_allclose(found["y_prob"].list.get(0), alone, atol=1e-6)
+    assert found["y_true"].list.get(0).to_list() == [0.0, 1.0] * 3
+    assert found["visit_id"].to_list() == [f"v{i}" for i in range(6)]
+
+
+def test_stage_attention_net(tmp_path) -> None:
+    model, samples = stage_net("nested"), dataset("nested")
+    rollout.attribute_cohort(model, samples, tmp_path / "out", method="pyhealth", **SETTINGS)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["granularity"] == {"visits": "visit"}
+    assert_rows(rows(tmp_path / "out"), stock_rows(Stock(model), samples))
+
+
+@pytest.fixture(scope="module")
+def three_classes():
+    """Samples of three classes, and a model of them."""
+    drawn = np.random.default_rng(3)
+    raw = [
+        {
+            "patient_id": f"p{i}", "admission_id": 100 + i, "label": i % 3,
+            "codes": [f"c{k}" for k in drawn.integers(0, 9, 1 + i % 5)],
+        }
+        for i in range(12)
+    ]  # fmt: skip
+    samples = create_sample_dataset(raw, {"codes": "sequence"}, {"label": "multiclass"}, dataset_name="three")
+    torch.manual_seed(5)
+    return Transformer(samples, embedding_dim=16, heads=2, num_layers=2), samples
+
+
+@pytest.mark.parametrize("target", [None, 2])
+def test_class_specific_rows_and_their_class(three_classes, tmp_path, target) -> None:
+    model, samples = three_classes
+    rollout.attribute_cohort(model, samples, tmp_path / "out", method="chefer", target_class=target, **SETTINGS)
+    found = rows(tmp_path / "out", "predictions")
+    predicted = np.stack(found["y_prob"].to_numpy()).argmax(1)
+    assert found["target_class"].to_list() == (predicted.tolist() if target is None else [2] * 12)
+    assert found["y_true"].list.get(0).to_list() == [float(i % 3) for i in range(12)]
+    assert found["visit_id"].to_list() == [str(100 + i) for i in range(12)]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    copied = copy.deepcopy(model)  # PyHealth's leaves gradients on its model
+    assert_rows(rows(tmp_path / "out"), stock_rows(StockChefer(copied), samples, target_class_idx=target))
+
+
+def test_gradient_rollout_against_the_oracle(three_classes, tmp_path) -> None:
+    model, samples = copy.deepcopy(three_classes[0]).eval(), three_classes[1]
+    rollout.attribute_cohort(model, samples, tmp_path / "out", method="grad_rollout", target_class=1, **SETTINGS)
+    found = rows(tmp_path / "out")
+    for number in range(12):
+        model.set_attention_hooks(True)
+        model(**pyhealth_collate([samples[number]]))["logit"][0, 1].backward()
+        maps, gradients = zip(*model.get_attention_layers()["codes"], strict=True)
+        model.set_attention_hooks(False)
+        row = rollout.attention_rollout(
+            [a.double() for a in maps], query=0, gradients=[g.double() for g in gradients], method="grad_rollout",
+            backend="reference",
+        )  # fmt: skip
+        mine = found.filter(pl.col("sample") == number)["attribution"].to_numpy()
+        np.testing.assert_allclose(mine, row[0].numpy(), atol=1e-6)
+
+
+def test_wrong_settings_are_refused(three_classes, tmp_path) -> None:
+    model, samples = three_classes
+    out = tmp_path / "out"
+    for settings, error, message in [
+        ({"target_class": 1}, ValueError, "target_class is for class-specific methods"),
+        ({"method": "chefer", "readout": "forward"}, ValueError, "needs readout='model'"),
+        ({"method": "product"}, ValueError, "product|matrices"),
+    ]:
+        with pytest.raises(error, match=message):
+            rollout.attribute_cohort(model, samples, out, **settings)
+    with pytest.raises(TypeError, match="attention readout methods"):
+        rollout.attribute_cohort(torch.nn.Linear(2, 2), samples, out)
+    assert not out.exists()
+
+
+def test_a_dataset_on_disk_and_workers(tmp_path) -> None:
+    """PyHealth's streamed samples in two worker processes: the same rows as in one."""
+    drawn = np.random.default_rng(4)
+    raw = [
+        {"patient_id": f"p{i // 2}", "label": i % 2, "codes": [f"c{k}" for k in drawn.integers(0, 30, 1 + i)]}
+        for i in range(24)
+    ]
+    with create_sample_dataset(raw, {"codes": "sequence"}, {"label": "binary"}, in_memory=False) as samples:
+        torch.manual_seed(1)
+        model = Transformer(samples, embedding_dim=16, heads=2, num_layers=2)
+        one = rollout.attribute_cohort(model, samples, tmp_path / "one", part_samples=6, progress=False)
+        two = rollout.attribute_cohort(model, samples, tmp_path / "two", part_samples=6, progress=False, workers=2)
+    assert (one.rows, one.attributed) == (two.rows, two.attributed) == (24 * 25 // 2, 24)
+    assert_rows(rows(tmp_path / "one"), rows(tmp_path / "two"))
