@@ -1,31 +1,32 @@
 """Is this revision slower than that one? `python -m bench.gate --base REVISION`.
 
 Both revisions run in one go: two long-lived processes, each importing its own revision, take turns at every case, so
-that what else the machine does hits both. Each result is checked against float64 and against the other's before it is
-timed. What counts as slower, and why noise alone does not bring it about: `bench/gate/paired.py`.
+that what else the machine does hits both. Each result is checked against float64 before it is timed.
+What counts as slower, and why noise alone does not bring it about: `bench/gate/paired.py`.
 
 Ends with 0 when no case is slower, 1 when one is (or its result is wrong), 2 when the comparison could not be made.
 """
 
 import argparse
-import json
 import os
 import random
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.gate.paired import REPEATS, Judgement, Pairs, judge, sign_interval, suspected
+from bench.gate.cases import CASES
+from bench.gate.paired import REPEATS, Pairs, judge, sign_interval, suspected
 from bench.gate.processes import Duel, WorkerError
 from bench.gate.trees import RevisionError, Tree, trees
-from bench.gate.worker import case_names
+from rollout.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 FAILURES = ("slower", "wrong")
+HEADER = f"{'case':<36} {'base ms':>9} {'head ms':>9}   {'head/base [95 %]':<22}  verdict"
 
 
 @dataclass(frozen=True)
@@ -47,78 +48,60 @@ class Result:
     @property
     def record(self) -> dict[str, Any]:
         """For JSON; seconds."""
+        found = {"case": self.name, "verdict": self.verdict}
         if self.pairs is None:
-            return {"case": self.name, "verdict": self.verdict, "reason": self.reason}
-        ratio = self.pairs.ratio
-        return {
-            "case": self.name,
-            "verdict": self.verdict,
-            "ratio": {"estimate": ratio.estimate, "low": ratio.low, "high": ratio.high},
-            "base": list(self.pairs.base),
-            "head": list(self.pairs.head),
-        }
-
-
-HEADER = f"{'case':<36} {'base ms':>9} {'head ms':>9}   {'head/base [95 %]':<22}  verdict"
+            return found | {"reason": self.reason}
+        return found | {"ratio": self.pairs.ratio._asdict(), **asdict(self.pairs)}
 
 
 def checked(answers: dict[str, dict[str, Any]]) -> tuple[str, str] | None:
-    """Why a case cannot be timed, as (verdict, reason); None when both results are right and agree."""
-    base, head = answers["base"], answers["head"]
-    if "cannot" in head:
-        if "cannot" in base:
-            return "skipped", f"neither revision runs it: {head['cannot']}"
-        return "wrong", f"the base runs it, the head does not: {head['cannot']}"
-    against = off_float64("head", head)
-    if against:
+    """Why a case cannot be timed, as (verdict, reason); None when both results are right."""
+    base, head = (answer.get("cannot", "") for answer in (answers["base"], answers["head"]))
+    if head:
+        if base:
+            return "skipped", f"neither revision runs it: {head}"
+        return "wrong", f"the base runs it, the head does not: {head}"
+    if against := off_float64("head", answers["head"]):
         return "wrong", against
-    if "cannot" in base:
-        return "skipped", f"the base does not run it: {base['cannot']}"
-    against = off_float64("base", base)
-    if against:
-        return "skipped", against
-    if head["difference"] > head["allowed"]:
-        return "wrong", f"the two differ by {head['difference']:.1e}, allowed {head['allowed']:.0e}"
-    return None
+    against = f"the base does not run it: {base}" if base else off_float64("base", answers["base"])
+    return ("skipped", against) if against else None
 
 
 def off_float64(name: str, answer: dict[str, Any]) -> str:
     """What is wrong with a revision's result; empty when it is right."""
     error, allowed = answer["error"], answer["allowed"]
-    if error is None:
-        return f"the {name}'s result has the wrong shape or is not finite"
     return f"the {name} is {error:.1e} off float64, allowed {allowed:.0e}" if error > allowed else ""
 
 
+@dataclass(frozen=True)
 class Comparison:
     """All cases of a run: a first measurement of each, then those suspected again in new processes."""
 
-    def __init__(
-        self, found: dict[str, Tree], *, device: str, threads: int, pairs: int, threshold: float, seed: int
-    ) -> None:
-        self.found, self.device, self.threads = found, device, threads
-        self.pairs, self.threshold = pairs, threshold
-        self._generator = random.Random(seed)
+    found: dict[str, Tree]
+    device: str
+    threads: int
+    pairs: int
+    threshold: float
+    generator: random.Random
 
     def run(self, names: Iterable[str]) -> Iterator[Result]:
         """The results: of cases not suspected at once, of the others at the end."""
         first: dict[str, Pairs] = {}
         with Duel(self.found, self.device, self.threads) as duel:
             for name in names:
-                against = checked(duel.prepare(name))
-                if against is not None:
+                if against := checked(duel.prepare(name)):
                     yield Result(name, against[0], reason=against[1])
                     continue
-                measured = duel.measure(self.pairs, self._generator)
+                measured = duel.measure(self.pairs, self.generator)
                 if suspected(measured, self.threshold):
                     first[name] = measured
-                    continue
-                yield self._result(name, judge(measured, (), self.threshold))
-        repeats = self._repeats(list(first))
+                else:
+                    yield self._judge(name, measured, [])
+        repeats = self._repeat(list(first))
         for name, measured in first.items():
-            yield self._result(name, judge(measured, repeats[name], self.threshold))
+            yield self._judge(name, measured, repeats[name])
 
-    def _repeats(self, names: list[str]) -> dict[str, list[Pairs]]:
+    def _repeat(self, names: list[str]) -> dict[str, list[Pairs]]:
         """Suspected cases, measured again in new processes.
 
         Raises:
@@ -130,14 +113,13 @@ class Comparison:
         for _ in range(REPEATS if names else 0):
             with Duel(self.found, self.device, self.threads) as duel:
                 for name in names:
-                    against = checked(duel.prepare(name))
-                    if against is not None:
+                    if against := checked(duel.prepare(name)):
                         raise WorkerError(f"{name} could be timed, and in new processes cannot: {against[1]}")
-                    repeats[name].append(duel.measure(self.pairs, self._generator))
+                    repeats[name].append(duel.measure(self.pairs, self.generator))
         return repeats
 
-    def _result(self, name: str, judgement: Judgement) -> Result:
-        return Result(name, judgement.verdict, judgement.pairs)
+    def _judge(self, name: str, first: Pairs, repeats: list[Pairs]) -> Result:
+        return Result(name, *judge(first, repeats, self.threshold))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -156,12 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _compare(options: argparse.Namespace, found: dict[str, Tree]) -> int:
     comparison = Comparison(
-        found,
-        device=options.device,
-        threads=options.threads,
-        pairs=options.rounds,
-        threshold=options.threshold,
-        seed=options.seed,
+        found, options.device, options.threads, options.rounds, options.threshold, random.Random(options.seed)
     )
     print(f"base {found['base'].label}\nhead {found['head'].label}\n{options.device}, {options.threads} CPU threads, "
           f"up to {options.rounds} pairs a case, threshold {options.threshold:.0%}\n\n{HEADER}")  # fmt: skip
@@ -173,17 +150,10 @@ def _compare(options: argparse.Namespace, found: dict[str, Tree]) -> int:
         print(result.line, flush=True)
     print(f"\n{summary(results, options.threshold)}")
     if options.json is not None:
-        record = {
-            "base": found["base"].label,
-            "head": found["head"].label,
-            "device": options.device,
-            "threads": options.threads,
-            "torch": torch.__version__,
-            "threshold": options.threshold,
-            "seed": options.seed,
-            "results": [result.record for result in results],
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        settings = {name: getattr(options, name) for name in ("device", "threads", "threshold", "seed")}
+        labels = {name: tree.label for name, tree in found.items()}
+        record = {**labels, **settings, "torch": torch.__version__, "results": [each.record for each in results]}
+        write_json(record, options.json)
     return status(results)
 
 
@@ -196,17 +166,15 @@ def status(results: list[Result]) -> int:
 
 def summary(results: list[Result], threshold: float) -> str:
     """One line on what was found, and one a verdict that needs a word."""
-    counts = {verdict: sum(result.verdict == verdict for result in results) for verdict in ("slower", "wrong")}
-    if counts["slower"] or counts["wrong"]:
-        lines = [f"FAILED: {counts['slower']} slower by more than {threshold:.0%}, {counts['wrong']} wrong"]
+    slower, wrong = (sum(result.verdict == verdict for result in results) for verdict in FAILURES)
+    if slower or wrong:
+        lines = [f"FAILED: {slower} slower by more than {threshold:.0%}, {wrong} wrong"]
     elif status(results):
         lines = ["nothing was compared"]
     else:
         lines = [f"passed: no case is slower by more than {threshold:.0%}"]
     if any(result.verdict == "unclear" for result in results):
-        lines.append(
-            "unclear: slower by the estimate, but the machine is too noisy to tell; again on a quiet one, or --rounds"
-        )
+        lines.append("unclear: slower by the estimate, but too noisy to tell; again on a quiet machine, or --rounds")
     return "\n".join(lines)
 
 
@@ -233,7 +201,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--json: there is no folder {options.json.resolve().parent}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here")
-    options.cases = [name for name in case_names(options.device) if options.only in name]
+    options.cases = [name for name in CASES if options.only in name]
     if not options.cases:
-        parser.error(f"--only {options.only!r} is in no case's name: {', '.join(case_names(options.device))}")
+        parser.error(f"--only {options.only!r} is in no case's name: {', '.join(CASES)}")
     return options

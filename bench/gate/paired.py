@@ -1,20 +1,15 @@
 """Is one of two revisions slower? An interval of a median, and a verdict that noise alone cannot bring about.
 
-Timings on a shared machine are a floor plus delays: one interruption makes a call ten times as long, and a busy
-neighbour slows all calls for a while. Means and standard deviations do not describe that, so nothing here uses them:
+Timings on a shared machine are a floor plus delays; means and standard deviations do not describe that. So:
 
 - The unit is a **pair**: the two revisions timed one right after the other. What slows a stretch of time slows both and
   cancels in the pair's ratio. The estimate is the median of the ratios, head / base.
-- The **interval** of a median is that of the sign test: between two order statistics, from the binomial distribution
-  alone. It holds for whatever distribution the delays have, however heavy its tail, and needs no resampling (the
-  bootstrap of a median picks among the same order statistics, and has the right coverage only asymptotically).
-- **Intervals apart**: those of each revision's seconds after what a pair has in common, its geometric mean, is taken
-  out. They are ratio^∓½ times that mean, so they are apart exactly when the ratio's interval leaves 1 out. With the raw
-  seconds, bursts of a neighbour's work widen both intervals until they overlap, and hide half of all 1.3× slowdowns.
-- Two processes that run the same code can differ by several percent for as long as they live (where their memory came
-  to lie). No number of pairs shows that, and every one of many cases has its chance of it. So a case past the threshold
-  is only **suspected**: it is measured again in new processes, several times over, and fails by those pairs alone. The
-  first measurement, picked for being high, has no say in it.
+- The **interval** of that median is the sign test's, between two order statistics: it holds however heavy the delays'
+  tail is, and needs no resampling. The intervals of raw seconds would overlap in bursts of a neighbour's work, and hide
+  half of all 1.3× slowdowns.
+- Two processes of the same code can differ by several percent for as long as they live (where their memory came to
+  lie), and every one of many cases has its chance of it. So a case past the threshold is only **suspected**: it is
+  measured again in new processes, several times over, and fails by those pairs alone.
 """
 
 import math
@@ -22,13 +17,13 @@ import random
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 LEVEL = 0.95
 REPEATS = 3  # of a suspected case, each in new processes
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """A median with the interval of the sign test."""
 
     estimate: float
@@ -89,38 +84,28 @@ class Pairs:
         return sign_interval([h / b for b, h in zip(self.base, self.head, strict=True)])
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """The verdict on a case, and the pairs it rests on.
-
-    `"slower"` and `"faster"`: past the threshold, with the intervals apart. `"unclear"`: past it, but the intervals
-    overlap. `"same"`: all else.
-    """
-
-    verdict: str
-    pairs: Pairs
-
-
 def suspected(first: Pairs, threshold: float) -> bool:
     """Whether a case must be measured again: slower by more than the threshold, the interval not asked."""
     return first.ratio.estimate > 1 + threshold
 
 
-def judge(first: Pairs, repeats: Sequence[Pairs], threshold: float) -> Judgement:
-    """The verdict: by the first measurement, or where that is suspected, by all pairs of the repeats.
+def judge(first: Pairs, repeats: Sequence[Pairs], threshold: float) -> tuple[str, Pairs]:
+    """The verdict and the pairs it rests on: the first measurement, or where that is suspected, all of the repeats.
+
+    Past the threshold `"slower"` or `"faster"`, and `"unclear"` where the interval holds 1; all else is `"same"`.
 
     Raises:
         ValueError: the first measurement is suspected and there are no repeats.
     """
     if not suspected(first, threshold):
         ratio = first.ratio
-        return Judgement("faster" if ratio.estimate < 1 / (1 + threshold) and ratio.high < 1 else "same", first)
+        return "faster" if ratio.estimate < 1 / (1 + threshold) and ratio.high < 1 else "same", first
     if not repeats:
         raise ValueError("judge: a suspected case must be measured again before it is judged")
     pooled = sum(repeats[1:], repeats[0])
     if not suspected(pooled, threshold):
-        return Judgement("same", pooled)
-    return Judgement("slower" if pooled.ratio.low > 1 else "unclear", pooled)
+        return "same", pooled
+    return "slower" if pooled.ratio.low > 1 else "unclear", pooled
 
 
 def turns(pairs: int, generator: random.Random) -> Iterator[tuple[str, str]]:

@@ -11,13 +11,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
+import torch
 
+from bench.gate.cases import CASES
 from bench.gate.paired import Pairs, turns
 from bench.gate.trees import Tree
+from rollout.bench.measure import relative_error
 
 SCRIPT = Path(__file__).with_name("worker.py")
 TURN = 0.02  # seconds of timed calls in a turn, at least
@@ -40,16 +42,18 @@ class Worker:
         # -P: the script's own folder, with this checkout's files, stays off the path.
         command = [sys.executable, "-P", str(SCRIPT), f"--root={tree.root}", f"--device={device}"]
         command += [f"--threads={threads}", f"--scratch={self._scratch.name}"]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join((str(tree.root), str(tree.root / "kernels"))),
+            "PYTHONHASHSEED": "0",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": str(threads),
+        }
         with self._errors.open("wb") as errors:
+            # A session of its own: Ctrl-C ends it through `close`, quietly.
             self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=_environment(tree.root, threads),
-                cwd=self._scratch.name,
-                start_new_session=True,  # Ctrl-C ends it through `close`, quietly
-            )
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment,
+                cwd=self._scratch.name, start_new_session=True,
+            )  # fmt: skip
 
     def ask(self, **request: Any) -> None:
         assert self._process.stdin is not None
@@ -89,54 +93,34 @@ class Worker:
         self._scratch.cleanup()
 
 
-def _environment(root: Path, threads: int) -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join((str(root), str(root / "kernels"))),
-        "PYTHONHASHSEED": "0",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": str(threads),
-    }
-
-
-class Duel:
+class Duel(contextlib.ExitStack):
     """The processes of base and head, started together; a context manager that ends them."""
 
     def __init__(self, found: dict[str, Tree], device: str, threads: int) -> None:
+        super().__init__()
         self.workers: dict[str, Worker] = {}
+        self._inputs = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="rollout-compare-inputs-")))
         try:
             for name in ("base", "head"):
                 self.workers[name] = Worker(name, found[name], device, threads)
+                self.callback(self.workers[name].close)
             for worker in self.workers.values():
                 worker.answer()
         except BaseException:
             self.close()
             raise
 
-    def close(self) -> None:
-        for worker in self.workers.values():
-            worker.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _both(self, **request: Any) -> dict[str, dict[str, Any]]:
-        """Both asked at once; not for timing."""
-        for worker in self.workers.values():
-            worker.ask(**request)
-        return {name: worker.answer() for name, worker in self.workers.items()}
-
-    def prepare(self, case: str) -> dict[str, dict[str, Any]]:
-        """What each says of the case; `difference` in head's when both are results: max|Δ| / max|base|."""
-        answers = self._both(do="prepare", case=case)
-        if all(answer.get("error") is not None for answer in answers.values()):
-            base, head = (np.load(answers[name]["result"]) for name in ("base", "head"))
-            answers["head"]["difference"] = float(np.abs(head - base).max() / np.abs(base).max())
+    def prepare(self, name: str) -> dict[str, dict[str, Any]]:
+        """What came of the case at each: its `error`, infinite for a wrong shape or no number, or why it `cannot`."""
+        case, file = CASES[name](), self._inputs / "case.pt"
+        torch.save({"call": case.call, "inputs": case.inputs, "options": case.options}, file)
+        for worker in self.workers.values():  # both at once; not for timing
+            worker.ask(do="prepare", path=str(file))
+        answers = {side: worker.answer() for side, worker in self.workers.items()}
+        for answer in answers.values():
+            if "result" in answer:
+                answer |= {"error": relative_error(torch.from_numpy(np.load(answer["result"])), case.exact),
+                           "allowed": case.allowed}  # fmt: skip
         return answers
 
     def _seconds(self, name: str, calls: int, warm: int) -> float:

@@ -1,1 +1,1 @@
-"""The machine a benchmark runs on, what it can do at most, and the record of its runs."""
+"""The machine a benchmark runs on, and the record of its runs."""

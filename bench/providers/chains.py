@@ -1,26 +1,26 @@
 """Who computes a rollout in the benches: ours by backend, the naive chain, its torch.compile, and the published peers.
 
-A `Provider` takes the suite's inputs and gives a result that is compared with the oracle of its own method before it is
-timed. `work` says what it must read and multiply, for its share of the machine's ceilings.
+The floors beside them, one read of the maps and the products QKᵀ alone, are no rollout and are not checked.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import rollout
 from bench.machine import host
 from bench.providers import peers
-from bench.providers.oracle import relative_error
-from rollout.bench import naive_chain, naive_chain_qk, naive_full
+from rollout.bench import chains as naive
+from rollout.bench.chains import NAIVE, PRODUCTS, READ
+from rollout.bench.measure import OURS
 
-__all__ = ["FULL", "MAPS", "METHODS", "QK", "Provider", "Shape", "compiler_problem", "relative_error"]
-
-Maps = Sequence[Tensor]
-NAIVE, COMPILED, OURS, READ = "naive chain", "naive chain, torch.compile", "ours", "one read of the maps"
+COMPILED = "naive chain, torch.compile"
+GILDENBLAT, CHEFER = "Gildenblat 2020 (vit-explain)", "Chefer 2021 (ICCV)"
 
 
 @dataclass(frozen=True)
@@ -34,76 +34,81 @@ class Shape:
     D: int = 0
 
     @property
-    def map_entries(self) -> int:
-        """Entries of one layer's maps."""
-        return self.B * self.H * self.S**2
+    def sizes(self) -> dict[str, int]:
+        return {key: size for key, size in vars(self).items() if size}
 
-    def row_bytes(self, itemsize: int = 4) -> int:
-        """What a row chain must read: the maps of every layer but the top one, and one row per head of that."""
-        return (self.map_entries * (self.L - 1) + self.B * self.H * self.S) * itemsize
+    @property
+    def entries(self) -> int:
+        """Of every layer's maps."""
+        return self.B * self.H * self.S**2 * self.L
 
-    def all_bytes(self, itemsize: int = 4) -> int:
-        """Every map."""
-        return self.map_entries * self.L * itemsize
+    @property
+    def row_entries(self) -> int:
+        """Of the maps a row chain must read: of every layer but the top one, and one row per head of that."""
+        return self.B * self.H * (self.S**2 * (self.L - 1) + self.S)
 
     @property
     def product_flop(self) -> int:
         """The L − 1 products [S, S]·[S, S] of each sample."""
         return 2 * self.B * (self.L - 1) * self.S**3
 
-    @property
-    def row_scores_flop(self) -> int:
-        """The scores a row chain from Q and K needs: all but the top layer's, one row per head of that."""
-        return 2 * self.D * (self.map_entries * (self.L - 1) + self.B * self.H * self.S)
 
-    @property
-    def all_scores_flop(self) -> int:
-        """The scores of every layer."""
-        return 2 * self.D * self.map_entries * self.L
+SEQUENCES, QUICK = (64, 128, 256, 512), 128
+
+
+def shape_of(seq: int, layers: int = 4, size: int = 0) -> Shape:
+    """Of the suites of chains."""
+    return Shape(32, 8, seq, layers, size)
+
+
+def make_random(sizes: tuple[int, ...], count: int, seed: int) -> list[Tensor]:
+    """Normal numbers, drawn on the CPU: the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(sizes, generator=generator).to(host.DEVICE) for _ in range(count)]
+
+
+def skip_large(quick: bool, seq: int, provider: str = "", largest: int = QUICK) -> None:
+    """Leave this out of the quick run, where compiling for each shape would take tens of seconds."""
+    if quick and seq > (64 if provider == COMPILED else largest):
+        pytest.skip("left out of the quick run")
+
+
+Work = Callable[[Shape], tuple[int, int]]  # map entries read, and operations multiplied
+
+EVERY_MAP: Work = lambda s: (s.entries, s.product_flop)  # noqa: E731
+EVERY_SCORE: Work = lambda s: (0, 2 * s.D * s.entries + s.product_flop)  # noqa: E731
+ROW_OF_MAPS: Work = lambda s: (s.row_entries, 0)  # noqa: E731
+ROW_OF_SCORES: Work = lambda s: (0, 2 * s.D * s.row_entries)  # noqa: E731
 
 
 @dataclass(frozen=True)
 class Provider:
-    """`run(*inputs)` gives the result; `method` names the oracle it is held to, within `tolerance`.
+    """`run(*inputs)` gives the result; `method` names the oracle it is held to, within `tolerance`; None: a floor.
 
-    `work(shape)` is (values read of the maps as bytes in float32, operations multiplied) of what this provider does;
-    the naive ones read every map and multiply out the full product, ours does not.
+    `work` is what this provider must itself read and multiply: the naive ones every map and the full product.
     """
 
     run: Callable[..., Tensor]
-    method: str = "rollout"
+    method: str | None = "rollout"
     tolerance: float = 1e-5
-    work: Callable[[Shape], tuple[int, int]] = lambda shape: (shape.all_bytes(), shape.product_flop)
+    work: Work = EVERY_MAP
 
-
-def ours(maps: Maps, backend: str = "torch") -> Tensor:
-    """`rollout.attention_rollout`, checks on."""
-    return rollout.attention_rollout(maps, query=0, backend=backend)
-
-
-def ours_full(maps: Maps, backend: str = "torch") -> Tensor:
-    return rollout.attention_rollout(maps, backend=backend)
-
-
-def ours_qk(queries: Maps, keys: Maps, backend: str = "torch") -> Tensor:
-    """`rollout.attention_rollout_qk`, checks on, log-sum-exp not given."""
-    return rollout.attention_rollout_qk(queries, keys, query=0, backend=backend)
-
-
-def read_limit(maps: Maps) -> Tensor:
-    """One read of the maps that must be read: all layers but the top one, whose row 0 suffices. Not a rollout."""
-    return torch.stack([attention.view(-1).sum() for attention in maps[:-1]])
+    def on(self, shape: Shape, *inputs: Sequence[Tensor]) -> dict[str, Any]:
+        """What `measure` is to be given for these inputs, L tensors each."""
+        entries, flop = self.work(shape)
+        size, kind = inputs[0][0].element_size(), str(inputs[0][0].dtype).removeprefix("torch.")
+        held = sum(layer.nbytes for layers in inputs for layer in layers)
+        return {"run": partial(self.run, *inputs), "tolerance": self.tolerance, "shape": shape.sizes, "dtype": kind,
+                "inputs": held, "bytes": entries * size, "flop": flop}  # fmt: skip
 
 
 @cache
 def compiler_problem() -> str | None:
     """Why `torch.compile` cannot be timed here, or None: a small function is compiled to find out."""
     try:
-        probe = torch.compile(lambda x: (x * 2 + 1).sum(-1))
-        probe(torch.ones(4, 4, device=host.DEVICE))
+        torch.compile(lambda x: (x * 2 + 1).sum(-1))(torch.ones(4, 4, device=host.DEVICE))
     except Exception as error:  # what a missing compiler raises is the compiler's choice
-        lines = str(error).strip().splitlines()
-        return lines[0] if lines else type(error).__name__
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)
     return None
 
 
@@ -113,65 +118,62 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=False)
 
 
-def _first_row(full: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The row of position 0 of a provider that gives the full product."""
+def _naive(function: Callable[..., Tensor], work: Work = EVERY_MAP) -> dict[str, Provider]:
+    """Beside the chain itself the same compiled, when it is first called."""
+    lazily = Provider(lambda *inputs: compiled(function)(*inputs), work=work)
+    return {NAIVE: Provider(function, work=work), COMPILED: lazily}
+
+
+def _ours(run: Callable[..., Tensor], tolerance: float, work: Work, **options: Any) -> dict[str, Provider]:
+    """Ours, checks on: the torch backend anywhere, and on a GPU triton beside it, which `"auto"` takes there."""
+    backends = {OURS: "torch"} | ({f"{OURS}, triton": "triton"} if host.DEVICE.type == "cuda" else {})
+    return {
+        name: Provider(partial(run, backend=backend, **options), tolerance=tolerance, work=work)
+        for name, backend in backends.items()
+    }
+
+
+def _row_of(full: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of a full product the row of position 0."""
     return lambda *inputs: full(*inputs)[:, 0]
 
 
-def _by_backend(
-    name: str, run: Callable[..., Tensor], tolerance: float, work: Callable[[Shape], tuple[int, int]]
-) -> dict[str, Provider]:
-    """Ours by backend: torch anywhere; triton beside it on a GPU, where it is what `"auto"` takes."""
-    found = {name: Provider(run, tolerance=tolerance, work=work)}
-    if host.DEVICE == "cuda":
-        found[f"{name}, triton"] = Provider(lambda *x: run(*x, backend="triton"), tolerance=tolerance, work=work)
-    return found
-
-
-def _row_work(shape: Shape) -> tuple[int, int]:
-    return shape.row_bytes(), 0
-
-
-def _naive_chain_qk_work(shape: Shape) -> tuple[int, int]:
-    return 0, shape.all_scores_flop + shape.product_flop
-
-
+PUBLISHED = {
+    "PyHealth's arithmetic": (peers.pyhealth_maths, "pyhealth"),
+    "Abnar & Zuidema 2020": (peers.abnar_zuidema, "rollout"),
+    "Chefer 2021 (CVPR) rollout": (peers.chefer_rollout, "chefer_rollout"),
+}
 MAPS: dict[str, Provider] = {
-    **_by_backend(OURS, ours, 1e-6, _row_work),
-    NAIVE: Provider(naive_chain),
-    COMPILED: Provider(lambda maps: compiled(naive_chain)(maps)),
-    "PyHealth's arithmetic": Provider(_first_row(peers.pyhealth_maths), "pyhealth"),
-    "Abnar & Zuidema 2020": Provider(_first_row(peers.abnar_zuidema)),
-    "Chefer 2021 (CVPR) rollout": Provider(_first_row(peers.chefer_rollout), "chefer_rollout"),
+    READ: Provider(naive.read_maps, None, work=ROW_OF_MAPS),
+    **_ours(rollout.attention_rollout, 1e-6, ROW_OF_MAPS, query=0),
+    **_naive(naive.naive_chain),
+    **{name: Provider(_row_of(full), method) for name, (full, method) in PUBLISHED.items()},
 }
 FULL: dict[str, Provider] = {
-    NAIVE: Provider(naive_full),
-    **_by_backend(OURS, ours_full, 1e-6, lambda shape: (shape.all_bytes(), shape.product_flop)),
-    COMPILED: Provider(lambda maps: compiled(naive_full)(maps)),
-    "PyHealth's arithmetic": Provider(peers.pyhealth_maths, "pyhealth"),
-    "Abnar & Zuidema 2020": Provider(peers.abnar_zuidema),
-    "Chefer 2021 (CVPR) rollout": Provider(peers.chefer_rollout, "chefer_rollout"),
+    **_ours(rollout.attention_rollout, 1e-6, EVERY_MAP),
+    **_naive(naive.naive_full),
+    **{name: Provider(full, method) for name, (full, method) in PUBLISHED.items()},
 }
 QK: dict[str, Provider] = {
-    NAIVE: Provider(naive_chain_qk, work=_naive_chain_qk_work),
-    **_by_backend(OURS, ours_qk, 3e-6, lambda shape: (0, shape.row_scores_flop)),
-    COMPILED: Provider(lambda q, k: compiled(naive_chain_qk)(q, k), work=_naive_chain_qk_work),
+    PRODUCTS: Provider(naive.multiply, None, work=ROW_OF_SCORES),
+    **_ours(rollout.attention_rollout_qk, 3e-6, ROW_OF_SCORES, query=0),
+    **_naive(naive.naive_chain_qk, EVERY_SCORE),
 }
 
 
-def _ours_by(method: str, backend: str = "torch") -> Callable[..., Tensor]:
-    def run(maps: Maps, gradients: Maps | None = None) -> Tensor:
-        return rollout.attention_rollout(maps, query=0, gradients=gradients, method=method, backend=backend)
+def _ours_by(method: str) -> Callable[..., Tensor]:
+    def run(maps: Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> Tensor:
+        return rollout.attention_rollout(maps, query=0, gradients=gradients, method=method, backend="torch")
 
     return run
 
 
 # The other methods: (method, who) → provider. Those with gradients get them as a second input.
 METHODS: dict[tuple[str, str], Provider] = {
-    ("discard", "Gildenblat 2020 (vit-explain)"): Provider(_first_row(peers.gildenblat_discard), "discard"),
-    ("discard", OURS): Provider(_ours_by("discard"), "discard", 1e-6, lambda shape: (shape.all_bytes(), 0)),
-    ("chefer", "Chefer 2021 (ICCV)"): Provider(
-        _first_row(peers.chefer_gradients), "chefer", work=lambda s: (2 * s.all_bytes(), s.product_flop)
+    ("discard", GILDENBLAT): Provider(_row_of(peers.gildenblat_discard), "discard"),
+    ("discard", OURS): Provider(_ours_by("discard"), "discard", 1e-6, lambda s: (s.entries, 0)),
+    ("chefer", CHEFER): Provider(
+        _row_of(peers.chefer_gradients), "chefer", work=lambda s: (2 * s.entries, s.product_flop)
     ),
-    ("chefer", OURS): Provider(_ours_by("chefer"), "chefer", 1e-6, lambda shape: (2 * shape.row_bytes(), 0)),
+    ("chefer", OURS): Provider(_ours_by("chefer"), "chefer", 1e-6, lambda s: (2 * s.row_entries, 0)),
 }

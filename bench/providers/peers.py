@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 def abnar_zuidema(maps: Sequence[Tensor]) -> Tensor:
-    """Joint attention of one sample at a time, in NumPy: from every layer to the input, all of them kept.
+    """Joint attention in NumPy: from every layer to the input, all of them kept.
 
     Abnar & Zuidema 2020, arXiv:2005.00928, section 3 and equation 1: Ã(l) = A(l)·Ã(l−1), A(l) = ½W + ½I, heads averaged
     and rows renormalised. NumPy's identity is float64, and the sum with it too.
     """
     stacked = [attention.cpu().numpy() for attention in maps]
     rows = []
-    for b in range(maps[0].shape[0]):
+    for b in range(len(maps[0])):
         raw = np.stack([attention[b].mean(axis=0) for attention in stacked])
         mixed = 0.5 * raw + 0.5 * np.eye(raw.shape[-1])
         mixed /= mixed.sum(axis=-1, keepdims=True)
@@ -32,17 +32,16 @@ def abnar_zuidema(maps: Sequence[Tensor]) -> Tensor:
 
 
 def chefer_rollout(maps: Sequence[Tensor]) -> Tensor:
-    """The rollout baseline of Chefer, Gur & Wolf 2021 (CVPR), arXiv:2012.09838: rownorm(I + mean_h A), one by one."""
+    """The rollout baseline of Chefer, Gur & Wolf 2021 (CVPR), arXiv:2012.09838: rownorm(I + mean_h A)."""
     products = []
-    for b in range(maps[0].shape[0]):
-        layers = []
-        for attention in maps:
-            matrix = attention[b].mean(0) + torch.eye(attention.shape[-1], device=attention.device)
-            layers.append(matrix / matrix.sum(-1, keepdim=True))
-        product = layers[0]
-        for matrix in layers[1:]:
-            product = matrix @ product
-        products.append(product)
+    for b in range(len(maps[0])):
+        matrices = [
+            attention[b].mean(0) + torch.eye(attention.shape[-1], device=attention.device) for attention in maps
+        ]
+        first, *others = (matrix / matrix.sum(-1, keepdim=True) for matrix in matrices)
+        for matrix in others:
+            first = matrix @ first
+        products.append(first)
     return torch.stack(products)
 
 
@@ -53,7 +52,7 @@ def gildenblat_discard(maps: Sequence[Tensor], ratio: float = 0.9) -> Tensor:
     article divides by the row sums; its published code lacks a `keepdim` there, which this does not repeat.
     """
     products = []
-    for b in range(maps[0].shape[0]):
+    for b in range(len(maps[0])):
         eye = torch.eye(maps[0].shape[-1], device=maps[0].device)
         product = eye
         for attention in maps:
@@ -70,23 +69,21 @@ def gildenblat_discard(maps: Sequence[Tensor], ratio: float = 0.9) -> Tensor:
 def chefer_gradients(maps: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
     """Self-attention relevance of Chefer, Gur & Wolf 2021 (ICCV), arXiv:2103.15679, equations 5 and 6.
 
-    R ← R + mean_h max(A∘∇A, 0)·R from the input up, one sample at a time; the gradients of the maps are given.
+    R ← R + mean_h max(A∘∇A, 0)·R from the input up; the gradients of the maps are given.
     """
     products = []
-    for b in range(maps[0].shape[0]):
+    for b in range(len(maps[0])):
         relevance = torch.eye(maps[0].shape[-1], device=maps[0].device)
         for attention, gradient in zip(maps, gradients, strict=True):
-            weighted = (gradient[b] * attention[b]).clamp(min=0).mean(0)
-            relevance = relevance + weighted @ relevance
+            relevance = relevance + (gradient[b] * attention[b]).clamp(min=0).mean(0) @ relevance
         products.append(relevance)
     return torch.stack(products)
 
 
 def pyhealth_maths(maps: Sequence[Tensor]) -> Tensor:
     """PyHealth 2.1's arithmetic, the whole batch at once: ½(mean_h A + I), not renormalised, from the identity up."""
-    batch, _, seq, _ = maps[0].shape
-    eye = torch.eye(seq, dtype=maps[0].dtype, device=maps[0].device)
-    product = eye.expand(batch, seq, seq)
+    eye = torch.eye(maps[0].shape[-1], dtype=maps[0].dtype, device=maps[0].device)
+    product = eye.expand(len(maps[0]), -1, -1)
     for attention in maps:
         product = torch.bmm(0.5 * (attention.mean(1) + eye), product)
     return product

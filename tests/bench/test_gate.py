@@ -307,7 +307,7 @@ def test_nothing_is_left_behind_by_a_signal(repository: Path, tmp_path: Path, nu
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
-    assert len(left_behind(repository, tmp_path)) == 3
+    assert len(left_behind(repository, tmp_path)) == 1
     process.send_signal(number)
     assert process.wait(30) != 0
     process.communicate()
@@ -400,7 +400,7 @@ def test_slower_wrong_and_missing_cases_are_told_apart(
     monkeypatch.setattr(gate, "REPEATS", 1)  # each starts two processes
     names = ("rows from maps S=64", "rows from maps S=128", "rows from Q,K S=256")
     with trees(repository, "right", "bad") as found:
-        comparison = gate.Comparison(found, device="cpu", threads=1, pairs=10, threshold=THRESHOLD, seed=0)
+        comparison = gate.Comparison(found, "cpu", 1, 10, THRESHOLD, random.Random(0))
         wrong, missing, slow = comparison.run(names)
     assert (slow.name, slow.verdict) == (names[0], "slower")
     assert slow.pairs is not None

@@ -314,9 +314,8 @@ def test_lengths_of_the_cases() -> None:
     (spread,) = end_to_end.draw_lengths("lengths 256-512", 32)
     assert 256 <= min(spread) < 290
     assert 480 < max(spread) <= 512
-    unsorted, ordered = (
-        sum(end_to_end.draw_lengths(f"log-normal, {order}", 32), []) for order in ("unsorted", "sorted")
-    )
+    cases = (end_to_end.draw_lengths(f"log-normal, {order}", 32) for order in ("unsorted", "sorted"))
+    unsorted, ordered = ([length for batch in case for length in batch] for case in cases)
     assert sorted(unsorted) == ordered != unsorted
     assert 40 < ordered[64] < 60  # the median of 128
 
