@@ -20,14 +20,14 @@ import numpy as np
 import polars as pl
 import torch
 
-import rollout
 from bench.machine import host
+from rollout import attribute_cohort
+from rollout.cohort import CohortRun
 from rollout.data.codebook import STREAMS
 from rollout.data.quiet import quiet_pyhealth
 
 LAYERS, HEADS, EMBEDDING = 4, 8, 128
 STOCK_BATCH, STOCK_BATCHES = 32, 40  # PyHealth's loader loop, in the order of the dataset; batches of it, at random
-TOLERANCE = 1e-5
 
 
 def raw_samples(count: int) -> Iterator[dict[str, Any]]:
@@ -64,9 +64,9 @@ def model_and_samples(count: int) -> tuple[Any, Any]:
     return Transformer(samples, embedding_dim=EMBEDDING, heads=HEADS, num_layers=LAYERS).eval(), samples
 
 
-def run(model: Any, samples: Any, out: Path, **settings: Any) -> rollout.cohort.CohortRun:
+def run(model: Any, samples: Any, out: Path, **settings: Any) -> CohortRun:
     """Attribute the cohort by PyHealth's method and write it."""
-    return rollout.attribute_cohort(model, samples, out, method="pyhealth", progress=False, **settings)
+    return attribute_cohort(model, samples, out, method="pyhealth", progress=False, **settings)
 
 
 def stock(model: Any, samples: Any, batches: list[int]) -> tuple[float, dict[int, dict[str, np.ndarray]]]:
@@ -97,7 +97,7 @@ def largest_difference(out: Path, scores: dict[int, dict[str, np.ndarray]]) -> f
     return largest
 
 
-def describe(*runs: rollout.cohort.CohortRun) -> dict[str, Any]:
+def describe(*runs: CohortRun) -> dict[str, Any]:
     """One run in numbers, or several as one; the share of time beside model and chain."""
     stages = {stage: sum(done.seconds[stage] for done in runs) for stage in runs[0].seconds}
     elapsed = sum(done.elapsed for done in runs)
@@ -122,7 +122,7 @@ def race(count: int, scratch: Path) -> dict[str, Any]:
     second = stock(model, samples, sorted(drawn[1::2]))
     scores = first[1] | second[1]
     difference = largest_difference(scratch / "ours", scores)
-    assert difference <= TOLERANCE, f"not told: largest difference {difference:.1e}, allowed {TOLERANCE:.0e}"
+    assert difference <= 1e-5, f"not told: largest difference {difference:.1e}, allowed 1e-05"
     stocks = {"samples": len(scores), "seconds": first[0] + second[0], "batches": len(drawn)}
     return {"ours": describe(done) | {"error": difference}, "PyHealth": stocks}
 

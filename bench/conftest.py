@@ -17,7 +17,6 @@ from rollout.bench.measure import EventTimer, Flush, clock, measure_ceilings, pe
 LONG_ENOUGH = float(os.environ.get("BENCH_SECONDS", "2.5"))  # for one timing: nine rounds, or fewer of a slow call
 LONG = 1.0  # seconds; a longer call needs no warm-up beside its check
 SHORT = 0.02  # seconds; a shorter call is at the mercy of a single interruption and gets 99 rounds
-COLD, WARM = "flushed before every call", "as the call before left it"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -87,8 +86,9 @@ def measure(benchmark: Any, quick: bool, flush: Flush, ceilings: dict[str, Any] 
             most = 9 if seconds > SHORT else 99
             if cold:
                 seconds += clock(flush, host.DEVICE)  # every round pays for it
+            state = "flushed before every call" if cold else "as the call before left it"
             rounds = max(3, min(most, int(LONG_ENOUGH / seconds)))
-            info |= {"ceilings": ceilings, "threads": torch.get_num_threads(), "cache": COLD if cold else WARM}
+            info |= {"ceilings": ceilings, "threads": torch.get_num_threads(), "cache": state}
             benchmark.extra_info.update(info)
             benchmark.pedantic(run, setup=flush if cold else None, rounds=rounds, iterations=1, warmup_rounds=0)
 

@@ -34,8 +34,7 @@ def measured(plan: str, samples: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.cohort", "--plan", plan, "--samples", str(samples)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 @pytest.mark.parametrize(("case", "provider"), [(case, who) for case in CASES for who in PROVIDERS[CASES[case][0]]])

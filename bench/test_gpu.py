@@ -7,6 +7,7 @@ bits run after run, and a sample alone those it has in its batch.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -55,15 +56,15 @@ RUNS = [(name, provider) for name, case in CASES.items() for provider in (OURS, 
 
 
 @lru_cache(1)
-def inputs(case: Case) -> tuple[list[Tensor], ...]:
+def inputs(case: Case) -> list[list[Tensor]]:
     """L layers of maps, or of queries and of keys."""
     torch.manual_seed(0)
     b, h, s, layers, d = case.shape.B, case.shape.H, case.shape.S, case.shape.L, case.shape.D
     if case.kind != "qk":
         scores = (torch.randn(b, h, s, s, device=host.DEVICE) for _ in range(layers))
-        return ([each.mul_(2).softmax(-1).to(case.dtype) for each in scores],)
+        return [[each.mul_(2).softmax(-1).to(case.dtype) for each in scores]]
     made = [torch.randn(b, h, s, d, device=host.DEVICE, dtype=case.dtype) for _ in range(2 * layers)]
-    return made[:layers], made[layers:]
+    return [made[:layers], made[layers:]]
 
 
 def logsumexp(q: Tensor, k: Tensor) -> Tensor:
@@ -74,13 +75,12 @@ def logsumexp(q: Tensor, k: Tensor) -> Tensor:
     return attend._scaled_dot_product_efficient_attention(q, k, k, None, True)[1][..., : q.shape[2]].contiguous()
 
 
-def ours(case: Case, given: tuple[list[Tensor], ...]) -> Callable[[], Tensor]:
+def ours(case: Case, given: list[list[Tensor]], lse: list[Tensor] | None) -> Callable[[], Tensor]:
     if case.kind == "full":
         return lambda: rollout.attention_rollout(*given, backend="triton", validate=False)
     rows = torch.zeros(len(given[0][0]), dtype=torch.long, device=host.DEVICE)
     if case.kind == "maps":
         return lambda: rollout.attention_rollout(*given, query=rows, backend="triton", validate=False)
-    lse = [logsumexp(q, k) for q, k in zip(*given, strict=True)] if case.given else None
     return lambda: rollout.attention_rollout_qk(*given, query=rows, logsumexp=lse, backend="triton", validate=False)
 
 
@@ -97,17 +97,25 @@ def reference(case: Case, method: str) -> tuple[Tensor, Callable[[Tensor], Tenso
     if case.shape.S > LONGEST_CHECKED:
         ones = torch.ones(case.shape.B, dtype=torch.float64, device=host.DEVICE)
         return ones, lambda row: row.double().sum(-1), 1e-3
-    first = [[layer[:1] for layer in layers] for layers in inputs(case)]
+    first = [first_of(layers) for layers in inputs(case)]
     query = None if case.kind == "full" else 0
     exact = oracle.from_qk(*first) if case.kind == "qk" else oracle.from_maps(*first, method, query)
     return exact, lambda result: result[:1], BOUNDS[case.kind]
 
 
-def check_bits(case: Case, given: tuple[list[Tensor], ...], run: Callable[[], Tensor]) -> None:
+def first_of(layers: list[Tensor] | None) -> Any:
+    return layers and [layer[:1] for layer in layers]
+
+
+def checked(case: Case, given: list[list[Tensor]]) -> Callable[[], Tensor]:
+    """Ours, once its bits are those of every run and of any batch."""
+    lse = [logsumexp(q, k) for q, k in zip(*given, strict=True)] if case.given else None
+    run = ours(case, given, lse)
     result = run()
     assert all(torch.equal(run(), result) for _ in range(5)), "not timed: runs differ in their bits"
-    alone = ours(case, tuple([layer[:1] for layer in layers] for layers in given))()
+    alone = ours(case, [first_of(layers) for layers in given], first_of(lse))()
     assert torch.equal(alone[0], result[0]), "not timed: a sample alone has other bits than in its batch"
+    return run
 
 
 @pytest.mark.parametrize(("name", "provider"), RUNS)
@@ -120,8 +128,7 @@ def test_kernel(name: str, provider: str, measure: Callable[..., None], quick: b
     exact, part, allowed = reference(case, str(subject.method))
     info = subject.on(case.shape, *given)
     if provider == OURS:
-        run = ours(case, given)
-        check_bits(case, given, run)
+        run = checked(case, given)
         # Without the log-sum-exp every score is made twice.
         flop = info["flop"] * (1 if case.given else 2)
         info |= {"run": graphed(run) if case.graph else run, "tolerance": allowed, "flop": flop}

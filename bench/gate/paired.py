@@ -5,8 +5,7 @@ Timings on a shared machine are a floor plus delays; means and standard deviatio
 - The unit is a **pair**: the two revisions timed one right after the other. What slows a stretch of time slows both and
   cancels in the pair's ratio. The estimate is the median of the ratios, head / base.
 - The **interval** of that median is the sign test's, between two order statistics: it holds however heavy the delays'
-  tail is, and needs no resampling. The intervals of raw seconds would overlap in bursts of a neighbour's work, and hide
-  half of all 1.3× slowdowns.
+  tail is. Those of raw seconds would overlap in bursts of a neighbour's work, and hide half of all 1.3× slowdowns.
 - Two processes of the same code can differ by several percent for as long as they live (where their memory came to
   lie), and every one of many cases has its chance of it. So a case past the threshold is only **suspected**: it is
   measured again in new processes, several times over, and fails by those pairs alone.

@@ -75,8 +75,7 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             raise self._ended()
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return dict(json.loads(line))
 
     def _ended(self) -> WorkerError:
         status = self._process.wait(timeout=PATIENCE)

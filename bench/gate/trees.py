@@ -10,8 +10,8 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 PACKAGES = ("rollout", "kernels")
 
@@ -20,8 +20,7 @@ class RevisionError(ValueError):
     """A revision that cannot be compared; the message says why, in one line."""
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(NamedTuple):
     """The packages of one revision: where they lie, and what to call it."""
 
     root: Path

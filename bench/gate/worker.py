@@ -60,11 +60,7 @@ class Worker:
         self.check_imports()
 
     def check_imports(self) -> None:
-        """Whatever was imported of the packages must be this revision's own, not an installed copy.
-
-        Raises:
-            ImportError: a module came from elsewhere.
-        """
+        """Raises ImportError where a module of the packages is not this revision's own, but an installed copy's."""
         for name, module in sorted(sys.modules.items()):
             if name.partition(".")[0] in ("rollout", "rollout_kernels") and getattr(module, "__file__", None):
                 path = Path(str(module.__file__)).resolve()

@@ -159,9 +159,8 @@ def write_all(root: Path = host.ROOT, plots: bool = True) -> list[Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--root", type=Path, default=host.ROOT, help="the folder that holds README.md and bench/")
     parser.add_argument("--no-plots", action="store_true", help="pages only")
     options = parser.parse_args()
-    for path in write_all(options.root, not options.no_plots):
+    for path in write_all(plots=not options.no_plots):
         print(path)
     return 0

@@ -80,10 +80,7 @@ def spread(result: Result) -> str:
 
 
 def rate(result: Result, ceilings: Ceilings | None) -> str:
-    """GB/s or GFLOP/s of the work a provider does itself, and the share of the ceiling that binds it.
-
-    Products are held against those of float32 only.
-    """
+    """GB/s or GFLOP/s of a provider's own work, and the share of the ceiling that binds it; of products if float32."""
     size, flop, taken = result.get("bytes", 0), result.get("flop", 0), seconds(result)
     binding = ceilings and ceilings.binding(size, flop, taken)
     if not binding:
@@ -151,7 +148,7 @@ def exponent(points: Sequence[Result], value: Callable[[Result], float | None]) 
     if len(pairs) < 3:
         return NONE
     fit = stats.linregress(*zip(*pairs, strict=True))
-    return f"{fit.slope:.2f} ± {fit.stderr:.2f}"
+    return f"{fit.slope:.2f} ± {fit.stderr if math.isfinite(fit.stderr) else 0.0:.2f}"  # of equal y scipy has no error
 
 
 def scaling_table(record: Record) -> str:

@@ -112,16 +112,10 @@ def compiler_problem() -> str | None:
     return None
 
 
-@cache
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`torch.compile` of a chain, one kernel set per shape."""
-    return torch.compile(function, dynamic=False)
-
-
 def _naive(function: Callable[..., Tensor], work: Work = EVERY_MAP) -> dict[str, Provider]:
-    """Beside the chain itself the same compiled, when it is first called."""
-    lazily = Provider(lambda *inputs: compiled(function)(*inputs), work=work)
-    return {NAIVE: Provider(function, work=work), COMPILED: lazily}
+    """Beside the chain itself the same compiled when it is first called, one kernel set per shape."""
+    compiled = cache(lambda: torch.compile(function, dynamic=False))
+    return {NAIVE: Provider(function, work=work), COMPILED: Provider(lambda *inputs: compiled()(*inputs), work=work)}
 
 
 def _ours(run: Callable[..., Tensor], tolerance: float, work: Work, **options: Any) -> dict[str, Provider]:

@@ -1,26 +1,26 @@
-"""The bench's providers, oracles, fits and limits: right numbers, hand-computed cases, and wrong ones refused."""
+"""The bench's providers and oracle, its measure fixture and its suites: right numbers, hand-computed cases."""
 
+import ast
 import json
-import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import scaling, suites
-from bench.machine import ceilings, host
-from bench.machine.memory import peak_extra_bytes
-from bench.pages import fits
-from bench.providers import chains, oracle, peers
-from bench.providers.chains import COMPILED, FULL, MAPS, METHODS, QK, Provider, Shape
+import rollout
+from bench import suites, test_gpu, test_scaling
+from bench.providers import oracle, peers
+from bench.providers.chains import COMPILED, FULL, MAPS, METHODS, QK, Shape
+from rollout.bench.measure import relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = (2, 3, 17, 17)
-PLAIN = [name for name in MAPS if name != COMPILED]
 
 
 def random_maps(seed: int = 0, layers: int = 3) -> list[Tensor]:
@@ -34,23 +34,26 @@ def random_qk() -> tuple[list[Tensor], list[Tensor]]:
     return made[:3], made[3:]
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_rows_from_maps_agree_with_the_oracle(name: str) -> None:
-    maps, provider = random_maps(), MAPS[name]
-    exact = oracle.from_maps(maps, provider.method)
-    assert oracle.relative_error(provider.run(maps), exact) <= 1e-6
+TABLES = {"rows": (MAPS, (random_maps(),)), "full": (FULL, (random_maps(),)), "Q,K": (QK, random_qk())}
 
 
-@pytest.mark.parametrize("name", [name for name in FULL if name != COMPILED])
-def test_full_matrices_agree_with_the_oracle(name: str) -> None:
-    maps, provider = random_maps(), FULL[name]
-    exact = oracle.from_maps(maps, provider.method, query=None)
-    assert oracle.relative_error(provider.run(maps), exact) <= 1e-6
-
-
-@pytest.mark.parametrize("name", [name for name in QK if name != COMPILED])
-def test_rows_from_queries_and_keys_agree_with_the_oracle(name: str) -> None:
-    assert oracle.relative_error(QK[name].run(*random_qk()), oracle.from_qk(*random_qk())) <= 1e-6
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (kind, name)
+        for kind, (table, _) in TABLES.items()
+        for name, provider in table.items()
+        if name != COMPILED and provider.method is not None
+    ],
+)
+def test_providers_agree_with_the_oracle(kind: str, name: str) -> None:
+    table, inputs = TABLES[kind]
+    if kind == "Q,K":
+        exact = oracle.from_qk(*inputs)
+    else:
+        exact = oracle.from_maps(*inputs, table[name].method, query=None if kind == "full" else 0)
+    assert exact.dtype == torch.float64
+    assert relative_error(table[name].run(*inputs), exact) <= 1e-6
 
 
 @pytest.mark.parametrize(("method", "who"), METHODS)
@@ -58,8 +61,17 @@ def test_other_methods_agree_with_the_oracle(method: str, who: str) -> None:
     maps = random_maps()
     gradients = [torch.randn(SIZE, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     given = (maps, gradients) if method == "chefer" else (maps,)
-    exact = oracle.from_maps(maps, method, gradients=given[1] if len(given) > 1 else None)
-    assert oracle.relative_error(METHODS[method, who].run(*given), exact) <= 1e-6
+    exact = oracle.from_maps(maps, method, **({"gradients": gradients} if method == "chefer" else {}))
+    assert relative_error(METHODS[method, who].run(*given), exact) <= 1e-6
+
+
+def test_the_oracle_takes_options_sample_by_sample() -> None:
+    """Of a ragged batch each row is that of the sample alone, and 0 beyond its length."""
+    maps = [layer.double() for layer in random_maps()]
+    exact = oracle.from_maps(maps, lengths=torch.tensor([17, 5]))
+    alone = oracle.from_maps([layer[1:, :, :5, :5] for layer in maps])
+    torch.testing.assert_close(exact[1, :5], alone[0], atol=1e-14, rtol=0)
+    assert exact[1, 5:].tolist() == [0.0] * 12
 
 
 def test_peers_on_a_case_done_by_hand() -> None:
@@ -85,24 +97,12 @@ def test_discard_on_a_case_done_by_hand() -> None:
     torch.testing.assert_close(found, torch.tensor([[2 / 3, 1 / 3], [0.0, 1.0]]))
 
 
-def test_the_long_oracles_agree_with_the_reference() -> None:
-    assert oracle.relative_error(oracle.row_chain(random_maps()), oracle.from_maps(random_maps())) <= 1e-14
-    assert oracle.relative_error(oracle.row_chain_qk(*random_qk()), oracle.from_qk(*random_qk())) <= 1e-14
-
-
-def test_error_of_a_wrong_shape_or_a_nan_is_infinite() -> None:
-    exact = torch.ones(2, 3, dtype=torch.float64)
-    assert oracle.relative_error(torch.ones(2, 3) * 1.5, exact) == 0.5
-    assert oracle.relative_error(torch.ones(2, 2), exact) == math.inf
-    assert oracle.relative_error(torch.full((2, 3), math.nan), exact) == math.inf
-
-
 SUITE = """
 import pytest
 import torch
 
 @pytest.fixture
-def module_ceilings():
+def ceilings():
     return {"read": 1.0}
 
 @pytest.fixture
@@ -111,6 +111,11 @@ def flush():
 
 def test_right(measure):
     measure(lambda: torch.ones(3), reference=torch.ones(3).double(), tolerance=1e-6, suite="s", provider="right")
+
+def test_part(measure):
+    whole = torch.tensor([1.0, 5.0, 7.0])
+    first = torch.ones(1).double()
+    measure(lambda: whole, reference=first, part=lambda x: x[:1], suite="s", provider="part", cold=False)
 
 def test_wrong(measure):
     measure(lambda: torch.ones(3) * 1.01, reference=torch.ones(3).double(), tolerance=1e-3, suite="s", provider="wrong")
@@ -125,132 +130,90 @@ def test_a_wrong_provider_reports_no_number(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "not timed: max|err|/max|ref| = 1.00e-02, allowed 1e-03" in done.stdout
-    (kept,) = json.loads((tmp_path / "raw.json").read_text())["benchmarks"]
-    assert kept["extra_info"]["provider"] == "right"
-    assert kept["extra_info"]["error"] == 0.0
-    assert kept["extra_info"]["cache"] == "flushed before every call"
-    assert kept["extra_info"]["ceilings"] == {"read": 1.0}
+    right, part = (each["extra_info"] for each in json.loads((tmp_path / "raw.json").read_text())["benchmarks"])
+    assert (right["provider"], right["error"], right["ceilings"]) == ("right", 0.0, {"read": 1.0})
+    assert right["cache"] == "flushed before every call"
+    assert (part["provider"], part["error"]) == ("part", 0.0)
+    assert part["cache"] == "as the call before left it"
 
 
 def test_work_counts_what_is_read_and_multiplied() -> None:
     shape = Shape(B=2, H=3, S=5, L=4, D=7)
-    assert shape.row_bytes() == 4 * (2 * 3 * 25 * 3 + 2 * 3 * 5)
-    assert shape.all_bytes(2) == 2 * (2 * 3 * 25 * 4)
-    assert shape.product_flop == 2 * 2 * 125 * 3
-    assert shape.row_scores_flop == 2 * 7 * (2 * 3 * 25 * 3 + 2 * 3 * 5)
-    assert MAPS["ours"].work(shape) == (shape.row_bytes(), 0)
-    assert MAPS["naive chain"].work(shape) == (shape.all_bytes(), shape.product_flop)
+    row, every = 2 * 3 * 25 * 3 + 2 * 3 * 5, 2 * 3 * 25 * 4
+    assert MAPS["ours"].work(shape) == MAPS["one read of the maps"].work(shape) == (row, 0)
+    assert MAPS["naive chain"].work(shape) == (every, 2 * 2 * 125 * 3)
+    assert QK["ours"].work(shape) == QK["QKᵀ alone"].work(shape) == (0, 2 * 7 * row)
+    assert QK["naive chain"].work(shape) == (0, 2 * 7 * every + 2 * 2 * 125 * 3)
 
 
-def test_the_ceiling_that_binds() -> None:
-    limits = {"read": 100.0, "copy": 150.0, "matmul": 1000.0}
-    assert ceilings.binding(limits, 200, 1000, 4.0) == ("read", 0.5)
-    assert ceilings.binding(limits, 200, 5000, 20.0) == ("matmul", 0.25)
-    assert ceilings.binding(limits, 0, 0, 1.0) is None
-
-
-def test_ceilings_are_measured() -> None:
-    found = ceilings.measure(size=2**22, side=128)
-    assert found.cache == host.cache_bytes() > 2**16
-    assert 1e8 < found.read < 1e13
-    assert 1e8 < found.copy < 1e13
-    assert 1e8 < found.matmul < 1e14
-
-
-def test_power_finds_an_exact_exponent() -> None:
-    sizes = [64, 128, 256, 512, 1024]
-    fit = fits.power(sizes, [1.0, *(3e-9 * size**2 for size in sizes[1:])])  # the first lies off: it is not in the tail
-    assert fit is not None
-    assert fit.exponent == pytest.approx(2.0, abs=1e-9)
-    assert fit.error == pytest.approx(0.0, abs=1e-7)
-    assert fit.at(2048) == pytest.approx(3e-9 * 2048**2)
-    assert fit.reaches(3e-9 * 4096**2) == pytest.approx(4096)
-
-
-def test_power_standard_error() -> None:
-    """x = e⁰…e³ and log y = 0, 2, 2, 4: slope 1.2, residuals ∓0.2, ±0.6, so √(0.8 / 2 / 5)."""
-    fit = fits.power([math.exp(i) for i in range(4)], [math.exp(v) for v in (0, 2, 2, 4)])
-    assert fit is not None
-    assert (fit.exponent, fit.error) == (pytest.approx(1.2), pytest.approx(math.sqrt(0.8 / 2 / 5)))
-    assert str(fit) == "1.20 ± 0.28"
-
-
-def test_power_refuses_and_gives_up() -> None:
-    assert fits.power([1, 2, 4], [0, 0, 5]) is None
-    flat = fits.power([1, 2, 4], [3, 3, 3])
-    assert flat is not None
-    assert flat.reaches(10) == math.inf
-    with pytest.raises(ValueError, match="one length, got 2 and 1"):
-        fits.power([1, 2], [1])
-    with pytest.raises(ValueError, match="x must be positive, got 0"):
-        fits.power([0, 2], [1, 2])
-
-
-def test_peak_memory_of_a_call() -> None:
-    size = 48 * 2**20
-    found = peak_extra_bytes(lambda: torch.ones(size // 4).sum())
-    if found is None:
-        pytest.skip("no /proc/self/clear_refs that can be written")
-    assert 0.9 * size <= found <= 1.5 * size
-
-
-def test_grown_predicts_the_next_doubling() -> None:
-    assert scaling.grown([10.0, 40.0], 1.0) == 160.0
-    assert scaling.grown([10.0, 400.0], 1.0) == 3200.0  # at most ×8
-    assert scaling.grown([10.0], 1.0) == 40.0
-    assert scaling.grown([0.5, 0.9], 1.0) == 0.9
-
-
-def test_a_curve_stops_before_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inputs of S=256 take 8 MiB here; a limit of 5 MiB must end the curve at S=128 without making them."""
-    made: list[int] = []
-    make = scaling.make_inputs
-
-    def spied(source: str, shape: Shape) -> tuple[list[Tensor], ...]:
-        made.append(shape.S)
-        return make(source, shape)
-
-    monkeypatch.setattr(scaling, "make_inputs", spied)
-    limits = scaling.Limits(5 * 2**20, timing=0.0)
-    *points, end = scaling.climb("maps", "ours", "S", limits, lambda: None)
-    assert made == [64, 128] == [point["value"] for point in points]
-    assert [point["inputs"] for point in points] == [2**19, 2**21]
-    assert all(point["error"] < 1e-6 for point in points)
-    assert (end["stopped"], end["value"], end["limit"]) == ("memory", 256, 5 * 2**20)
-    assert end["predicted"] >= 2**23
-
-
-def test_a_wrong_provider_has_no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(scaling.MAPS, "ours", Provider(lambda maps: chains.ours(maps) * 1.001))
-    with pytest.raises(AssertionError, match=r"not timed: error 1\.00e-03"):
-        next(scaling.climb("maps", "ours", "S", scaling.QUICK, lambda: None))
+def test_what_a_suite_records_of_its_inputs() -> None:
+    maps = [layer.bfloat16() for layer in random_maps()]
+    given = MAPS["ours"].on(Shape(2, 3, 17, 3), maps)
+    assert given["dtype"] == "bfloat16"
+    assert given["shape"] == {"B": 2, "H": 3, "S": 17, "L": 3}
+    assert given["inputs"] == sum(layer.nbytes for layer in maps)
+    assert given["bytes"] == 2 * 2 * 3 * (2 * 17 * 17 + 17)
+    assert relative_error(given["run"](), oracle.from_maps(maps)) <= 1e-6
 
 
 def test_scaling_inputs_are_maps_of_their_own() -> None:
-    (maps,) = scaling.make_inputs("maps", Shape(2, 3, 16, 4))
+    (maps,) = test_scaling.inputs("maps", 16)
     assert len({each.data_ptr() for each in maps}) == 4
     assert not torch.equal(maps[0], maps[1])
-    assert all(torch.allclose(each.sum(-1), torch.ones(2, 3, 16)) for each in maps)
-    assert sum(each.nbytes for each in maps) == scaling.input_bytes("maps", Shape(2, 3, 16, 4))
-    queries, keys = scaling.make_inputs("Q,K", Shape(2, 3, 16, 4))
-    assert sum(each.nbytes for each in (*queries, *keys)) == scaling.input_bytes("Q,K", Shape(2, 3, 16, 4))
+    assert all(torch.allclose(each.sum(-1), torch.ones(1, 8, 16)) for each in maps)
+    for case in ("maps", "Q,K"):
+        held = test_scaling.inputs(case, 16)
+        found = test_scaling.TABLES[case]["ours"].run(*held)
+        assert relative_error(found, test_scaling.exact(case, 16)) <= 1e-6
+        assert relative_error(found.sum(-1), test_scaling.exact(case, 8192)) <= 1e-6  # beyond it
 
 
-def test_every_suite_names_tests_that_exist() -> None:
-    for name, (file, functions) in suites.SUITES.items():
-        text = (ROOT / "bench" / file).read_text()
-        for function in functions:
-            assert f"def {function}(" in text, f"{name}: {file} has no {function}"
+def test_the_gpu_suite_by_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the kernels, the graph and the log-sum-exp of torch's own attention, which need a card."""
+    for table in (MAPS, FULL, QK):
+        monkeypatch.setitem(table, test_gpu.OURS, table["ours"])
+    calls = {
+        name: lambda *given, name=name, **options: getattr(rollout, name)(*given, **options | {"backend": "torch"})
+        for name in ("attention_rollout", "attention_rollout_qk")
+    }
+    monkeypatch.setattr(test_gpu, "rollout", SimpleNamespace(**calls))
+    monkeypatch.setattr(test_gpu, "graphed", lambda run: run)
+
+    def logsumexp(q: Tensor, k: Tensor) -> Tensor:
+        return (q.float() @ k.float().mT / q.shape[-1] ** 0.5).logsumexp(-1)
+
+    monkeypatch.setattr(test_gpu, "logsumexp", logsumexp)
+    found = {}
+
+    def measure(run: Any, reference: Tensor, tolerance: float, part: Any, **info: Any) -> None:
+        assert relative_error(part(run()), reference) <= tolerance
+        found[info["case"], info["provider"]] = info
+
+    for name, provider in test_gpu.RUNS:
+        if provider != COMPILED:
+            test_gpu.test_kernel(name, provider, measure, quick=True)
+    assert {case for case, _ in found} == test_gpu.CASES.keys()
+    monkeypatch.setattr(test_gpu, "LONGEST_CHECKED", 100)  # beyond it the sum of the row
+    test_gpu.test_kernel("qk-bf16-c3", test_gpu.OURS, measure, quick=True)
+    given, computed = (found[case, test_gpu.OURS] for case in ("qk-bf16-c1-given", "qk-bf16-c1"))
+    assert given["flop"] == 2 * 64 * 4 * 4 * (2 * 200 * 200 + 200)  # 2·D for each score of B=H=4, S=200, L=3
+    assert computed["flop"] == 2 * given["flop"]
+    assert found["maps-bf16-c1", test_gpu.OURS]["bytes"] == 2 * 4 * 4 * (2 * 200 * 200 + 200)
+
+
+def test_every_suite_names_a_test_that_records_it() -> None:
+    for name, node in suites.SUITES.items():
+        file, function = node.split("::")
+        text = (ROOT / "bench" / file).read_text(encoding="utf-8")
+        functions = {each.name for each in ast.parse(text).body if isinstance(each, ast.FunctionDef)}
+        assert function in functions, f"{name}: {file} has no {function}"
         assert f'"{name}"' in text, f"{file} records no suite {name!r}"
 
 
 def test_suites_of_one_file_are_one_call() -> None:
-    found = suites.selections(["rows from maps", "head sum", "scaling", "full matrix"])
-    assert found == {
-        "test_rows_from_maps.py": [
-            "bench/test_rows_from_maps.py::test_float32", "bench/test_rows_from_maps.py::test_head_sum",
-        ],
-        "test_full_matrix.py": ["bench/test_full_matrix.py"],
-    }  # fmt: skip
+    assert suites.select(["rows from maps", "head sum", "scaling"]) == {
+        "test_chains.py": ["bench/test_chains.py::test_rows_from_maps", "bench/test_chains.py::test_head_sum"],
+        "test_scaling.py": ["bench/test_scaling.py::test_scaling"],
+    }
     with pytest.raises(ValueError, match=r"suite must be one of rows from maps, .*; got nonsense"):
-        suites.selections(["nonsense"])
+        suites.select(["nonsense"])
