@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from rollout.cohort.run import CohortRun
 from rollout.data.collate import pyhealth_collate
-from rollout.data.mimic import check_mimic_root, code_names, mimic_source
+from rollout.data.mimic import check_mimic_root, mimic_source
+from rollout.data.names import names_for
 from rollout.data.quiet import quiet_pyhealth
 from rollout.data.samples import prepare_samples
 from rollout.data.synthetic import write_synthetic_cohort
@@ -132,7 +133,7 @@ def run_demo(
     source, cache = mimic_source(root, workers=workers), folder / CACHE
     dataset = prepare_samples(source, cache)
     samples: list[Sample] = list(dataset)
-    names = code_names(root)
+    names = names_for(root, dataset.input_processors)
     labels = labels_of(samples, next(iter(dataset.output_schema)))
     split = split_patients([sample["patient_id"] for sample in samples], labels, seed)
     clock.lap("PyHealth samples")

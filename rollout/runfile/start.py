@@ -11,7 +11,7 @@ from typing import Any
 
 from rollout.cohort.run import CohortRun, attribute_cohort
 from rollout.cohort.store import run_folder
-from rollout.data.mimic import names_for
+from rollout.data.names import names_for
 from rollout.errors import require
 from rollout.results.layout import NAMES
 from rollout.runfile.file import RunFile, read_run_file
@@ -130,7 +130,7 @@ def _names(run: RunFile, dataset: Any, folder: Path) -> dict[str, dict[str, str]
     """The names of MIMIC-IV's codes, unless the folder has them already."""
     if run.source.dataset not in MIMIC or (folder / NAMES).is_file():
         return None
-    return names_for(run.source.root, dataset.input_schema) or None
+    return names_for(run.source.root, dataset.input_processors) or None
 
 
 def _option(key: str) -> str:
