@@ -124,13 +124,14 @@ def report(
     patient: Annotated[str | None, typer.Option(help="One patient instead of the cohort.")] = None,
     output: Annotated[Path | None, typer.Option(help="HTML file; default: report.html in the folder.")] = None,
     names: Annotated[Path | None, typer.Option(help="JSON of further code names: {feature: {code: name}}.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is no report.")] = False,
 ) -> None:
     """Write one self-contained HTML page of a cohort run."""
     for module in ("polars", "pyarrow"):
         require(module, "cohort")
     from rollout.report import write_report
 
-    typer.echo(str(write_report(path, output, patient=patient, names=names)))
+    typer.echo(str(write_report(path, output, patient=patient, names=names, overwrite=overwrite)))
 
 
 @app.command()

@@ -196,8 +196,8 @@ def test_names_given_go_first(folder: Path, tmp_path: Path) -> None:
 
 
 def test_written_whole_or_not_at_all(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = tmp_path / "report.html"
-    output.write_text("earlier")
+    output = write_report(folder, tmp_path / "report.html")
+    earlier = output.read_bytes()
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -206,7 +206,19 @@ def test_written_whole_or_not_at_all(folder: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(ValueError, match="No space left on device"):
         write_report(folder, output)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
-    assert output.read_text() == "earlier"
+    assert output.read_bytes() == earlier
+
+
+def test_only_a_report_is_replaced(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "thesis.html"
+    output.write_text("<!doctype html><p>Years of work")
+    with pytest.raises(ValueError, match=r"output must be a new file or an earlier report, got .*thesis\.html"):
+        write_report(folder, output)
+    assert output.read_text() == "<!doctype html><p>Years of work"
+    written = write_report(folder, output, overwrite=True).read_bytes()
+    assert b"Years" not in written
+    output.write_bytes(written[:5000])
+    assert write_report(folder, output).read_bytes() == written
 
 
 def test_bad_paths_are_refused(folder: Path, tmp_path: Path) -> None:
