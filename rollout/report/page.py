@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,12 +15,13 @@ from rollout.report.sections.patients import patients
 from rollout.report.sections.places import places
 from rollout.report.sections.run import run
 from rollout.report.sections.summary import summary
-from rollout.report.text import FILTERS, in_percent, number, percent
+from rollout.report.text import FILTERS, in_percent, number, percent, shown
 from rollout.results.attributions import CohortAttributions
 
 MARK = b'<meta name="generator" content="attention-rollout report">'
 """By this a report of ours is known, which another may replace."""
 HEAD = 4096
+MESSAGE = 1000
 
 
 def write_report(
@@ -58,6 +60,8 @@ def write_report(
         text = render(cohort, patient)
     except RecursionError:
         raise ValueError(f"{path}: what its JSON files say is nested too deep for a report") from None
+    except ValueError as error:  # what it quotes may be of any length, and on any number of lines
+        raise ValueError(shown(" ".join(str(error).split()), MESSAGE)) from error
     try:
         return write_whole(target, text.encode("utf-8", "replace"))
     except OSError as error:
@@ -66,27 +70,26 @@ def write_report(
 
 def render(cohort: CohortAttributions, patient: str | None = None) -> str:
     """The page as a string."""
-    shown = patients(cohort, patient)  # first: it refuses an unknown patient
-    environment = _environment()
-    environment.filters["relevance"] = percent if in_percent(cohort.manifest) else number
-    return environment.get_template("page.html").render(
+    samples = patients(cohort, patient)  # first: it refuses an unknown patient
+    return _environment(in_percent(cohort.manifest)).get_template("page.html").render(
         run=run(cohort),
         summary=summary(cohort),
         codes=codes(cohort),
         places=places(cohort),
-        patients=shown,
+        patients=samples,
         colours=list(zip(scale.COLOURS, scale.INKS, strict=True)),
     )  # fmt: skip
 
 
-def _environment() -> Environment:
+@cache
+def _environment(relevance_in_percent: bool) -> Environment:
     environment = Environment(
         loader=PackageLoader("rollout.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         lstrip_blocks=True,
     )
-    environment.filters.update(FILTERS)
+    environment.filters.update(FILTERS, relevance=percent if relevance_in_percent else number)
     return environment
 
 

@@ -87,6 +87,11 @@ def times(value: float) -> str:
     return f"{value:.{2 if abs(value) < 9.995 else 1}f}×"
 
 
+def width(share: float) -> str:
+    """The width of a bar in percent of its track, whatever the share."""
+    return f"{100 * min(max(share, 0.0), 1.0) + 0.0:.1f}%"
+
+
 @_or_dash
 def number(value: float) -> str:
     """Three significant digits."""
@@ -117,4 +122,4 @@ def moment(value: Any) -> str:
     return f"{when:%Y-%m-%d %H:%M} {when.tzname() or ''}".strip()
 
 
-FILTERS = {f.__name__: f for f in (shown, count, percent, times, number, seconds, size)}
+FILTERS = {f.__name__: f for f in (shown, count, percent, times, number, seconds, size, width)}

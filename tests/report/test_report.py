@@ -1,7 +1,6 @@
 """The report: its numbers against the frames, its strings against the data, and the page in a real browser."""
 
 import html
-import html.parser
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from rollout.report.page import render
 from rollout.report.sections.run import formula
 from rollout.report.sections.summary import summary
 from rollout.results.attributions import CohortAttributions
+from tests.support.pages import Parsed
 from tests.support.written_run import HOSTILE, NASTY, Record, Run, write_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -49,37 +49,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(folder: Path) -> str:
     return write_report(folder).read_text(encoding="utf-8")
-
-
-class Parsed(html.parser.HTMLParser):
-    """Tags with their attributes, the text, and the rows of the tables as texts."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.rows: list[list[str]] = []
-        self.inside: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.inside.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        while self.inside and self.inside.pop() != tag:
-            pass
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.inside:
-            return
-        self.text.append(data)
-        if "td" in self.inside or "th" in self.inside:
-            self.rows[-1][-1] += data
 
 
 def cells(page: str) -> list[list[str]]:
@@ -371,3 +340,17 @@ def test_rendering_is_the_same_every_time(folder: Path) -> None:
     cohort = CohortAttributions(folder)
     assert render(cohort) == render(cohort)
     assert isinstance(cohort.predictions, pl.LazyFrame)
+
+
+def test_what_would_turn_text_round_is_seen() -> None:
+    assert text.shown("a\u202eb\u2066\x9b\ufeff") == "a[U+202E]b[U+2066][U+009B][U+FEFF]"
+    assert text.shown("א ب e\u0301 👩\u200d⚕") == "א ب e\u0301 👩\u200d⚕"
+
+
+def test_numbers_that_are_none() -> None:
+    for form in (text.count, text.percent, text.times, text.number, text.seconds, text.size, text.chance):
+        assert [form(v) for v in (None, float("nan"), float("inf"), 10**400, "x", True, [])] == [text.DASH] * 7
+    assert (text.percent(-0.25), text.percent(-0.0001), text.times(-12.34)) == ("-25.0 %", ">−0.1 %", "-12.3×")
+    assert (text.count(1e30), text.percent(1e20), text.times(1e20)) == ("1e+30", "1e+22 %", "1e+20×")
+    assert [text.width(v) for v in (-1.0, 0.25, 7.0)] == ["0.0%", "25.0%", "100.0%"]
+    assert (text.chance(0.25), text.chance(1.5)) == ("25.0 %", "1.5")

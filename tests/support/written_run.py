@@ -1,7 +1,7 @@
 """Writes the folder of a cohort run from records written out by hand, as the engine writes it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,15 @@ class Run:
     notes: Sequence[Any] = ()
     dataset: str = "demo"
     task: str = "mortality"
+    change: Callable[[list[tuple[Any, ...]]], list[tuple[Any, ...]]] = list
+    """Of the attribution rows, before they are written."""
 
 
 def write_run(folder: Path, records: Sequence[Record], run: Run | None = None, part_samples: int = 3) -> Path:
     """Write the records as samples 0, 1, … (those in ``run.failures`` fail), ``part_samples`` in a part."""
     run = run or Run()
     rows = [row for number, record in enumerate(records) if number not in run.failures for row in _rows(number, record)]
+    rows = run.change(rows)
     parts = range(0, len(records), part_samples)
     for part, start in enumerate(parts):
         numbers = range(start, min(start + part_samples, len(records)))
@@ -76,6 +79,12 @@ def write_run(folder: Path, records: Sequence[Record], run: Run | None = None, p
         (folder / "code_names.json").write_text(json.dumps(run.names), encoding="utf-8")
     (folder / "manifest.json").write_text(json.dumps(_manifest(records, rows, run, len(parts))), encoding="utf-8")
     return folder
+
+
+def edit(path: Path, **fields: Any) -> None:
+    """Change fields of a manifest, so that it holds what was written again; `...` removes one."""
+    kept = {key: field for key, field in {**json.loads(path.read_bytes()), **fields}.items() if field is not ...}
+    path.write_text(json.dumps(kept), encoding="utf-8")
 
 
 def _rows(number: int, record: Record) -> list[tuple[Any, ...]]:
