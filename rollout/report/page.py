@@ -1,5 +1,6 @@
 """The page: its sections put into the templates, and written whole or not at all."""
 
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from rollout.files import write_whole
+from rollout.files import usable_path, write_whole
 from rollout.report import scale
 from rollout.report.sections.codes import codes
 from rollout.report.sections.patients import patients
@@ -18,12 +19,16 @@ from rollout.report.sections.summary import summary
 from rollout.report.text import FILTERS, number, percent
 from rollout.results.attributions import CohortAttributions
 
+MARK = b'<meta name="generator" content="attention-rollout">'
+"""In the head of every page: what `write_report` may replace."""
+
 
 def write_report(
     path: str | Path,
     output: str | Path | None = None,
     patient: str | None = None,
     names: str | Path | Mapping[str, Mapping[str, str]] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write the report of a cohort run as one self-contained HTML file.
 
@@ -35,23 +40,37 @@ def write_report(
         output: File to write; None: ``report.html`` in the folder, or ``report-<patient>.html`` for a patient.
         patient: Show this patient's samples rather than a choice.
         names: Names of codes, ``{feature: {code: name}}`` or a JSON file of them, before those of the folder.
+        overwrite: Whether to replace a file that is no report; an earlier report is replaced without it.
 
     Returns:
         The file.
 
     Raises:
         ValueError: If the folder is no sound run, no attributed sample is of the patient, or the file cannot be
-            written.
+            written or is something else than a report.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is not complete.*")
         cohort = CohortAttributions(path, names)
     target = _target(cohort.path, output, patient)
+    if not overwrite and os.path.lexists(target) and not _is_report(target):
+        raise ValueError(
+            f"output must be a new file or an earlier report, got {target}, which is neither; --overwrite "
+            "(overwrite=True in Python) replaces it"
+        )
     text = render(cohort, patient)
     try:
         return write_whole(target, text.encode("utf-8", "replace"))
     except OSError as error:
         raise ValueError(f"output must be a file that can be written, got {target}: {error.strerror}") from error
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is a page that this module wrote: its head says so."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return MARK in file.read(4000)
 
 
 def render(cohort: CohortAttributions, patient: str | None = None) -> str:
@@ -99,7 +118,7 @@ def _target(folder: Path, output: str | Path | None, patient: str | None) -> Pat
     if output is None:
         tail = "" if patient is None else "-" + re.sub(r"[^A-Za-z0-9_-]+", "_", str(patient))[:60]
         return folder / f"report{tail}.html"
-    target = Path(output).expanduser()
+    target = usable_path(output, "output")
     if target.is_dir():
         raise ValueError(f"output must be a file to write, got the folder {target}; give a name in it")
     if not target.parent.is_dir():

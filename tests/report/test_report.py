@@ -196,8 +196,8 @@ def test_names_given_go_first(folder: Path, tmp_path: Path) -> None:
 
 
 def test_written_whole_or_not_at_all(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = tmp_path / "report.html"
-    output.write_text("earlier")
+    output = write_report(folder, tmp_path / "report.html")
+    earlier = output.read_bytes()
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -206,7 +206,25 @@ def test_written_whole_or_not_at_all(folder: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(ValueError, match="No space left on device"):
         write_report(folder, output)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
-    assert output.read_text() == "earlier"
+    assert output.read_bytes() == earlier
+
+
+@pytest.mark.parametrize("content", ["", "<!doctype html><title>Attention rollout: mine</title>", "\0" * 9000])
+def test_a_file_that_is_no_report_is_not_replaced(folder: Path, tmp_path: Path, content: str) -> None:
+    output = tmp_path / "thesis.html"
+    output.write_text(content)
+    with pytest.raises(
+        ValueError, match=r"must be a new file or an earlier report, got .*thesis\.html, which is neither"
+    ):
+        write_report(folder, output)
+    assert output.read_text() == content
+    linked = tmp_path / "linked.html"
+    linked.symlink_to(output)
+    with pytest.raises(ValueError, match=r"linked\.html, which is neither"):
+        write_report(folder, linked)
+    page = write_report(folder, output, overwrite=True).read_bytes()
+    assert page == write_report(folder, output).read_bytes()  # an earlier report is
+    assert linked.is_symlink()
 
 
 def test_bad_paths_are_refused(folder: Path, tmp_path: Path) -> None:
