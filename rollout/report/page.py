@@ -1,5 +1,6 @@
 """The page: its sections put into the templates, and written whole or not at all."""
 
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from rollout.files import write_whole
+from rollout.files import usable_path, write_whole
 from rollout.report import scale
 from rollout.report.sections.codes import codes
 from rollout.report.sections.patients import patients
@@ -95,20 +96,23 @@ def _environment(relevance_in_percent: bool) -> Environment:
 
 def _target(folder: Path, output: str | Path | None, patient: str | None, overwrite: bool) -> Path:
     tail = "" if patient is None else "-" + re.sub(r"[^A-Za-z0-9_-]+", "_", str(patient))[:60]
-    target = folder / f"report{tail}.html" if output is None else Path(output).expanduser()
+    target = folder / f"report{tail}.html" if output is None else usable_path(output, "output")
     if target.is_dir():
         raise ValueError(f"output must be a file to write, got the folder {target}; give a name in it")
     if not target.parent.is_dir():
         raise ValueError(f"output must be in a folder that exists, got {target}: no folder {target.parent}")
-    if target.exists() and not overwrite and not _is_report(target):
+    if os.path.lexists(target) and not overwrite and not _is_report(target):
         raise ValueError(
-            f"output must be a new file or an earlier report, got {target}, which is something else; give another name "
-            "or overwrite (--overwrite)"
+            f"output must be a new file or an earlier report, got {target}, which is neither; give another name or "
+            "overwrite (--overwrite)"
         )
     return target
 
 
 def _is_report(path: Path) -> bool:
+    """Whether a file is a page that this module wrote: its head says so."""
+    if path.is_symlink() or not path.is_file():
+        return False
     try:
         with path.open("rb") as file:
             return MARK in file.read(HEAD)

@@ -9,7 +9,11 @@ from rollout.data.classes import did_you_mean
 from rollout.method import METHODS
 from rollout_kernels._dispatch import BACKENDS
 
-COUNTS = ("batch_tokens", "batch_samples", "part_samples", "workers")
+COUNTS = {
+    "batch_tokens": (1, 2**24), "batch_samples": (1, 2**16), "part_samples": (1, 2**20), "workers": (1, 512),
+    "target_class": (0, 2**20),
+}  # fmt: skip
+"""Whole numbers: the least and the most. Past the most it is a slip of the pen, or no machine has the memory."""
 WORDS = {
     "method": tuple(name for name, method in METHODS.items() if not method.matrices),
     "readout": ("model", "forward"),
@@ -30,10 +34,10 @@ def check_settings(settings: Mapping[str, Any], named: Callable[[str], str]) -> 
         ValueError: naming the setting, what it may be and what was given.
     """
     for key, value in settings.items():
-        if key in COUNTS or key == "target_class":
-            least = 0 if key == "target_class" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{named(key)} must be a whole number of at least {least}, got {value!r}")
+        if key in COUNTS:
+            least, most = COUNTS[key]
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"{named(key)} must be a whole number from {least} to {most:,}, got {value!r}")
         elif key == "device":
             check_device(value, named(key))
         elif value not in WORDS[key]:
@@ -55,12 +59,18 @@ def check_device(device: Any, name: str) -> str:
     """Return a device as torch writes it.
 
     Raises:
-        ValueError: If torch has no such device, or sees no GPU for it.
+        ValueError: If torch has no such device, or does not see it on this machine.
     """
     try:
-        wanted = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{name} must be a torch device such as cpu or cuda, got {device!r}") from error
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{name} {device!r} asked for, but torch sees no CUDA device; use cpu")
+        wanted = torch.device(device) if isinstance(device, str) else None
+    except RuntimeError:
+        wanted = None
+    if wanted is None:
+        raise ValueError(f"{name} must be a torch device such as cpu or cuda, got {device!r}")
+    if wanted.type == "cpu" and not wanted.index:
+        return str(wanted)
+    seen = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if seen is None or seen.type != wanted.type or (wanted.index or 0) >= torch.accelerator.device_count():
+        there = "no GPU" if seen is None else f"{torch.accelerator.device_count()} of type {seen.type}"
+        raise ValueError(f"{name} {device!r} asked for, but torch sees {there} on this machine; use cpu")
     return str(wanted)

@@ -190,6 +190,24 @@ def test_only_a_report_is_replaced(folder: Path, tmp_path: Path) -> None:
     assert write_report(folder, output).read_bytes() == written
 
 
+@pytest.mark.parametrize("content", ["", "<!doctype html><title>Attention rollout: mine</title>", "\0" * 9000])
+def test_a_file_that_is_no_report_is_not_replaced(folder: Path, tmp_path: Path, content: str) -> None:
+    output = tmp_path / "thesis.html"
+    output.write_text(content)
+    with pytest.raises(
+        ValueError, match=r"must be a new file or an earlier report, got .*thesis\.html, which is neither"
+    ):
+        write_report(folder, output)
+    assert output.read_text() == content
+    linked = tmp_path / "linked.html"
+    linked.symlink_to(output)
+    with pytest.raises(ValueError, match=r"linked\.html, which is neither"):
+        write_report(folder, linked)
+    page = write_report(folder, output, overwrite=True).read_bytes()
+    assert page == write_report(folder, output).read_bytes()  # an earlier report is
+    assert linked.is_symlink()
+
+
 def test_bad_paths_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         write_report(tmp_path / "none")
