@@ -169,7 +169,7 @@ def _names(run: RunFile, dataset: Any, folder: Path) -> dict[str, dict[str, str]
     """The names of MIMIC-IV's codes, unless the folder has them already."""
     if run.source.dataset not in MIMIC or (folder / NAMES).is_file():
         return None
-    return names_for(run.source.root, dataset.input_schema) or None
+    return names_for(run.source.root, dataset.input_processors) or None
 
 
 def _option(key: str) -> str:
