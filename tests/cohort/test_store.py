@@ -8,7 +8,9 @@ import pytest
 
 from rollout.cohort import CohortError, store
 from rollout.cohort.store import Store
+from rollout.results.manifest import Manifest
 from tests.support.toy_cohort import Records, assert_same, attribute, rows
+from tests.support.written_run import edit
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def test_a_damaged_part_is_done_again(copy, whole, path: str, damage: str) -> No
     assert_same(copy, whole)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema_version": 1}', b"\xff\xfe", b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema_version": 2}', b"\xff\xfe", b"null"])
 def test_a_damaged_manifest_is_made_anew_from_the_parts(copy, whole, content: bytes) -> None:
     (copy / "manifest.json").write_bytes(content)
     (copy / "parts" / "part-00004.json").unlink()
@@ -64,7 +66,7 @@ def test_a_damaged_manifest_does_not_let_another_run_in(copy) -> None:
 def test_a_manifest_of_another_version_is_refused(copy) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
-    with pytest.raises(ValueError, match="schema_version 99, this version of rollout writes 1"):
+    with pytest.raises(ValueError, match="schema_version must be 2, got 99"):
         attribute(copy)
 
 
@@ -89,8 +91,7 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path) -> None:
 
 
 def test_the_second_process_on_a_folder_is_refused(copy) -> None:
-    identity = json.loads((copy / "manifest.json").read_text())["identity"]
-    held = Store(copy, identity, 5, resume=True, retry_failures=False)
+    held = Store(copy, Manifest.read(copy / "manifest.json"), 5, Records(90), resume=True, retry_failures=False)
     try:
         with pytest.raises(CohortError, match="another process is writing to"):
             attribute(copy)
@@ -147,7 +148,7 @@ def test_parts_are_sorted_by_sample_and_feature(whole) -> None:
 
 def test_a_record_of_another_run_is_not_taken(copy, whole) -> None:
     path = copy / "parts/part-00001.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"run": "0" * 64}))
+    edit(path, run="0" * 64)
     assert attribute(copy).done == 20
     assert_same(copy, whole)
 
