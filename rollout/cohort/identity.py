@@ -10,12 +10,12 @@ from torch import nn
 
 from rollout.cohort.code import describe, name_of, settings_of
 from rollout.cohort.content import UNKNOWN, known_digest
-from rollout.cohort.digest import add_to, digest_of, shown
+from rollout.cohort.digest import add_to, shown
+from rollout.results.manifest import CONTENT
 
 SAMPLED = 64
 """Samples by whose content a dataset is known again, evenly spread over it, first and last among them."""
 
-CONTENT = "content"
 
 State = Callable[[], dict[str, Any]]
 """What model and functions hold now, by name: see `Manifest.state`."""
@@ -78,12 +78,6 @@ def sampled_content(samples: Any, count: int) -> dict[str, str | None]:
     numbers = np.unique(np.linspace(0, count - 1, min(SAMPLED, count)).round().astype(int)).tolist()
     digests = {number: known_digest(samples, number) for number in numbers}
     return {str(number): None if digest == UNKNOWN else f"{digest:08x}" for number, digest in digests.items()}
-
-
-def run_digest(identity: Mapping[str, Any]) -> str:
-    """A digest of an identity but for the sampled content, which need not be readable each time."""
-    dataset = {key: value for key, value in identity["dataset"].items() if key != CONTENT}
-    return digest_of({**identity, "dataset": dataset})
 
 
 def adopt_code(identity: dict[str, Any], there: Mapping[str, Any]) -> bool:

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rollout.cohort.digest import digest_of
-from rollout.cohort.identity import CONTENT, sampled_content
+from rollout.cohort.identity import sampled_content
 from rollout.cohort.rows import Decoder, feature_decoders, vocabulary_array
 from rollout.data.collate import Collate, Sample, pyhealth_collate
+from rollout.results.manifest import CONTENT
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any, cast
 from filelock import FileLock, Timeout
 
 from rollout.cohort.content import changed, differing, spot_checks
-from rollout.cohort.identity import CONTENT, adopt_code, differences, run_digest
+from rollout.cohort.identity import adopt_code, differences
 from rollout.errors import CohortError
 from rollout.files import PARTIAL, PROBE, as_json, empty_folder, plain, read_json, usable_path, write_whole
 from rollout.results.layout import (
@@ -34,7 +34,7 @@ from rollout.results.layout import (
     WRITER,
     part_name,
 )
-from rollout.results.manifest import Identity, Manifest, OtherVersionError, PartRecord, check_names
+from rollout.results.manifest import CONTENT, Identity, Manifest, OtherVersionError, PartRecord, check_names
 from rollout.results.parts import check_bytes
 
 _PART = re.compile(r"part-\d{5,}\.(parquet|json)")
@@ -82,7 +82,7 @@ class Store:
     def _open(self, begun: Manifest, samples: Any, resume: bool, retry_failures: bool) -> None:
         found = self._read_manifest(begun, resume)
         self.manifest = begun if found is None else found
-        self.run = run_digest(self.manifest.identity)
+        self.run = self.manifest.run
         if found is None and self._holds_records():
             self._take_parts_of_this_run_only()
         held = {number: self._read_record(number) for number in range(self.parts)}

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from rollout.results.layout import (
     NAMES,
     RECORDS,
     RUNNING,
-    part_name,
     schemas,
 )
 from rollout.results.manifest import Manifest, OtherVersionError, PartRecord, check_names, totals
@@ -60,8 +59,10 @@ class RunFolder:
             what = "that is a file" if self.path.exists() else "no such folder"
             raise ValueError(f"path must be the folder of a cohort run, got {self.path}: {what}")
         self.manifest = _read_manifest(self.path)
-        self.records = _read_records(self.path, self.manifest)
-        self.names = _own_names(self.path, self.manifest)
+        self.records = [_or_again(read_record, path) for path in record_files(self.path)]
+        for what in disagreements(self.path, self.manifest, self.records):
+            raise ValueError(f"{what}; {_AGAIN}")
+        self.names = own_names(self.path, self.manifest)
         for feature, codes in _given_names(names).items():
             self.names[feature] = {**self.names.get(feature, {}), **codes}
         self.rows = {kind: sum(r.files[kind].rows for r in self.of(kind)) for kind in KINDS}
@@ -125,9 +126,9 @@ class RunFolder:
             self._sound[path] = seen
 
 
-def _or_again(check: Callable[..., None], *arguments: Any) -> None:
+def _or_again(check: Callable[..., Any], *arguments: Any) -> Any:
     try:
-        check(*arguments)
+        return check(*arguments)
     except ValueError as error:
         raise ValueError(f"{error}; {_AGAIN}") from None
 
@@ -148,37 +149,56 @@ def _read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{error}; {_AGAIN}") from None
 
 
-def _read_records(folder: Path, manifest: Manifest) -> list[PartRecord]:
-    """The commit records, in order, as many as the manifest says, none of them damaged."""
-    found = sorted(path for path in (folder / RECORDS).glob("part-*.json") if _RECORD.fullmatch(path.name))
-    records = []
-    for path in found:
-        try:
-            record = PartRecord.read(path)
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}; {_AGAIN}") from None
-        except ValueError as error:
-            raise ValueError(f"{error}; {_AGAIN}") from None
-        if path.stem != part_name(record.part):
-            raise ValueError(f"{path}: part must be that of the file's name, got {record.part}; {_AGAIN}")
-        records.append(record)
-    records.sort(key=lambda record: record.part)
-    if len({record.run for record in records}) > 1:
-        raise ValueError(f"{folder / RECORDS} has parts of several runs; {_AGAIN}")
-    if any(before.stop > after.start for before, after in pairwise(records)):
-        raise ValueError(f"{folder / RECORDS} has parts that hold the same samples; {_AGAIN}")
-    counts, found_counts = dict(manifest.counts), {**totals(records), "parts": len(records)}
-    wrong = [key for key in ("attributed", "failed", "rows", "parts") if counts[key] != found_counts[key]]
-    if manifest.status != RUNNING and wrong:
-        key = wrong[-1]
-        raise ValueError(
-            f"{folder} must have {counts[key]:,} {key}, as its manifest says, got {found_counts[key]:,}: parts were "
-            "removed or added; run the same attribution again on the folder"
-        )
-    return records
+def record_files(folder: Path) -> list[Path]:
+    """The files of commit records, in order."""
+    found = [path for path in (folder / RECORDS).glob("part-*.json") if _RECORD.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
-def _own_names(folder: Path, manifest: Manifest) -> Names:
+def read_record(path: Path) -> PartRecord:
+    """Read a commit record.
+
+    Raises:
+        ValueError: If it cannot be read, is damaged, or is of another part than its name says.
+    """
+    try:
+        record = PartRecord.read(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if path.stem != record.name:
+        raise ValueError(f"{path}: part must be that of the file's name, got {record.part}")
+    return record
+
+
+def disagreements(folder: Path, manifest: Manifest, records: Sequence[PartRecord]) -> Iterator[str]:
+    """Where manifest and commit records do not say the same."""
+    for record in records:
+        if record.run != manifest.run:
+            path = folder / RECORDS / f"{record.name}.json"
+            yield f"{path}: run must be {manifest.run[:12]}…, got {record.run[:12]}…: it is of another run"
+    for before, after in pairwise(records):
+        if before.stop > after.start:
+            yield f"{folder / RECORDS} has parts of the same samples: {before.name} and {after.name}"
+    if manifest.status == RUNNING:
+        return
+    counts, found = dict(manifest.counts), {**totals(records), "parts": len(records)}
+    for key in ("parts", "attributed", "failed", "rows"):
+        if counts[key] != found[key]:
+            yield (
+                f"{folder} must have {counts[key]:,} {key}, as its manifest says, got {found[key]:,}: parts were "
+                "removed or added"
+            )
+    planned = [{"part": r.part, "start": r.start, "stop": r.stop, "batches": r.batches} for r in records]
+    if planned != manifest.parts:
+        yield f"{folder / MANIFEST}: parts must be those of the commit records, got others"
+
+
+def own_names(folder: Path, manifest: Manifest) -> Names:
+    """The names in a run's folder; none if it has none.
+
+    Raises:
+        ValueError: If there are none where the manifest says so, or the file does not hold what was written.
+    """
     path = folder / NAMES
     if manifest.names is None and not path.is_file():
         return {}

@@ -6,6 +6,7 @@ everything after may trust what it is given. Fields that are not known here are 
 """
 
 import hashlib
+import json
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from rollout.results.layout import (
     schemas,
 )
 
+CONTENT = "content"
 SHOWN = 3
 """Problems of one file that an error lists."""
 
@@ -266,6 +268,13 @@ class Manifest(_File):
         if self.columns not in (_columns(False), _columns(True)):
             raise ValueError(f"columns must be those a cohort run writes, got {reprlib.repr(self.columns)}")
         return self
+
+    @property
+    def run(self) -> str:
+        """A digest of the identity but for the sampled content, which need not be readable each time."""
+        identity = dict(self.identity)
+        identity["dataset"] = {key: value for key, value in self.identity["dataset"].items() if key != CONTENT}
+        return hashlib.sha256(json.dumps(plain(identity), sort_keys=True).encode()).hexdigest()
 
     @property
     def class_specific(self) -> bool:

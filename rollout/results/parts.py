@@ -4,10 +4,11 @@ import hashlib
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rollout.files import first_line
-from rollout.results.manifest import PartFile
+from rollout.results.manifest import PartFile, PartRecord
 
 
 def check_size(path: Path, wanted: PartFile) -> None:
@@ -67,6 +68,21 @@ def check_table(path: Path, schema: pa.Schema, rows: int) -> None:
         )
     if count != rows:
         raise ValueError(f"{_name(path)} must have {rows:,} rows, as its commit record says, got {count:,}")
+
+
+def check_samples(path: Path, record: PartRecord) -> None:
+    """Refuse a Parquet file with rows of samples that are not of its part.
+
+    Raises:
+        ValueError: naming it.
+    """
+    column = pq.read_table(path, columns=["sample"]).column("sample")
+    ends = pc.min_max(column).as_py()
+    if column.null_count or (len(column) and not record.start <= ends["min"] <= ends["max"] < record.stop):
+        raise ValueError(
+            f"{_name(path)} must have rows of the samples {record.start} … {record.stop - 1} only, got "
+            f"{ends['min']} … {ends['max']}"
+        )
 
 
 def _name(path: Path) -> str:

@@ -316,7 +316,7 @@ def damaged(folder: Path, what: str) -> None:
         ("lost file", r"attributions/part-00001\.parquet in .* cannot be read: No such file"),
         ("truncated part", r"predictions/part-00000\.parquet in .* must have [\d,]+ bytes, .*got"),
         ("copied record", r"part-00001\.json: part must be that of the file's name, got 0"),
-        ("another run", "parts of several runs"),
+        ("another run", "it is of another run"),
     ],
 )
 def test_a_folder_that_is_no_sound_run_is_refused(tmp_path: Path, what: str, match: str) -> None:
@@ -473,6 +473,9 @@ def large_run(folder: Path, parts: int, samples: int = 2048, length: int = 60) -
         patient = pa.array(numbers // 3).cast(pa.string())
         return [pa.array(numbers), patient, pa.array(numbers).cast(pa.string())]
 
+    one = write_run(folder.with_name("one"), [Record("p", {"f": [("a", 1.0)]})])
+    manifest = Manifest.read(one / "manifest.json")
+    manifest.identity["dataset"]["samples"] = parts * samples
     records = []
     for part in range(parts):
         first, empty = part * samples, pa.nulls(len(number))
@@ -486,10 +489,7 @@ def large_run(folder: Path, parts: int, samples: int = 2048, length: int = 60) -
             "attributions": pa.Table.from_arrays(columns, schema=ATTRIBUTION_SCHEMA),
             "predictions": pa.Table.from_arrays(predicted, schema=PREDICTION_SCHEMA),
         }
-        records.append(write_part(folder, part, range(first, first + samples), tables))
-    one = write_run(folder.with_name("one"), [Record("p", {"f": [("a", 1.0)]})])
-    manifest = Manifest.read(one / "manifest.json")
-    manifest.identity["dataset"]["samples"] = parts * samples
+        records.append(write_part(folder, part, range(first, first + samples), tables, manifest.run))
     manifest.count(records, parts)
     (folder / "manifest.json").write_bytes(manifest.as_bytes())
     return folder

@@ -60,7 +60,7 @@ def write_run(folder: Path, records: Sequence[Record], run: Run | None = None, p
     """Write the records as samples 0, 1, … (those in ``run.failures`` fail), ``part_samples`` in a part."""
     run = run or Run()
     rows = [row for number, record in enumerate(records) if number not in run.failures for row in _rows(number, record)]
-    written = []
+    manifest, written = _manifest(records, rows, run), []
     for part, start in enumerate(range(0, len(records), part_samples)):
         numbers = range(start, min(start + part_samples, len(records)))
         good = [n for n in numbers if n not in run.failures]
@@ -72,8 +72,7 @@ def write_run(folder: Path, records: Sequence[Record], run: Run | None = None, p
         }
         if len(good) == len(numbers):
             del tables["failures"]
-        written.append(write_part(folder, part, numbers, tables))
-    manifest = _manifest(records, rows, run)
+        written.append(write_part(folder, part, numbers, tables, manifest.run))
     manifest.count(written, len(written))
     manifest.status = run.status
     if run.names is not None:
@@ -84,7 +83,7 @@ def write_run(folder: Path, records: Sequence[Record], run: Run | None = None, p
     return folder
 
 
-def write_part(folder: Path, part: int, numbers: range, tables: Mapping[str, pa.Table]) -> PartRecord:
+def write_part(folder: Path, part: int, numbers: range, tables: Mapping[str, pa.Table], run: str) -> PartRecord:
     """Write a part's files and its commit record."""
     files = {}
     for kind, table in tables.items():
@@ -96,7 +95,7 @@ def write_part(folder: Path, part: int, numbers: range, tables: Mapping[str, pa.
     failed = files["failures"]["rows"] if "failures" in files else 0
     record = PartRecord.checked(
         {
-            "run": "ef" * 32, "part": part, "start": numbers.start, "stop": numbers.stop, "samples": len(numbers),
+            "run": run, "part": part, "start": numbers.start, "stop": numbers.stop, "samples": len(numbers),
             "attributed": len(numbers) - failed, "failed": failed, "rows": tables["attributions"].num_rows,
             "tokens": tables["attributions"].num_rows, "batches": [len(numbers)], "halved": [], "seconds": {},
             "files": files,
