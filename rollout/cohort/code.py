@@ -87,6 +87,7 @@ class _Walk:
         return Described(code, self._state)
 
     def add(self, name: str, value: Any) -> None:
+        """Look at a value now, if it is plain, or later."""
         if is_plain(value):
             self._state.setdefault(name, shown(value))
         elif isinstance(value, Tensor | np.ndarray):
@@ -132,7 +133,10 @@ class _Walk:
         arguments = code.co_varnames[: code.co_argcount]
         self._mapping(name, dict(zip(arguments[len(arguments) - len(given) :], given, strict=True)))
         self._mapping(name, function.__kwdefaults__ or {})
-        self._mapping(name, function.__dict__)
+        held = dict(function.__dict__)
+        if "__wrapped__" in held:
+            self.add(name, held.pop("__wrapped__"))
+        self._mapping(name, held)
         for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             try:
                 self.add(f"{name}.{variable}", cell.cell_contents)

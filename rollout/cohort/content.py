@@ -4,13 +4,13 @@ Of a sample that was changed, one in 4 · 10⁹ changes goes unseen.
 """
 
 import base64
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rollout.cohort.digest import digest_of
@@ -22,7 +22,7 @@ UNKNOWN = 0
 SPOT_CHECKS = 1024
 """Samples of the parts that are done whose content a resumed run looks at."""
 
-_DTYPES = {dtype: str(dtype).encode() for dtype in (torch.int64, torch.int32, torch.float32, torch.float64, torch.bool)}
+_PLAIN = (int, float, bool, type(None))
 
 
 def sample_digest(sample: Mapping[str, Any]) -> int:
@@ -46,19 +46,29 @@ def _add(found: list[bytes], value: Any) -> None:
     kind = type(value)
     if kind is str:
         found.append(b"s%d:" % len(value) + value.encode(errors="surrogatepass"))
-    elif kind is Tensor and value.dtype in _DTYPES and value.layout is torch.strided and not value.requires_grad:
-        array = value.numpy() if value.device.type == "cpu" else value.cpu().numpy()
-        found.append(b"t%s%s:" % (_DTYPES[value.dtype], str(array.shape).encode()) + array.tobytes())
+    elif kind is Tensor:
+        try:
+            array = value.numpy()
+        except (RuntimeError, TypeError):  # of a dtype NumPy does not have, on a GPU, sparse, with gradients
+            found.append(b"o" + digest_of(value).encode())
+        else:
+            found.append(_heading(array.dtype, array.shape))
+            found.append(array.tobytes())
     elif kind is tuple:
         found.append(b"(%d:" % len(value))
         for item in value:
             _add(found, item)
-    elif kind in (int, float, bool, type(None)):
+    elif kind in _PLAIN:
         found.append(b"p" + repr(value).encode() + b";")
     elif kind is list and value and type(value[0]) in (int, float, str, list):
         found.append(b"j" + _listed(value) + b";")
     else:
         found.append(b"o" + digest_of(value).encode())
+
+
+@functools.lru_cache(4096)
+def _heading(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    return f"t{dtype.str}{shape}:".encode()
 
 
 def _listed(value: list[Any]) -> bytes:
