@@ -156,6 +156,28 @@ def report(
 
 
 @app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="Folder of a cohort run.")],
+    run_file: Annotated[Path | None, typer.Argument(help="Its run file: compare its samples too.")] = None,
+    entry: Annotated[str | None, typer.Option(help="Instead of a run file, as rollout attribute takes it.")] = None,
+) -> None:
+    """Check every byte of a cohort run against what was written; with a run file or --entry, every sample as well.
+
+    Exit status: 0 when all is as it was written, 2 with a line per finding when it is not.
+    """
+    for module in ("polars", "pyarrow"):
+        require(module, "cohort")
+    from rollout.runfile.verify import verify_run
+
+    findings = verify_run(path, run_file, entry)
+    for finding in findings:
+        typer.echo(finding)
+    if findings:
+        raise typer.Exit(2)
+    typer.echo(f"{path}: as it was written")
+
+
+@app.command()
 def doctor(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: a GPU if there is one.")] = None,
 ) -> None:

@@ -82,6 +82,34 @@ def write_json(content: Any, path: str | Path) -> Path:
     return write_whole(Path(path), (json.dumps(content, indent=1) + "\n").encode("ascii"))
 
 
+def as_json(value: Any) -> bytes:
+    """Plain values as JSON in UTF-8; half of a surrogate pair, which UTF-8 cannot say, becomes a question mark."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
+
+
+def plain(value: Any) -> Any:
+    """Values as they come back from a file."""
+    return json.loads(as_json(value))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line of bounded length."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file, as `parse_json` does.
+
+    Raises:
+        ValueError: If it is no JSON, or leaves open what it means; it names the file.
+        OSError: If it cannot be read.
+    """
+    try:
+        return parse_json(path.read_bytes().decode())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {first_line(error)}") from None
+
+
 def parse_json(content: bytes | str) -> Any:
     """Return what JSON says, where it says one thing: no key twice, no NaN, no nesting past what can be read.
 

@@ -3,24 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
+from rollout.cohort import settings as cohort
+from rollout.cohort.settings import SETTINGS
 
-from rollout.data.classes import did_you_mean
-from rollout.method import METHODS
-from rollout_kernels._dispatch import BACKENDS
-
-COUNTS = {
-    "batch_tokens": (1, 2**24), "batch_samples": (1, 2**16), "part_samples": (1, 2**20), "workers": (1, 512),
-    "target_class": (0, 2**20),
-}  # fmt: skip
-"""Whole numbers: the least and the most. Past the most it is a slip of the pen, or no machine has the memory."""
-WORDS = {
-    "method": tuple(name for name, method in METHODS.items() if not method.matrices),
-    "readout": ("model", "forward"),
-    "backend": tuple(BACKENDS),
-}
-SETTINGS = ("method", "batch_tokens", "batch_samples", "part_samples", "device", "workers", "readout", "backend",
-            "target_class")  # fmt: skip
+__all__ = ["SETTINGS", "check_device", "check_settings"]
 
 
 def check_settings(settings: Mapping[str, Any], named: Callable[[str], str]) -> None:
@@ -33,26 +19,10 @@ def check_settings(settings: Mapping[str, Any], named: Callable[[str], str]) -> 
     Raises:
         ValueError: naming the setting, what it may be and what was given.
     """
-    for key, value in settings.items():
-        if key in COUNTS:
-            least, most = COUNTS[key]
-            if type(value) is not int or not least <= value <= most:
-                raise ValueError(f"{named(key)} must be a whole number from {least} to {most:,}, got {value!r}")
-        elif key == "device":
-            check_device(value, named(key))
-        elif value not in WORDS[key]:
-            raise ValueError(
-                f"{named(key)} must be one of {', '.join(WORDS[key])}, got {value!r}{did_you_mean(value, WORDS[key])}"
-            )
-    gradients = METHODS[settings.get("method", "rollout")].gradients
-    if "target_class" in settings and gradients is None:
-        raise ValueError(
-            f"{named('target_class')} is for class-specific methods, "
-            f"{', '.join(name for name in WORDS['method'] if METHODS[name].gradients is not None)}; "
-            f"got the method {settings.get('method', 'rollout')}"
-        )
-    if gradients is not None and settings.get("readout", "model") != "model":
-        raise ValueError(f"{named('readout')} must be model for a class-specific method, got {settings['readout']!r}")
+    try:
+        cohort.check_settings(settings, named)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def check_device(device: Any, name: str) -> str:
@@ -61,16 +31,4 @@ def check_device(device: Any, name: str) -> str:
     Raises:
         ValueError: If torch has no such device, or does not see it on this machine.
     """
-    try:
-        wanted = torch.device(device) if isinstance(device, str) else None
-    except RuntimeError:
-        wanted = None
-    if wanted is None:
-        raise ValueError(f"{name} must be a torch device such as cpu or cuda, got {device!r}")
-    if wanted.type == "cpu" and not wanted.index:
-        return str(wanted)
-    seen = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if seen is None or seen.type != wanted.type or (wanted.index or 0) >= torch.accelerator.device_count():
-        there = "no GPU" if seen is None else f"{torch.accelerator.device_count()} of type {seen.type}"
-        raise ValueError(f"{name} {device!r} asked for, but torch sees {there} on this machine; use cpu")
-    return str(wanted)
+    return str(cohort.check_device(device, name))
