@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rollout.cohort.identity import digest_of
+from rollout.cohort.digest import digest_of
 from rollout.data.classes import check_arguments, check_model_class, named_class
 from rollout.data.quiet import quiet_pyhealth
 from rollout.files import write_whole
