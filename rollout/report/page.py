@@ -33,7 +33,8 @@ def write_report(
     Args:
         path: Folder of the run (``out`` of ``attribute_cohort``); one that is not complete can be reported on.
         output: File to write; None: ``report.html`` in the folder, or ``report-<patient>.html`` for a patient.
-        patient: Show this patient's samples rather than a choice.
+        patient: Show this patient's samples rather than a choice; the tables of the cohort's codes and positions, which
+            take a pass over every row, are then left out.
         names: Names of codes, ``{feature: {code: name}}`` or a JSON file of them, before those of the folder.
 
     Returns:
@@ -65,8 +66,8 @@ def render(cohort: CohortAttributions, patient: str | None = None) -> str:
         run=run(cohort),
         identity={key: value if isinstance(value, dict) else {} for key, value in identity.items()},
         summary=summary(cohort),
-        codes=codes(cohort),
-        places=places(cohort),
+        codes=codes(cohort) if patient is None else None,  # sums over every row of the cohort: minutes, for one patient
+        places=places(cohort) if patient is None else None,
         patients=shown,
         colours=list(zip(scale.COLOURS, scale.INKS, strict=True)),
     )  # fmt: skip

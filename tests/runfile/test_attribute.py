@@ -121,9 +121,12 @@ def test_a_class_specific_method_takes_a_class(run: Any, tmp_path: Path) -> None
         (("--entry", "entries:nothing"), "--entry entries:nothing must return (model, dataset), got NoneType"),
         (
             ("--entry", "entries:good", "--batch-tokens", 0),
-            "--batch-tokens must be a whole number of at least 1, got 0",
+            "--batch-tokens must be a whole number from 1 to 16,777,216, got 0",
         ),
-        (("--entry", "entries:good", "--local-workers", 0), "--local-workers must be a whole number of at least 1"),
+        (
+            ("--entry", "entries:good", "--local-workers", 0),
+            "--local-workers must be a whole number from 1 to 512, got 0",
+        ),
         (("--entry", "entries:good", "--method", "chefr"), "--method must be one of rollout,"),
         (("--entry", "entries:good", "--device", "abacus"), "--device must be a torch device"),
         (("--entry", "entries:good", "--target-class", 1), "--target-class is for class-specific methods"),

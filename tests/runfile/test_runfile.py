@@ -16,13 +16,17 @@ from filelock import FileLock
 from pyhealth.models import Transformer
 
 import rollout
+from rollout.cohort.content import pack, unpack
 from rollout.data.collate import pyhealth_collate
 from rollout.data.mimic import mimic_source
 from rollout.data.synthetic import write_synthetic_cohort
 from rollout.data.vocabulary import read_vocabulary
 from rollout.errors import CohortError
+from rollout.results.manifest import PartRecord
 from rollout.runfile import CACHE, RunFile, prepare_samples, read_run_file, save_model
 from rollout.runfile.start import attribute_run_file
+from rollout.runfile.verify import verify_run
+from tests.support.written_run import edit
 
 ARGUMENTS = {"embedding_dim": 16, "heads": 2, "num_layers": 2}
 FEATURES = ("conditions", "procedures", "drugs")
@@ -121,6 +125,17 @@ def test_the_same_command_finds_it_complete_and_another_output_gets_equal_rows(
     assert (left["attribution"] - right["attribution"]).abs().max() < 1e-6
     with pytest.raises(ValueError, match="method"):
         attribute_run_file(copy / "run.toml", None, {"method": "discard"}, progress=False)
+
+
+def test_verify_compares_every_sample_with_the_run_file(trained: dict[str, Any], copy: Path) -> None:
+    assert verify_run(copy / "attributed", copy / "run.toml") == []
+    record = PartRecord.read(copy / "attributed" / "parts" / "part-00000.json")
+    content = unpack(record).copy()
+    content[[3, 7]] ^= 1
+    edit(copy / "attributed" / "parts" / "part-00000.json", content=pack(content))
+    assert verify_run(copy / "attributed", copy / "run.toml") == [
+        "part-00000: 2 samples hold other values than when they were attributed: 3, 7"
+    ]
 
 
 def test_without_a_cache_the_samples_are_prepared_in_the_output(
@@ -272,8 +287,8 @@ def changed(tables: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
         ("dataset.arguments", {"cache_dir": "/"}, r"\[dataset\] arguments must not have 'cache_dir'"),
         ("dataset.arguments", {"cxr_root": "x"}, r"must not have 'cxr_root'"),
         ("dataset.class", "COVID19CXRDataset", "does not read a folder of tables with a cache of its own choosing"),
-        ("run.batch_tokens", 0, r"\[run\] batch_tokens must be a whole number of at least 1, got 0"),
-        ("run.workers", 1.5, r"\[run\] workers must be a whole number of at least 1, got 1.5"),
+        ("run.batch_tokens", 0, r"\[run\] batch_tokens must be a whole number from 1 to 16,777,216, got 0"),
+        ("run.workers", 1.5, r"\[run\] workers must be a whole number from 1 to 512, got 1.5"),
         ("run.method", "rolout", r"\[run\] method must be one of rollout, .*got 'rolout'; did you mean \"rollout\""),
         ("run.method", "product", r"\[run\] method must be one of rollout, "),
         ("run.readout", "row", r"\[run\] readout must be one of model, forward, got 'row'"),
