@@ -42,6 +42,7 @@ class Work:
         explain: (model, batch) → ``Explained``.
         plan: How they are cut into parts and batches.
         class_specific: Whether predictions have a column for the class explained.
+        without: Sample → reason, of those that are failures already and are not read.
     """
 
     model: Any
@@ -49,6 +50,7 @@ class Work:
     explain: Explain
     plan: Plan
     class_specific: bool = False
+    without: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -126,6 +128,7 @@ def _prepared(work: Work, numbers: Iterable[int], stop: threading.Event) -> Iter
     parts = work.plan.parts(len(work.source))
     for number in numbers:
         draft = _Draft(number, parts[number])
+        draft.failures = {sample: work.without[sample] for sample in draft.numbers if sample in work.without}
         yield draft
         begun = time.perf_counter()
         samples, lengths, index = _read(work.source, draft, stop)
@@ -145,6 +148,8 @@ def _read(source: Source, draft: _Draft, stop: threading.Event) -> tuple[list[Sa
     for number in draft.numbers:
         if stop.is_set():  # nobody will ask for the rest
             break
+        if number in draft.failures:
+            continue
         try:
             sample = source[number]
             lengths.append(sample_lengths(sample, source.decoders))
