@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rollout.cohort.rows import Decoder
+from rollout.cohort.settings import check_count
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Plan:
         part_samples: Samples in a part; the last one may have fewer.
 
     Raises:
-        ValueError: If a number is less than 1.
+        ValueError, TypeError: If a number is out of range or no int.
     """
 
     batch_tokens: int = 8192
@@ -33,11 +34,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "batch_samples", "part_samples"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"attribute_cohort: {name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"attribute_cohort: {name} must be at least 1, got {value}")
+            check_count(name, getattr(self, name), f"attribute_cohort: {name}")
 
     def parts(self, samples: int) -> list[range]:
         """The sample numbers of each part."""

@@ -16,21 +16,20 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from rollout.cohort.content import pack, sample_digest
 from rollout.cohort.explain import Explain, Explained
 from rollout.cohort.plan import Plan, sample_lengths
 from rollout.cohort.rows import attribution_table, parquet_bytes, prediction_table
 from rollout.cohort.source import Source
 from rollout.data.collate import Sample
 from rollout.errors import CohortError
-from rollout.results.layout import ATTRIBUTION_SCHEMA, FAILURE_SCHEMA, PREDICTION_SCHEMA, TARGET
+from rollout.results.layout import ATTRIBUTION_SCHEMA, FAILURE_SCHEMA, PREDICTION_SCHEMA, STAGES, TARGET
 from rollout.stopwatch import stopwatch, timed
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")
 _LOST = ("device-side assert", "illegal memory access", "unspecified launch failure")
 AHEAD = 3
 """Batches collated ahead of the model."""
-
-STAGES = ("collate", "forward", "chain", "write")
 
 
 @dataclass
@@ -43,6 +42,7 @@ class Work:
         explain: (model, batch) → ``Explained``.
         plan: How they are cut into parts and batches.
         class_specific: Whether predictions have a column for the class explained.
+        without: Sample → reason, of those that are failures already and are not read.
     """
 
     model: Any
@@ -50,6 +50,7 @@ class Work:
     explain: Explain
     plan: Plan
     class_specific: bool = False
+    without: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -90,6 +91,7 @@ class _Draft:
     batches: list[int] = field(default_factory=list)
     halved: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
+    content: dict[int, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
 
@@ -126,6 +128,7 @@ def _prepared(work: Work, numbers: Iterable[int], stop: threading.Event) -> Iter
     parts = work.plan.parts(len(work.source))
     for number in numbers:
         draft = _Draft(number, parts[number])
+        draft.failures = {sample: work.without[sample] for sample in draft.numbers if sample in work.without}
         yield draft
         begun = time.perf_counter()
         samples, lengths, index = _read(work.source, draft, stop)
@@ -145,9 +148,12 @@ def _read(source: Source, draft: _Draft, stop: threading.Event) -> tuple[list[Sa
     for number in draft.numbers:
         if stop.is_set():  # nobody will ask for the rest
             break
+        if number in draft.failures:
+            continue
         try:
             sample = source[number]
             lengths.append(sample_lengths(sample, source.decoders))
+            draft.content[number] = sample_digest(sample)
         except Exception as error:
             draft.failures[number] = f"cannot be read: {_reason(error)}"
             continue
@@ -262,6 +268,7 @@ def _finish(work: Work, draft: _Draft) -> Part:
             "batches": draft.batches,
             "halved": draft.halved,
             "seconds": {stage: round(spent, 4) for stage, spent in draft.seconds.items()},
+            "content": pack([0 if n in draft.failures else draft.content.get(n, 0) for n in draft.numbers]),
         },
         next(iter(draft.failures.values()), None),
     )

@@ -1,5 +1,6 @@
 """The page: its sections put into the templates, and written whole or not at all."""
 
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from polars.exceptions import PolarsError
 
-from rollout.files import write_whole
+from rollout.files import usable_path, write_whole
 from rollout.report import scale
 from rollout.report.sections.codes import codes
 from rollout.report.sections.patients import patients
@@ -42,7 +43,8 @@ def write_report(
         path: Folder of the run (`out` of `attribute_cohort`); one that is not complete can be reported on.
         output: File to write; None: `report.html` in the folder, or `report-<patient>.html` for a patient. An earlier
             report is replaced.
-        patient: Show this patient's samples rather than a choice.
+        patient: Show this patient's samples rather than a choice; the tables of the cohort's codes and positions, which
+            take a pass over every row, are then left out.
         names: Names of codes, `{feature: {code: name}}` or a JSON file of them, before those of the folder.
         overwrite: Replace `output` also if it is no report.
 
@@ -75,8 +77,8 @@ def render(cohort: CohortAttributions, patient: str | None = None) -> str:
     return _environment(in_percent(cohort.manifest)).get_template("page.html").render(
         run=run(cohort),
         summary=summary(cohort),
-        codes=codes(cohort),
-        places=places(cohort),
+        codes=codes(cohort) if patient is None else None,  # sums over every row of the cohort: minutes, for one patient
+        places=places(cohort) if patient is None else None,
         patients=samples,
         colours=list(zip(scale.COLOURS, scale.INKS, strict=True)),
     )  # fmt: skip
@@ -96,20 +98,23 @@ def _environment(relevance_in_percent: bool) -> Environment:
 
 def _target(folder: Path, output: str | Path | None, patient: str | None, overwrite: bool) -> Path:
     tail = "" if patient is None else "-" + re.sub(r"[^A-Za-z0-9_-]+", "_", str(patient))[:60]
-    target = folder / f"report{tail}.html" if output is None else Path(output).expanduser()
+    target = folder / f"report{tail}.html" if output is None else usable_path(output, "output")
     if target.is_dir():
         raise ValueError(f"output must be a file to write, got the folder {target}; give a name in it")
     if not target.parent.is_dir():
         raise ValueError(f"output must be in a folder that exists, got {target}: no folder {target.parent}")
-    if target.exists() and not overwrite and not _is_report(target):
+    if os.path.lexists(target) and not overwrite and not _is_report(target):
         raise ValueError(
-            f"output must be a new file or an earlier report, got {target}, which is something else; give another name "
-            "or overwrite (--overwrite)"
+            f"output must be a new file or an earlier report, got {target}, which is neither; give another name or "
+            "overwrite (--overwrite)"
         )
     return target
 
 
 def _is_report(path: Path) -> bool:
+    """Whether a file is a page that this module wrote: its head says so."""
+    if path.is_symlink() or not path.is_file():
+        return False
     try:
         with path.open("rb") as file:
             return MARK in file.read(HEAD)

@@ -42,7 +42,7 @@ def records() -> list[Record]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = {"drugs": {"d1": "Metformin <b>500</b>", NASTY[0]: NASTY[1]}, "visits": {"I10": "Hypertension"}}
     run = Run(status="complete with failures", failures={5: f"ValueError: {HOSTILE}"}, names=names, dataset=HOSTILE,
-              notes=[f"note {HOSTILE}", {"halved": 3}])  # fmt: skip
+              notes=[f"note {HOSTILE}", "halved: 3"])  # fmt: skip
     return write_run(tmp_path_factory.mktemp("run") / "run", records(), run, part_samples=7)
 
 
@@ -147,6 +147,8 @@ def test_a_patient_asked_for(folder: Path, tmp_path: Path) -> None:
     page = path.read_text(encoding="utf-8")
     assert page.count('<article class="panel">') == 2
     assert "Shown: 2 of the 2 samples of this patient." in " ".join(page.split())
+    assert "codes and positions of the whole cohort are in the report" in page  # no pass over every row for one patient
+    assert 'id="codes"' not in page
     nasty = write_report(folder, patient=NASTY[1])
     assert nasty.parent == folder
     assert re.fullmatch(r"report-[A-Za-z0-9_-]+\.html", nasty.name)
@@ -201,6 +203,24 @@ def test_only_a_report_is_replaced(folder: Path, tmp_path: Path) -> None:
     assert write_report(folder, output).read_bytes() == written
 
 
+@pytest.mark.parametrize("content", ["", "<!doctype html><title>Attention rollout: mine</title>", "\0" * 9000])
+def test_a_file_that_is_no_report_is_not_replaced(folder: Path, tmp_path: Path, content: str) -> None:
+    output = tmp_path / "thesis.html"
+    output.write_text(content)
+    with pytest.raises(
+        ValueError, match=r"must be a new file or an earlier report, got .*thesis\.html, which is neither"
+    ):
+        write_report(folder, output)
+    assert output.read_text() == content
+    linked = tmp_path / "linked.html"
+    linked.symlink_to(output)
+    with pytest.raises(ValueError, match=r"linked\.html, which is neither"):
+        write_report(folder, linked)
+    page = write_report(folder, output, overwrite=True).read_bytes()
+    assert page == write_report(folder, output).read_bytes()  # an earlier report is
+    assert linked.is_symlink()
+
+
 def test_bad_paths_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         write_report(tmp_path / "none")
@@ -213,9 +233,6 @@ def test_bad_paths_are_refused(folder: Path, tmp_path: Path) -> None:
 def test_a_running_run_says_so(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     write_run(tmp_path, records(), Run(status="running"), part_samples=7)
     (tmp_path / "parts" / "part-00003.json").unlink()
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    del manifest["granularity"], manifest["counts"]  # a run writes them at its end
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "This run is not complete." in page
     assert "21 of 24 samples are in this page" in page
