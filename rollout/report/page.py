@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from polars.exceptions import PolarsError
 
 from rollout.files import usable_path, write_whole
 from rollout.report import scale
@@ -62,7 +63,7 @@ def write_report(
         text = render(cohort, patient)
     except RecursionError:
         raise ValueError(f"{path}: what its JSON files say is nested too deep for a report") from None
-    except ValueError as error:  # what it quotes may be of any length, and on any number of lines
+    except (ValueError, PolarsError) as error:  # what it quotes may be of any length, and on any number of lines
         raise ValueError(shown(" ".join(str(error).split()), MESSAGE)) from error
     try:
         return write_whole(target, text.encode("utf-8", "replace"))

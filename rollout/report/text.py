@@ -6,7 +6,7 @@ from datetime import datetime
 from functools import wraps
 from typing import Any
 
-from rollout.report.bounds import TEXT
+from rollout.report.bounds import NAME, TEXT
 
 DASH = "–"
 LARGE = 1e15
@@ -27,6 +27,11 @@ def shown(value: Any, length: int = TEXT) -> str:
     text = "" if value is None else str(value)
     cut = text if len(text) <= length else text[: length - 1] + "…"
     return cut.translate(_CONTROLS)
+
+
+def name(value: Any) -> str:
+    """A code's name."""
+    return shown(value, NAME)
 
 
 def in_percent(manifest: Mapping[str, Any]) -> bool:
@@ -122,4 +127,4 @@ def moment(value: Any) -> str:
     return f"{when:%Y-%m-%d %H:%M} {when.tzname() or ''}".strip()
 
 
-FILTERS = {f.__name__: f for f in (shown, count, percent, times, number, seconds, size, width)}
+FILTERS = {f.__name__: f for f in (shown, name, count, percent, times, number, seconds, size, width)}

@@ -158,6 +158,17 @@ def test_a_patient_asked_for(folder: Path, tmp_path: Path) -> None:
     assert not output.exists()
 
 
+def test_both_titles_of_an_ambiguous_code_are_seen(tmp_path: Path) -> None:
+    named = f"either ICD-9 diagnosis “{'long ' * 16}” or ICD-9 procedure “{'stent ' * 12}”"
+    found = [Record(f"p{i}", {"icd_codes": [(["5187"], 0.5), (["I10"], 0.5)], "f": [("5187", 0.5), ("b", 0.5)]})
+             for i in range(8)]  # fmt: skip
+    names = {feature: {"5187": named} for feature in ("icd_codes", "f")}
+    page = render(CohortAttributions(write_run(tmp_path, found, Run(names=names))))
+    assert page.count("or ICD-9 procedure “stent") > 5
+    assert page.count("or ICD-9 procedure “stent") == page.count("either ICD-9 diagnosis “long")
+    assert "The features are measurements" not in page
+
+
 def test_names_given_go_first(folder: Path, tmp_path: Path) -> None:
     names = tmp_path / "names.json"
     names.write_text(json.dumps({"drugs": {"d1": "Another & name"}}), encoding="utf-8")

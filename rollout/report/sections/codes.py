@@ -19,6 +19,7 @@ def codes(cohort: CohortAttributions) -> dict[str, Any]:
         "shown": CODES,
         "read_position": cohort.read_position,
         "highest": highest,
+        "coded": any(cohort.granularity[feature] != "step" for feature in features),
         "features": [
             {"name": feature, "rows": rows, "granularity": cohort.granularity[feature]}
             for feature in features
