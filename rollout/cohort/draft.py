@@ -1,20 +1,21 @@
 """A part being made: the rows of its batches gathered, then turned into the files of the part."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from rollout.cohort.explain import Explained
 from rollout.cohort.prefetch import ReadBatch, ReadPart
-from rollout.cohort.rows import attribution_table, parquet_bytes, prediction_table
+from rollout.cohort.rows import measured_rows, parquet_bytes, prediction_table
+from rollout.cohort.shares import Measured, count_shares, wrong_sums
 from rollout.cohort.source import Source
-from rollout.data.collate import Sample
 from rollout.results.layout import ATTRIBUTION_SCHEMA, FAILURE_SCHEMA, PREDICTION_SCHEMA, TARGET
 
 STAGES = ("collate", "forward", "chain", "write")
@@ -60,25 +61,35 @@ class Draft:
     _predictions: list[pa.Table] = field(default_factory=list)
 
     def add(self, batch: ReadBatch, explained: Explained) -> None:
-        """Add the rows of a batch; a sample with a number among them that is not finite is a failure."""
+        """Add the rows of a batch.
+
+        A sample with a number among them that is not finite is a failure, and so is one with a row that does not sum to
+        1 where ``explained`` says that rows do.
+        """
         begun = time.perf_counter()
         known = set(self.source.decoders)
         if not explained.relevance or not known.issuperset(explained.relevance):
             raise ValueError(f"explain must give relevance of {sorted(known)}, got {sorted(explained.relevance)}")
-        attributions = attribution_table(batch.samples, batch.index, explained.relevance, self.source.decoders)
-        predictions = self._predicted(batch.samples, batch.index, explained)
-        wrong = _not_finite(attributions, explained.y_prob, batch.index)
+        attributions, rows = measured_rows(batch.samples, batch.index, explained.relevance, self.source.decoders)
+        predictions = self._predicted(batch, explained, rows)
+        wrong = wrong_sums(rows, batch.index) if explained.row_sums else {}
+        wrong |= _not_finite(attributions, explained.y_prob, batch.index)
         self.failures.update(wrong)
         self._attributions.append(_without(attributions, wrong))
         self._predictions.append(_without(predictions, wrong))
         self.seconds["write"] += time.perf_counter() - begun
 
-    def _predicted(self, samples: Sequence[Sample], index: np.ndarray, explained: Explained) -> pa.Table:
-        table = prediction_table(samples, index, explained.y_prob, explained.y_true)
+    def _predicted(self, batch: ReadBatch, explained: Explained, rows: Mapping[str, Measured]) -> pa.Table:
+        size = len(batch.samples)
+        unknown = np.full(size, np.nan)
+        shares = [rows[feature].share if feature in rows else unknown for feature in self.source.decoders]
+        table = prediction_table(
+            batch.samples, batch.index, explained.y_prob, explained.y_true, np.stack(shares, axis=1)
+        )
         if not self.class_specific:
             return table
         target = None if explained.target is None else explained.target.cpu().numpy()
-        column = pa.nulls(len(samples), pa.int32()) if target is None else pa.array(target, pa.int32())
+        column = pa.nulls(size, pa.int32()) if target is None else pa.array(target, pa.int32())
         return table.append_column(TARGET, column)
 
     def finish(self, read: ReadPart) -> Part:
@@ -104,9 +115,17 @@ class Draft:
             "tokens": read.tokens,
             "batches": self.batches,
             "halved": self.halved,
+            "padding": self._padding(predictions),
             "seconds": {stage: round(spent, 4) for stage, spent in seconds.items()},
         }
         return Part(read.number, files, record, failures[0][1] if failures else None)
+
+    def _padding(self, predictions: pa.Table) -> dict[str, Any]:
+        """Feature → its shares on padding, counted."""
+        features = list(self.source.decoders)
+        shares = pc.list_flatten(predictions["padding_share"]).to_numpy().astype(np.float64)
+        columns = shares.reshape(-1, len(features)).T
+        return {feature: count_shares(column) for feature, column in zip(features, columns, strict=True)}
 
 
 def _not_finite(attributions: pa.Table, y_prob: Tensor | None, index: np.ndarray) -> dict[int, str]:

@@ -121,7 +121,8 @@ def _read_parts(source: Source, plan: Plan, numbers: Iterable[int], stop: thread
         begun = time.perf_counter()
         read = _read(source, parts[number], stop)
         lengths = np.array(read.lengths, dtype=np.int64).reshape(len(read.samples), len(source.decoders))
-        batches, seconds = plan.batches(lengths), time.perf_counter() - begun
+        batches = plan.batches(lengths, [plan.group_of(sample) for sample in read.samples])
+        seconds = time.perf_counter() - begun
         for places in batches:
             begun = time.perf_counter()
             chosen = [read.samples[place] for place in places]

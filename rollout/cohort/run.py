@@ -40,8 +40,10 @@ def attribute_cohort(
     target_class: int | None = None,
     batch_samples: int = 256,
     part_samples: int = 2048,
+    equal_lengths: bool | None = None,
     collate: Collate | None = None,
     vocabularies: Mapping[str, Mapping[str, int] | None] | None = None,
+    padding_ids: Mapping[str, int | None] | None = None,
     explain: Explain | None = None,
     code_names: Mapping[str, Mapping[str, str]] | None = None,
     progress: bool | None = None,
@@ -56,9 +58,14 @@ def attribute_cohort(
     those of an unbroken run, on a CPU with the same number of threads bit for bit. A folder of another model, method,
     dataset or plan is refused, and so is one that another process is writing to.
 
-    A sample that cannot be attributed (it cannot be read or collated, the model raises, a number is not finite) is
-    written to ``failures/`` with its reason, and the rest goes on. A batch that runs out of memory is halved, which the
-    manifest notes.
+    A model that does not mask the padding of a batch gives relevance to it, and gives a sample other numbers, its
+    prediction too, beside longer ones: PyHealth's do for ``timeseries`` and ``stagenet_tensor`` features. Relevance is
+    written as it came; ``padding_share`` in ``predictions/`` says how much of a sample's row lies on padding, per
+    feature in the order of the manifest, and the manifest sums it up. ``equal_lengths`` gives exact numbers.
+
+    A sample that cannot be attributed (it cannot be read or collated, the model raises, a number is not finite, a row
+    does not sum to 1 though by the method it does) is written to ``failures/`` with its reason, and the rest goes on. A
+    batch that runs out of memory is halved, which the manifest notes.
 
     Args:
         model: A PyHealth model with the attention readout methods; any module, with ``explain``. It is put back as it
@@ -81,8 +88,13 @@ def attribute_cohort(
             to ``predictions/`` as ``target_class``.
         batch_samples: Most samples in a batch.
         part_samples: Samples in a part: what is done again at most after a kill.
+        equal_lengths: Batch only samples of equal length in every feature, so that none is padded: each gets the
+            numbers it has alone, as with ``batch_samples=1``, and sooner. None: where the method needs it, because it
+            looks at the whole map of a PyHealth model, padding included: ``discard``, or a head fusion of your own.
         collate: Samples → batch; default: PyHealth's.
         vocabularies: Feature → code → id for a dataset that is not PyHealth's; None for a numeric feature.
+        padding_ids: Feature → the id that stands for no code, and gets no row; None when every id is a code. Needed
+            where the vocabulary gives id 0 to a code and names no ``<pad>`` or ``[PAD]``; PyHealth's name theirs, 0.
         explain: (model, batch) → ``rollout.cohort.explain.Explained``, for models that are not PyHealth's; ``method``,
             ``readout`` and ``backend`` are then its own business, and are only written down.
         code_names: Feature → code → name, kept in ``code_names.json`` for reports.
@@ -98,10 +110,16 @@ def attribute_cohort(
     """
     for module in ("pyarrow", "tqdm"):
         require(module, "cohort")
-    plan = Plan(batch_tokens, batch_samples, part_samples)
-    _check(model, workers, client, readout, backend, target_class)
-    source = open_source(dataset, collate, vocabularies)
     resolved = get_method(method, "attribute_cohort")
+    whole_map = resolved.needs_whole_map and explain is None
+    plan = Plan(batch_tokens, batch_samples, part_samples, whole_map if equal_lengths is None else equal_lengths)
+    if whole_map and plan.pads:
+        raise ValueError(
+            "attribute_cohort: equal_lengths must not be False for a method that looks at the whole map: its numbers "
+            "would depend on the padding of a batch; leave it out"
+        )
+    _check(model, workers, client, readout, backend, target_class)
+    source = open_source(dataset, collate, vocabularies, padding_ids)
     where = _resolve_device(device, here=client is None)
     if where is None and (client is not None or workers > 1):
         where = torch.device(device_of(model).type)  # a worker has devices of its own

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from rollout.cohort.memory import peak_gpu_memory, peak_memory, reset_peak_memory
+from rollout.cohort.shares import NOTE, add_up_shares, padding_note
 from rollout.cohort.store import Store, totals
 from rollout.cohort.summary import CohortRun
 from rollout.cohort.work import Part, Work, run_parts
@@ -124,14 +125,19 @@ class Session:
         status = "running" if not complete else "complete with failures" if counts["failed"] else "complete"
         predicted = PREDICTION_SCHEMA.append(TARGET) if self.work.class_specific else PREDICTION_SCHEMA
         decoders = self.work.source.decoders
+        shares = add_up_shares(records, list(decoders))
+        note = padding_note(shares, self.work.plan.pads)
+        notes = [one for one in self.store.manifest["notes"] if not one.startswith(NOTE)]
         self.store.manifest |= {
             "status": status,
+            "notes": notes if note is None else [*notes, note],
             "granularity": {feature: decoder.granularity for feature, decoder in decoders.items()},
             "columns": {
                 "attributions": ATTRIBUTION_SCHEMA.names,
                 "predictions": predicted.names,
                 "failures": FAILURE_SCHEMA.names,
             },
+            "padding_share": shares,
             "counts": {**counts, "samples": self.result.samples, "parts": len(records)},
             "parts": [{key: record[key] for key in ("part", "start", "stop", "batches")} for record in records],
         }

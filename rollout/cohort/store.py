@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rollout.cohort.identity import CONTENT, differences, run_digest
+from rollout.cohort.shares import add_up_shares
 from rollout.errors import CohortError
 from rollout.files import PARTIAL, PROBE, empty_folder, write_whole
 from rollout.results.layout import (
@@ -75,6 +76,7 @@ class Store:
 
     def _open(self, identity: dict[str, Any], parts: int, resume: bool, retry_failures: bool) -> None:
         self.run = run_digest(identity)
+        self._features = identity["dataset"].get("features", [])
         found = self._read_manifest(identity, resume)
         _keep_content(identity, found.pop("identity", {}))
         for kind in (*KINDS[:2], RECORDS):
@@ -151,6 +153,7 @@ class Store:
             return None
         try:
             totals([record])
+            add_up_shares([record], self._features)
             for kind, file in record["files"].items():
                 path = self.path / kind / f"{part_name(number)}.parquet"
                 if path.stat().st_size != file["bytes"] or _sha256(path) != file["sha256"]:

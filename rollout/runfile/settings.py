@@ -16,7 +16,7 @@ WORDS = {
     "backend": tuple(BACKENDS),
 }
 SETTINGS = ("method", "batch_tokens", "batch_samples", "part_samples", "device", "workers", "readout", "backend",
-            "target_class")  # fmt: skip
+            "target_class", "equal_lengths")  # fmt: skip
 
 
 def check_settings(settings: Mapping[str, Any], named: Callable[[str], str]) -> None:
@@ -34,6 +34,9 @@ def check_settings(settings: Mapping[str, Any], named: Callable[[str], str]) -> 
             least = 0 if key == "target_class" else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{named(key)} must be a whole number of at least {least}, got {value!r}")
+        elif key == "equal_lengths":
+            if not isinstance(value, bool):
+                raise ValueError(f"{named(key)} must be true or false, got {value!r}")
         elif key == "device":
             check_device(value, named(key))
         elif value not in WORDS[key]:

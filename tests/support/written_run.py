@@ -37,6 +37,7 @@ class Record:
     prob: Sequence[float] = (0.5,)
     true: Sequence[float] | None = (0.0,)
     visit: str | None = None
+    padding: Sequence[float | None] | None = None
 
 
 @dataclass
@@ -64,7 +65,10 @@ def write_run(folder: Path, records: Sequence[Record], run: Run | None = None, p
             _table(ATTRIBUTION_SCHEMA, [row for row in rows if row[0] in numbers]), folder / "attributions" / name
         )
         good = [n for n in numbers if n not in run.failures]
-        predicted = [(n, records[n].patient, records[n].visit, records[n].prob, records[n].true) for n in good]
+        predicted = [
+            (n, records[n].patient, records[n].visit, records[n].prob, records[n].true, records[n].padding)
+            for n in good
+        ]
         write_parquet(_table(PREDICTION_SCHEMA, predicted), folder / "predictions" / name)
         failed = [(n, run.failures[n]) for n in numbers if n in run.failures]
         if failed:

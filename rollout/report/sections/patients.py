@@ -9,6 +9,7 @@ from rollout.report import scale
 from rollout.report.bounds import CHIPS, FEATURES, LEADERS, VISIT_CODES, VISITS
 from rollout.report.charts import Axes, stem_chart
 from rollout.report.sections.choice import chosen
+from rollout.report.sections.summary import NOTABLE
 from rollout.report.text import number, percent, shown
 from rollout.results.attributions import CohortAttributions
 
@@ -36,6 +37,7 @@ def patients(cohort: CohortAttributions, patient: str | None) -> dict[str, Any]:
 def _sample(cohort: CohortAttributions, sample: int, why: str) -> dict[str, Any]:
     rows = cohort.sample(sample)
     known = cohort.predictions.filter(pl.col("sample") == sample).collect(engine="streaming").row(0, named=True)
+    padding = dict(zip(cohort.features, known["padding_share"] or [], strict=False))
     present = rows["feature"].unique(maintain_order=True).to_list()
     return {
         "sample": sample,
@@ -46,7 +48,10 @@ def _sample(cohort: CohortAttributions, sample: int, why: str) -> dict[str, Any]
         "truth": truth_text(known["y_true"], cohort.label_kind),
         "share": known["y_prob"][0] if cohort.label_kind == "binary" and known["y_prob"] else None,
         "target": known.get("target_class"),
-        "features": [_feature(cohort, rows.filter(pl.col("feature") == name), name) for name in present[:FEATURES]],
+        "features": [
+            _feature(cohort, rows.filter(pl.col("feature") == name), name, padding.get(name) or 0.0)
+            for name in present[:FEATURES]
+        ],
         "without": [name for name in cohort.features[:FEATURES] if name not in present],
         "features_hidden": max(len(present) - FEATURES, 0),
     }
@@ -78,8 +83,8 @@ def truth_text(true: list[float] | None, kind: str | None) -> str:
     return f"{'class' if kind == 'multiclass' else 'label'} {true[0]:g}"
 
 
-def _feature(cohort: CohortAttributions, rows: pl.DataFrame, name: str) -> dict[str, Any]:
-    places = _places(rows, cohort.read_position)
+def _feature(cohort: CohortAttributions, rows: pl.DataFrame, name: str, padding: float) -> dict[str, Any]:
+    places = _places(rows, cohort.read_position, padding)
     nested = rows["visit"].null_count() < rows.height
     names = cohort.names.get(name, {})
     coded = rows["code"].null_count() < rows.height
@@ -90,6 +95,7 @@ def _feature(cohort: CohortAttributions, rows: pl.DataFrame, name: str) -> dict[
         "places": places.height,
         "nested": nested,
         "coded": coded,
+        "padding": padding if padding > NOTABLE else None,
         "even": 1.0 / places.height,
         "leaders": [],
         "visits": [],
@@ -112,15 +118,18 @@ def _feature(cohort: CohortAttributions, rows: pl.DataFrame, name: str) -> dict[
     return view
 
 
-def _places(rows: pl.DataFrame, read: int | None) -> pl.DataFrame:
-    """The places of one record: ``place``, ``share`` of its relevance, ``lift`` without the place read, ``read``."""
+def _places(rows: pl.DataFrame, read: int | None, padding: float) -> pl.DataFrame:
+    """The places of one record: ``place``, ``share`` of its relevance, ``lift`` without the place read, ``read``.
+
+    ``padding`` is the share of the relevance that no place has.
+    """
     place = pl.coalesce("visit", "position").alias("place")
     table = rows.group_by(place).agg(pl.col("attribution").cast(pl.Float64).mean().alias("score")).sort("place")
     where = None if read is None else (read if read >= 0 else int(table["place"].max()) + 1 + read)  # type: ignore[arg-type]
     flagged = table.with_columns(read=pl.lit(False) if where is None or table.height == 1 else pl.col("place") == where)
     others = flagged.filter(~pl.col("read"))
     spread = float(others["score"].sum()) / max(others.height, 1)
-    total = float(table["score"].sum())
+    total = float(table["score"].sum()) / max(1.0 - padding, 1e-9)
     return flagged.with_columns(
         share=pl.col("score") / total if total > 0 else pl.lit(0.0),
         lift=pl.col("score") / spread if spread > 0 else pl.lit(0.0),

@@ -11,6 +11,8 @@ from rollout.report.text import count
 from rollout.results.attributions import CohortAttributions
 
 BINS = 20
+NOTABLE = 1e-6
+"""A share of a row above this is no rounding."""
 
 
 def summary(cohort: CohortAttributions) -> dict[str, Any]:
@@ -29,6 +31,8 @@ def summary(cohort: CohortAttributions) -> dict[str, Any]:
         "label_kind": cohort.label_kind,
         "predictions": predictions(cohort),
         "lengths": _lengths(cohort),
+        "padding": _padding(cohort),
+        "padded": _is_padded(cohort),
         "features_in_all": len(cohort.features),
         "failures": _failures(cohort),
     }
@@ -97,6 +101,25 @@ def _values(cohort: CohortAttributions) -> tuple[pl.LazyFrame, list[tuple[int, s
 def _lengths(cohort: CohortAttributions) -> list[dict[str, Any]]:
     table = cohort.lengths()
     return [_length(table.filter(pl.col("feature") == feature), feature) for feature in cohort.features[:FEATURES]]
+
+
+def _padding(cohort: CohortAttributions) -> list[dict[str, Any]]:
+    """Of each feature with relevance on padding: in how many samples, and how much of a row."""
+    found = []
+    for place, feature in enumerate(cohort.features[:FEATURES]):
+        share = pl.col("padding_share").list.get(place, null_on_oob=True).cast(pl.Float64)
+        row = cohort.predictions.select(
+            samples=share.count(), above=(share > NOTABLE).sum(), mean=share.mean(), max=share.max()
+        ).collect(engine="streaming").row(0, named=True)  # fmt: skip
+        if row["above"]:
+            found.append({"feature": feature, **row})
+    return found
+
+
+def _is_padded(cohort: CohortAttributions) -> bool:
+    """Whether batches of the run were padded."""
+    plan = cohort.manifest["identity"].get("plan")
+    return not isinstance(plan, dict) or not (plan.get("equal_lengths") is True or plan.get("batch_samples") == 1)
 
 
 def _length(table: pl.DataFrame, feature: str) -> dict[str, Any]:
