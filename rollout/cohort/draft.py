@@ -7,18 +7,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from rollout.cohort.content import UNKNOWN, pack
 from rollout.cohort.explain import Explained
 from rollout.cohort.prefetch import ReadBatch, ReadPart
 from rollout.cohort.rows import measured_rows, parquet_bytes, prediction_table
-from rollout.cohort.shares import Measured, count_shares, wrong_sums
+from rollout.cohort.shares import Measured, wrong_sums
 from rollout.cohort.source import Source
-from rollout.results.layout import ATTRIBUTION_SCHEMA, FAILURE_SCHEMA, PREDICTION_SCHEMA, TARGET
-
-STAGES = ("collate", "forward", "chain", "write")
+from rollout.results.layout import ATTRIBUTION_SCHEMA, FAILURE_SCHEMA, PREDICTION_SCHEMA, STAGES, TARGET
+from rollout.results.padding import count_padding
 
 
 @dataclass
@@ -99,7 +98,8 @@ class Draft:
         attributions = _by_sample(self._attributions, ATTRIBUTION_SCHEMA)
         predictions = _by_sample(self._predictions, predicted)
         files = {"attributions": parquet_bytes(attributions), "predictions": parquet_bytes(predictions)}
-        failures = sorted({**read.unread, **self.failures}.items())
+        failed = {**read.unread, **self.failures}
+        failures = sorted(failed.items())
         if failures:
             columns = [[number for number, _ in failures], [reason for _, reason in failures]]
             files["failures"] = parquet_bytes(pa.table(columns, schema=FAILURE_SCHEMA))
@@ -115,17 +115,11 @@ class Draft:
             "tokens": read.tokens,
             "batches": self.batches,
             "halved": self.halved,
-            "padding": self._padding(predictions),
+            "padding": count_padding(predictions, list(self.source.decoders)),
+            "content": pack([UNKNOWN if n in failed else read.content.get(n, UNKNOWN) for n in read.numbers]),
             "seconds": {stage: round(spent, 4) for stage, spent in seconds.items()},
         }
         return Part(read.number, files, record, failures[0][1] if failures else None)
-
-    def _padding(self, predictions: pa.Table) -> dict[str, Any]:
-        """Feature → its shares on padding, counted."""
-        features = list(self.source.decoders)
-        shares = pc.list_flatten(predictions["padding_share"]).to_numpy().astype(np.float64)
-        columns = shares.reshape(-1, len(features)).T
-        return {feature: count_shares(column) for feature, column in zip(features, columns, strict=True)}
 
 
 def _not_finite(attributions: pa.Table, y_prob: Tensor | None, index: np.ndarray) -> dict[int, str]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rollout.cohort.settings import check_class
 from rollout.method import get_method
 from rollout_kernels import Method
 
@@ -65,13 +66,7 @@ class PyHealthExplain:
                 "attribute_cohort: a method of supplied matrices, such as 'product', reads no attention of a model; "
                 "give another, or explain="
             )
-        if self.method.gradients is None and self.target_class is not None:
-            raise ValueError(
-                "attribute_cohort: target_class is for class-specific methods such as 'chefer'; this one gives every "
-                "class the same relevance"
-            )
-        if self.method.gradients is not None and self.readout != "model":
-            raise ValueError(f"attribute_cohort: a class-specific method needs readout='model', got {self.readout!r}")
+        check_class(self.method, self.target_class, self.readout, lambda key: f"attribute_cohort: {key}")
         classes = getattr(model, "get_output_size", lambda: None)()
         if self.target_class is not None and classes is not None and self.target_class >= max(classes, 2):
             raise ValueError(f"attribute_cohort: target_class must be below {classes}, got {self.target_class}")

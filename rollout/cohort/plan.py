@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rollout.cohort.rows import Decoder
+from rollout.cohort.settings import check_count, check_flag
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,7 @@ class Plan:
         equal_lengths: Whether a batch holds samples of equal shape only, so that no padding is made.
 
     Raises:
-        ValueError: If a number is less than 1.
-        TypeError: If a setting is of another type.
+        ValueError, TypeError: If a setting is out of range or of another type.
     """
 
     batch_tokens: int = 8192
@@ -39,13 +39,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "batch_samples", "part_samples"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"attribute_cohort: {name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"attribute_cohort: {name} must be at least 1, got {value}")
-        if not isinstance(self.equal_lengths, bool):
-            raise TypeError(f"attribute_cohort: equal_lengths must be True or False, got {self.equal_lengths!r}")
+            check_count(name, getattr(self, name), f"attribute_cohort: {name}")
+        check_flag("equal_lengths", self.equal_lengths, "attribute_cohort: equal_lengths")
 
     @property
     def pads(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from rollout.cohort.content import sample_digest
 from rollout.cohort.plan import Plan, sample_lengths
 from rollout.cohort.source import Source
 from rollout.data.collate import Sample
@@ -47,6 +48,7 @@ class ReadPart:
         number: Which part.
         numbers: The samples it has by the plan.
         unread: Sample → reason, of those that could not be read and are in no batch.
+        content: Sample → digest of what it holds, of those read.
         tokens: Of those read, all features added.
         seconds: Spent reading and collating.
     """
@@ -54,6 +56,7 @@ class ReadPart:
     number: int
     numbers: range
     unread: Mapping[int, str]
+    content: Mapping[int, int]
     tokens: int
     seconds: float
 
@@ -129,16 +132,17 @@ def _read_parts(source: Source, plan: Plan, numbers: Iterable[int], stop: thread
             batch = ReadBatch(number, np.array(read.index)[places], chosen, collate_or_error(source, chosen))
             seconds += time.perf_counter() - begun
             yield batch
-        yield ReadPart(number, parts[number], read.unread, int(lengths.sum()), seconds)
+        yield ReadPart(number, parts[number], read.unread, read.content, int(lengths.sum()), seconds)
 
 
 @dataclass
 class _Read:
-    """The samples of a part that could be read, their numbers and lengths, and why the others could not."""
+    """The samples of a part that could be read, their numbers, lengths and digests, and why the others could not."""
 
     samples: list[Sample] = field(default_factory=list)
     index: list[int] = field(default_factory=list)
     lengths: list[list[int]] = field(default_factory=list)
+    content: dict[int, int] = field(default_factory=dict)
     unread: dict[int, str] = field(default_factory=dict)
 
 
@@ -150,6 +154,7 @@ def _read(source: Source, numbers: range, stop: threading.Event) -> _Read:
         try:
             sample = source[number]
             read.lengths.append(sample_lengths(sample, source.decoders))
+            read.content[number] = sample_digest(sample)
         except Exception as error:
             read.unread[number] = f"cannot be read: {reason_of(error)}"
             continue

@@ -5,17 +5,12 @@ masks it gives it no relevance. Where one does not, the relevance of a sample, a
 what padding its batch needed; the share is measured, so that it is said wherever it happens.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-NOTABLE = 1e-6
-"""A share of a row above this is no rounding."""
-NOTE = "Relevance on padding: "
-"""Begins the note of a manifest."""
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far from 1 the sum of a row may be, by the dtype of the relevance: half precision rounds every map and entry."""
 
@@ -64,57 +59,3 @@ def wrong_sums(measured: Mapping[str, Measured], index: np.ndarray) -> dict[int,
                 number, f"the relevance of feature {feature!r} sums to {total:.6g}, must be 1 by the method"
             )
     return wrong
-
-
-def count_shares(shares: np.ndarray) -> dict[str, Any]:
-    """What a part's record says of one feature: samples of which the share is known, their sum, the largest, how many
-    are above ``NOTABLE``."""
-    known = shares[~np.isnan(shares)]
-    return {
-        "samples": len(known),
-        "sum": float(known.sum()),
-        "max": float(known.max(initial=0.0)),
-        "above": int((known > NOTABLE).sum()),
-    }
-
-
-def add_up_shares(records: Iterable[Mapping[str, Any]], features: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Feature → ``mean``, ``max`` and number ``above`` 1e-6 of the share on padding, over the ``samples`` of the parts
-    of which it is known; ``mean`` and ``max`` are None where it is known of none."""
-    kept = list(records)
-    return {feature: _added([record["padding"][feature] for record in kept]) for feature in features}
-
-
-def _added(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    samples = sum(part["samples"] for part in parts)
-    return {
-        "samples": samples,
-        "mean": sum(part["sum"] for part in parts) / samples if samples else None,
-        "max": max(part["max"] for part in parts) if samples else None,
-        "above": sum(part["above"] for part in parts),
-    }
-
-
-def padding_note(summary: Mapping[str, Mapping[str, Any]], pads: bool) -> str | None:
-    """What is on padding, in words; None when nothing is.
-
-    Args:
-        summary: Of ``add_up_shares``.
-        pads: Whether batches are padded, so that the numbers are not those of each sample alone.
-    """
-    said = [
-        f"feature {feature!r} in {one['above']} of {one['samples']} samples, on average {one['mean']:.3g} and at most "
-        f"{one['max']:.3g} of a row"
-        for feature, one in summary.items()
-        if one["above"]
-    ]
-    if not said:
-        return None
-    why = (
-        "The model does not mask this padding, so relevance and predictions depend on which samples stand in a batch; "
-        "equal_lengths=True or batch_samples=1 gives each sample's own"
-        if pads
-        else "No batch was padded: these are positions of the samples themselves that hold no entry, such as visits "
-        "without codes"
-    )
-    return f"{NOTE}{'; '.join(said)}. {why}"

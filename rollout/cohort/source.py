@@ -1,12 +1,14 @@
 """The samples of a cohort: read by number, collated, and described."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from rollout.cohort.identity import CONTENT, digest_of, sampled_content
-from rollout.cohort.rows import Decoder, feature_decoders, plain_decoder
+from rollout.cohort.digest import digest_of
+from rollout.cohort.identity import sampled_content
+from rollout.cohort.rows import Decoder, feature_decoders, plain_decoder, vocabulary_array
 from rollout.data.collate import Collate, Sample, pyhealth_collate
+from rollout.results.manifest import CONTENT
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,16 @@ class Source:
         collate: B samples → a batch the model takes.
         decoders: Feature → how its entries are read back, for the features that are attributed.
         description: What stands in the manifest of it.
+        time: Feature with times → what they are counted in; None where that is not known.
+        labels: Output → the names of its labels, by number.
     """
 
     dataset: Any
     collate: Collate
     decoders: Mapping[str, Decoder]
     description: Mapping[str, Any]
+    time: Mapping[str, str | None] = field(default_factory=dict)
+    labels: Mapping[str, list[str | None]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -91,7 +97,35 @@ def open_source(
         "fingerprint": digest_of([len(dataset), schema]),
         CONTENT: sampled_content(dataset, len(dataset)),
     }
-    return Source(dataset, collate, decoders, description)
+    time = {feature: _time_unit(dataset, feature) for feature, one in decoders.items() if one.time is not None}
+    return Source(dataset, collate, decoders, description, time, _label_names(dataset))
+
+
+_BETWEEN, _IN_STAY = "hours since the admission before (0 for the first)", "hours since admission"
+_TASK_TIMES = {
+    "MortalityPredictionStageNetMIMIC4": {"icd_codes": _BETWEEN, "labs": _IN_STAY},
+    "LengthOfStayStageNetMIMIC4": {"icd_codes": _BETWEEN, "labs": _IN_STAY},
+    "DKAPredictionMIMIC4": {"icd_codes": _BETWEEN, "labs": _BETWEEN},
+    "T1DDKAPredictionMIMIC4": {"icd_codes": _BETWEEN, "labs": _BETWEEN},
+}
+"""Task of PyHealth → feature → what the task counts its times in. A StageNet processor takes times as they come."""
+
+
+def _time_unit(dataset: Any, feature: str) -> str | None:
+    processor = getattr(dataset, "input_processors", {}).get(feature)
+    if type(processor).__name__ == "TemporalTimeseriesProcessor":  # it counts them itself
+        return "hours since the first observation"
+    return _TASK_TIMES.get(str(getattr(dataset, "task_name", "")), {}).get(feature)
+
+
+def _label_names(dataset: Any) -> dict[str, list[str | None]]:
+    """Of each output that has a vocabulary of labels."""
+    found = {}
+    for output, processor in getattr(dataset, "output_processors", {}).items():
+        vocabulary = getattr(processor, "label_vocab", None)
+        if isinstance(vocabulary, Mapping):
+            found[output] = vocabulary_array(vocabulary).to_pylist()
+    return found
 
 
 def _check_features(stated: Mapping[str, int | None], decoders: Mapping[str, Decoder]) -> None:

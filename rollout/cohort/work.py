@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rollout.cohort.draft import STAGES, Draft, Part
+from rollout.cohort.draft import Draft, Part
 from rollout.cohort.explain import Explain
 from rollout.cohort.plan import Plan
 from rollout.cohort.prefetch import ReadBatch, collate_or_error, read_ahead, reason_of
@@ -18,7 +18,7 @@ from rollout.cohort.source import Source
 from rollout.errors import CohortError
 from rollout.stopwatch import stopwatch, timed
 
-__all__ = ["STAGES", "Part", "Work", "run_parts"]
+__all__ = ["Part", "Work", "run_parts"]
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")
 _LOST = ("device-side assert", "illegal memory access", "unspecified launch failure")

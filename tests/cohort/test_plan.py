@@ -83,9 +83,9 @@ def test_parts_are_runs_of_samples() -> None:
 
 @pytest.mark.parametrize("name", ["batch_tokens", "batch_samples", "part_samples"])
 def test_settings_are_checked(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number from 1 to .*, got 0"):
         Plan(**{name: 0})
-    with pytest.raises(TypeError, match=f"{name} must be an int, got 2.5"):
+    with pytest.raises(TypeError, match=f"{name} must be a whole number from 1 to .*, got 2.5"):
         Plan(**{name: 2.5})
     with pytest.raises(TypeError, match="equal_lengths must be True or False, got 1"):
         Plan(equal_lengths=1)

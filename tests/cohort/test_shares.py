@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rollout.cohort.rows import Decoder, measured_rows, vocabulary_array
-from rollout.cohort.shares import add_up_shares, count_shares, measure, padding_note, wrong_sums
+from rollout.cohort.shares import measure, wrong_sums
+from rollout.results.padding import add_up_shares, count_shares, padding_note
 from tests.support.toy_cohort import Attention, Records, attribute, collate, explain, rows
 
 
@@ -61,14 +62,14 @@ def test_a_feature_of_one_step_has_no_padding() -> None:
 
 def test_shares_of_parts_add_up() -> None:
     parts = [np.array([0.0, 0.5, np.nan]), np.array([np.nan]), np.array([0.1, 1e-9])]
-    records = [{"padding": {"f": count_shares(part), "g": count_shares(part[:0])}} for part in parts]
-    found = add_up_shares(records, ["f", "g"])
+    counted = [{"f": count_shares(part), "g": count_shares(part[:0])} for part in parts]
+    found = add_up_shares(counted, ["f", "g"])
     assert found["f"] == {"samples": 4, "mean": pytest.approx(0.15), "max": 0.5, "above": 2}
     assert found["g"] == {"samples": 0, "mean": None, "max": None, "above": 0}
-    assert "feature 'f' in 2 of 4 samples, on average 0.15 and at most 0.5 of a row" in padding_note(found, pads=True)
-    assert "equal_lengths=True" in padding_note(found, pads=True)
-    assert "No batch was padded" in padding_note(found, pads=False)
-    assert padding_note(add_up_shares(records, ["g"]), pads=True) is None
+    assert "feature 'f' in 2 of 4 samples, on average 0.15 and at most 0.5 of a row" in padding_note(found, padded=True)
+    assert "equal_lengths=True" in padding_note(found, padded=True)
+    assert "No batch was padded" in padding_note(found, padded=False)
+    assert padding_note(add_up_shares(counted, ["g"]), padded=True) is None
 
 
 class Unmasked(Attention):
@@ -116,11 +117,10 @@ def test_the_note_is_there_once_after_a_resumed_run(tmp_path) -> None:
             raise KeyboardInterrupt
         return unmasked(model, batch)
 
-    stopped.__module__, stopped.__qualname__ = unmasked.__module__, unmasked.__qualname__
     with pytest.raises(KeyboardInterrupt):
         attribute(out, model=Unmasked(), explain=stopped)
     before = json.loads((out / "manifest.json").read_text())
-    attribute(out, model=Unmasked(), explain=unmasked)
+    attribute(out, model=Unmasked(), explain=stopped)
     manifest = json.loads((out / "manifest.json").read_text())
     assert len(before["notes"]) == len(manifest["notes"]) == 1
     assert manifest["padding_share"]["codes"]["samples"] == 90

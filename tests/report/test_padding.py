@@ -28,23 +28,17 @@ def test_relevance_on_padding_is_said_and_not_spread_over_the_entries(tmp_path: 
     drugs, labs = patients(read, "p0")["samples"][0]["features"]
     assert labs["padding"] == pytest.approx(0.3)
     assert drugs["padding"] is None
-    assert [place["share"] for place in drugs["chips"]] == [0.25, 0.75]
+    assert [place["relevance"] for place in drugs["chips"]] == [0.25, 0.75]
     page = render(read, "p0")
     assert "30.0 % of the relevance lies on padding" in page
     assert "30.0 % of a row on average, 30.0 % at most, in 3 of 3 samples" in page
     assert "<code>--equal-lengths</code>" in page
-
-
-def test_shares_of_entries_are_of_the_whole_row(tmp_path: Path) -> None:
-    read = cohort(tmp_path, [[0.0, 0.3]])
-    page = render(read, "p0")
-    assert "Not drawn: the place the model reads, with 20.0 %" in page
-    whole = render(cohort(tmp_path / "unknown", [None]), "p0")
-    assert "with 28.6 %" in whole  # of what is there
-    assert "lies on padding</small>" not in whole
+    assert "Not drawn: the place the model reads, with 20.0 %" in page  # as it was written, of 70 %
 
 
 def test_nothing_is_said_where_nothing_is_on_padding(tmp_path: Path) -> None:
     read = cohort(tmp_path, [[0.0, 1e-9]] * 2 + [None])
     assert summary(read)["padding"] == []
-    assert 'id="padding"' not in render(read)
+    page = render(read, "p0")
+    assert 'id="padding"' not in page
+    assert "lies on padding</small>" not in page

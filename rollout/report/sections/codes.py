@@ -46,7 +46,7 @@ def _by_label(cohort: CohortAttributions, features: list[str]) -> list[dict[str,
     if known.height < 2:
         return []
     chosen = sorted(known["label"].to_list())
-    sizes = dict(known.rows())
+    sizes = dict(known.select("label", "samples").rows())
     least = minimum_records(int(known["samples"].min()))  # type: ignore[arg-type]
     table = cohort.top_codes(by="lift", label=chosen, per_label=True, minimum_records=least, k=LABEL_CODES)
     found = []
