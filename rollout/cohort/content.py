@@ -7,7 +7,10 @@ import base64
 import functools
 import hashlib
 import json
+import random
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -109,30 +112,31 @@ def unpack(record: PartRecord) -> np.ndarray:
     return digests
 
 
-def changed(samples: Any, records: Iterable[PartRecord], numbers: Iterable[int] | None = None) -> Iterator[int]:
+def changed(samples: Any, records: Iterable[PartRecord], numbers: Sequence[int] | None = None) -> Iterator[int]:
     """The samples whose content is another than when they were attributed.
 
     Args:
         samples: Gives sample i by `samples[i]`.
         records: Of the parts to look at.
-        numbers: Look at these only; None: at every sample. One that cannot be read now is no change.
+        numbers: Look at these only, in order; None: at every sample. One that cannot be read now is no change.
     """
-    wanted = None if numbers is None else set(numbers)
     for record in records:
-        for number, before in enumerate(unpack(record).tolist(), record.start):
-            if before == UNKNOWN or (wanted is not None and number not in wanted):
-                continue
-            now = known_digest(samples, number)
-            if now not in (UNKNOWN, before):
+        wanted: Sequence[int] = range(record.start, record.stop)
+        if numbers is not None:
+            wanted = numbers[bisect_left(numbers, record.start) : bisect_left(numbers, record.stop)]
+        before = unpack(record).tolist() if wanted else []
+        for number in wanted:
+            then = before[number - record.start]
+            if then != UNKNOWN and known_digest(samples, number) not in (UNKNOWN, then):
                 yield number
 
 
 def spot_checks(records: Sequence[PartRecord]) -> list[int]:
-    """`SPOT_CHECKS` samples of these parts, drawn anew each time; all of them if there are no more."""
-    held = [number for record in records for number in range(record.start, record.stop)]
-    if len(held) <= SPOT_CHECKS:
-        return held
-    return sorted(np.random.default_rng().choice(held, SPOT_CHECKS, replace=False).tolist())
+    """`SPOT_CHECKS` samples of these parts in order, drawn anew each time; all of them if there are no more."""
+    held = [range(record.start, record.stop) for record in sorted(records, key=lambda record: record.start)]
+    ends = list(accumulate(map(len, held), initial=0))
+    places = sorted(random.Random().sample(range(ends[-1]), min(SPOT_CHECKS, ends[-1])))
+    return [held[k][place - ends[k]] for place in places for k in [bisect_right(ends, place) - 1]]
 
 
 def differing(before: PartRecord, now: PartRecord) -> list[int]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from rollout.cohort.plan import Plan, sample_lengths
 from rollout.cohort.source import Source
 from rollout.data.collate import Sample
 
+_NONE: Mapping[int, str] = MappingProxyType({})
 AHEAD = 3
 """Items read ahead of the model."""
 
@@ -47,7 +49,7 @@ class ReadPart:
     Attributes:
         number: Which part.
         numbers: The samples it has by the plan.
-        unread: Sample → reason, of those that could not be read and are in no batch.
+        unread: Sample → reason, of those that were not or could not be read, and are in no batch.
         content: Sample → digest of what it holds, of those read.
         tokens: Of those read, all features added.
         seconds: Spent reading and collating.
@@ -73,14 +75,22 @@ Ready = queue.Queue[Item | _End]
 
 
 @contextmanager
-def read_ahead(source: Source, plan: Plan, numbers: Iterable[int]) -> Iterator[Iterator[Item]]:
+def read_ahead(
+    source: Source, plan: Plan, numbers: Iterable[int], without: Mapping[int, str] = _NONE
+) -> Iterator[Iterator[Item]]:
     """Give the items of the parts with these numbers, in order, read in a thread that ends with the context.
 
     What the thread raises is raised where its next item is asked for.
+
+    Args:
+        source: The samples.
+        plan: How they are cut into parts and batches.
+        numbers: Of the parts.
+        without: Sample → reason, of those that are not to be read.
     """
     stop = threading.Event()
     ready: Ready = queue.Queue(AHEAD)
-    items = _read_parts(source, plan, numbers, stop)
+    items = _read_parts(source, plan, numbers, without, stop)
     thread = threading.Thread(target=_fill, args=(ready, items, stop), name="rollout-collate", daemon=True)
     thread.start()
     try:
@@ -118,11 +128,13 @@ def _drain(ready: Ready) -> Iterator[Item]:
         raise item.error
 
 
-def _read_parts(source: Source, plan: Plan, numbers: Iterable[int], stop: threading.Event) -> Iterator[Item]:
+def _read_parts(
+    source: Source, plan: Plan, numbers: Iterable[int], without: Mapping[int, str], stop: threading.Event
+) -> Iterator[Item]:
     parts = plan.parts(len(source))
     for number in numbers:
         begun = time.perf_counter()
-        read = _read(source, parts[number], stop)
+        read = _read(source, parts[number], without, stop)
         lengths = np.array(read.lengths, dtype=np.int64).reshape(len(read.samples), len(source.decoders))
         batches = plan.batches(lengths, [plan.group_of(sample) for sample in read.samples])
         seconds = time.perf_counter() - begun
@@ -146,11 +158,13 @@ class _Read:
     unread: dict[int, str] = field(default_factory=dict)
 
 
-def _read(source: Source, numbers: range, stop: threading.Event) -> _Read:
-    read = _Read()
+def _read(source: Source, numbers: range, without: Mapping[int, str], stop: threading.Event) -> _Read:
+    read = _Read(unread={number: without[number] for number in numbers if number in without})
     for number in numbers:
         if stop.is_set():  # nobody will ask for the rest
             break
+        if number in read.unread:
+            continue
         try:
             sample = source[number]
             read.lengths.append(sample_lengths(sample, source.decoders))

@@ -3,10 +3,9 @@
 import datetime
 import os
 import platform
-import shutil
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,12 +13,13 @@ import torch
 from torch import nn
 
 from rollout.cohort.identity import State
+from rollout.cohort.local import run_on_workers
 from rollout.cohort.memory import peak_gpu_memory, peak_memory, reset_peak_memory
 from rollout.cohort.store import Store
 from rollout.cohort.summary import CohortRun
 from rollout.cohort.work import Part, Work, run_parts
 from rollout.errors import CohortError, require
-from rollout.results.layout import RUNNING, SCRATCH
+from rollout.results.layout import RUNNING
 from rollout.results.manifest import SessionEntry, totals
 
 PACKAGES = ("attention-rollout", "torch", "triton", "numpy", "pyarrow", "pyhealth")
@@ -109,22 +109,20 @@ class Session:
             with settled(self.work.model, self.device):
                 yield from run_parts(self.work, self.todo, advance)
             return
-        from rollout.cohort.cluster import run_on_client, run_on_workers
+        with settled(self.work.model, None), closing(self._elsewhere()) as done:
+            for part in done:
+                self.result.peak_bytes = max(self.result.peak_bytes, part.record.pop("peak_bytes"))
+                notes = part.record.pop("notes")
+                yield part
+                self.store.manifest.notes += notes
+                advance(part.record["samples"])
 
-        with settled(self.work.model, None):
-            if self.client is not None:
-                done = run_on_client(self.client, self.work, self.todo, self.device)
-            else:
-                scratch = self.store.path / SCRATCH
-                done = run_on_workers(self.workers, self.work, self.todo, self.device, scratch)
-            try:
-                for part in done:
-                    self.result.peak_bytes = max(self.result.peak_bytes, part.record.pop("peak_bytes", 0))
-                    yield part
-                    advance(part.record["samples"])
-            finally:
-                done.close()
-                shutil.rmtree(self.store.path / SCRATCH, ignore_errors=True)
+    def _elsewhere(self) -> Generator[Part]:
+        if self.client is None:
+            return run_on_workers(self.workers, self.work, self.todo, self.device)
+        from rollout.cohort.cluster import run_on_client
+
+        return run_on_client(self.client, self.work, self.todo, self.device)
 
     def _commit(self, part: Part) -> None:
         record = part.record

@@ -94,8 +94,8 @@ def check_class(method: Method, target_class: int | None, readout: str, named: C
     if target_class is not None and method.gradients is None:
         specific = ", ".join(name for name in WORDS["method"] if METHODS[name].gradients is not None)
         raise ValueError(
-            f"{named('target_class')} is for class-specific methods, {specific}; this one gives every class the same "
-            "relevance"
+            f"{named('target_class')} is for class-specific methods, {specific}; got a method that gives every class "
+            "the same relevance"
         )
     if method.gradients is not None and readout != "model":
         raise ValueError(f"{named('readout')} must be model for a class-specific method, got {readout!r}")

@@ -4,8 +4,8 @@ A batch that runs out of memory is halved. A batch that fails for another reason
 makes it fail: that sample is recorded with its reason, and the others go on.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Work:
         explain: (model, batch) → ``Explained``.
         plan: How they are cut into parts and batches.
         class_specific: Whether predictions have a column for the class explained.
+        without: Sample → reason, of those that are failures already and are not read.
     """
 
     model: Any
@@ -41,6 +42,7 @@ class Work:
     explain: Explain
     plan: Plan
     class_specific: bool = False
+    without: Mapping[int, str] = field(default_factory=dict)
 
 
 def run_parts(
@@ -53,7 +55,7 @@ def run_parts(
         numbers: Parts to do.
         advance: Called with the number of samples after each batch.
     """
-    with read_ahead(work.source, work.plan, numbers) as items:
+    with read_ahead(work.source, work.plan, numbers, work.without) as items:
         draft = Draft(work.source, work.class_specific)
         for item in items:
             if isinstance(item, ReadBatch):

@@ -42,7 +42,8 @@ def write_report(
         path: Folder of the run (`out` of `attribute_cohort`); one that is not complete can be reported on.
         output: File to write; None: `report.html` in the folder, or `report-<patient>.html` for a patient. An earlier
             report is replaced.
-        patient: Show this patient's samples rather than a choice.
+        patient: Show this patient's samples rather than a choice; the tables of the cohort's codes and positions, which
+            take a pass over every row, are then left out.
         names: Names of codes, `{feature: {code: name}}` or a JSON file of them, before those of the folder.
         overwrite: Replace `output` also if it is no report.
 
@@ -75,8 +76,8 @@ def render(cohort: CohortAttributions, patient: str | None = None) -> str:
     return _environment(in_percent(cohort.manifest)).get_template("page.html").render(
         run=run(cohort),
         summary=summary(cohort),
-        codes=codes(cohort),
-        places=places(cohort),
+        codes=codes(cohort) if patient is None else None,  # sums over every row of the cohort: minutes, for one patient
+        places=places(cohort) if patient is None else None,
         patients=samples,
         colours=list(zip(scale.COLOURS, scale.INKS, strict=True)),
     )  # fmt: skip

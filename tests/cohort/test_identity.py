@@ -8,6 +8,7 @@ import sys
 import time
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -338,6 +339,19 @@ def test_a_digest_tells_samples_apart() -> None:
     assert UNKNOWN not in digests
     assert sample_digest(OrderedDict(reversed(SAMPLE.items()))) == digests[0]
     assert sample_digest({1: 2, "a": 3}) == UNKNOWN
+
+
+def test_spot_checks_are_of_the_parts_that_are_done(monkeypatch) -> None:
+    def part(start: int, stop: int) -> Any:
+        return SimpleNamespace(start=start, stop=stop)
+
+    parts = [part(40, 60), part(0, 10)]
+    assert content.spot_checks([]) == []
+    assert content.spot_checks(parts) == [*range(10), *range(40, 60)]
+    monkeypatch.setattr(content, "SPOT_CHECKS", 12)
+    drawn = [content.spot_checks(parts) for _ in range(200)]
+    assert all(len(set(one)) == 12 and one == sorted(one) for one in drawn)
+    assert {number for one in drawn for number in one} == {*range(10), *range(40, 60)}
 
 
 class Replaced(Records):

@@ -87,7 +87,7 @@ def test_settings_are_checked(name: str) -> None:
         Plan(**{name: 0})
     with pytest.raises(TypeError, match=f"{name} must be a whole number from 1 to .*, got 2.5"):
         Plan(**{name: 2.5})
-    with pytest.raises(TypeError, match="equal_lengths must be True or False, got 1"):
+    with pytest.raises(TypeError, match="equal_lengths must be true or false, got 1"):
         Plan(equal_lengths=1)
 
 

@@ -147,6 +147,8 @@ def test_a_patient_asked_for(folder: Path, tmp_path: Path) -> None:
     page = path.read_text(encoding="utf-8")
     assert page.count('<article class="panel">') == 2
     assert "Shown: 2 of the 2 samples of this patient." in " ".join(page.split())
+    assert "codes and positions of the whole cohort are in the report" in page  # no pass over every row for one patient
+    assert 'id="codes"' not in page
     nasty = write_report(folder, patient=NASTY[1])
     assert nasty.parent == folder
     assert re.fullmatch(r"report-[A-Za-z0-9_-]+\.html", nasty.name)

@@ -15,14 +15,18 @@ import torch
 from filelock import FileLock
 
 import rollout
+from rollout.cohort.content import pack, unpack
 from rollout.data.cache import SampleCache
 from rollout.data.collate import pyhealth_collate
 from rollout.data.mimic import mimic_source
 from rollout.data.synthetic import write_synthetic_cohort
 from rollout.data.vocabulary import read_vocabulary
 from rollout.errors import CohortError
+from rollout.results.manifest import PartRecord
 from rollout.runfile import CACHE, RunFile, prepare_samples, read_run_file, save_model
 from rollout.runfile.start import attribute_run_file
+from rollout.runfile.verify import verify_run
+from tests.support.written_run import edit
 
 FEATURES = ("conditions", "procedures", "drugs")
 
@@ -84,6 +88,17 @@ def test_the_same_command_finds_it_complete_and_another_output_gets_equal_rows(
     assert (left["attribution"] - right["attribution"]).abs().max() < 1e-6
     with pytest.raises(ValueError, match="method"):
         attribute_run_file(copy / "run.toml", None, {"method": "discard"}, progress=False)
+
+
+def test_verify_compares_every_sample_with_the_run_file(trained: dict[str, Any], copy: Path) -> None:
+    assert verify_run(copy / "attributed", copy / "run.toml") == []
+    record = PartRecord.read(copy / "attributed" / "parts" / "part-00000.json")
+    content = unpack(record).copy()
+    content[[3, 7]] ^= 1
+    edit(copy / "attributed" / "parts" / "part-00000.json", content=pack(content))
+    assert verify_run(copy / "attributed", copy / "run.toml") == [
+        "part-00000: 2 samples hold other values than when they were attributed: 3, 7"
+    ]
 
 
 def test_without_a_cache_the_samples_are_prepared_in_the_output(
@@ -247,7 +262,7 @@ def changed(tables: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
         ("run.method", "product", r"\[run\] method must be one of rollout, "),
         ("run.readout", "row", r"\[run\] readout must be one of model, forward, got 'row'"),
         ("run.device", "abacus", r"\[run\] device must be a torch device such as cpu or cuda, got 'abacus'"),
-        ("run.target_class", 1, r"\[run\] target_class is for class-specific methods, grad_rollout, chefer; got"),
+        ("run.target_class", 1, r"\[run\] target_class is for class-specific methods, grad_rollout, chefer; this"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_before_any_work(

@@ -64,8 +64,8 @@ def write_run(folder: Path, records: Sequence[Record], run: Run | None = None, p
     """Write the records as samples 0, 1, … (those in ``run.failures`` fail), ``part_samples`` in a part."""
     run = run or Run()
     rows = [row for number, record in enumerate(records) if number not in run.failures for row in _rows(number, record)]
-    rows = run.change(rows)
     manifest, written = _manifest(records, rows, run), []
+    rows = run.change(rows)
     for part, start in enumerate(range(0, len(records), part_samples)):
         numbers = range(start, min(start + part_samples, len(records)))
         good = [n for n in numbers if n not in run.failures]
