@@ -115,9 +115,7 @@ def test_the_floors_do_the_work_that_cannot_be_left_out() -> None:
         [*(float(layer.sum()) for layer in maps[:-1]), float(maps[-1][:, :, 0].sum())]
     )
     halves = [layer.bfloat16() for layer in maps]
-    words = (
-        halves[0].contiguous().view(-1).view(torch.float32)
-    )  # two numbers a word, none converted
+    words = halves[0].contiguous().view(-1).view(torch.float32)  # two numbers a word, none converted
     assert torch.equal(chains.read_maps(halves)[0], words.sum())
     assert chains.read_maps(maps[:1]).tolist() == pytest.approx([float(maps[0][:, :, 0].sum())])
     queries, keys = ([torch.full((2, 3, 5, 4), value) for value in values] for values in ((1.0, 2.0), (3.0, 0.5)))
