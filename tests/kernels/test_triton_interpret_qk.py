@@ -55,10 +55,7 @@ def key_mask(kind: str, batch: int, seq: int) -> Tensor | None:
 
 
 def qk_problem(queries: list[Tensor], keys: list[Tensor], query: object, **options: object) -> _problem.QKProblem:
-    nothing = dict.fromkeys(("lengths", "key_mask", "query_mask", "window", "bias", "scale", "logsumexp"))
-    return ops.qk_problem(
-        queries, keys, query, **{**nothing, "causal": False, "method": Method(), "validate": True, **options}
-    )
+    return ops.qk_problem(queries, keys, query=query, **options)
 
 
 def true_logsumexp(problem: _problem.QKProblem) -> list[Tensor]:
