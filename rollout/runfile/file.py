@@ -44,8 +44,8 @@ from rollout.runfile.toml import write_toml
 from rollout.runfile.weights import (
     build_model,
     check_model,
-    check_weights,
     differences,
+    load_model,
     read_weights,
     weights_digest,
     write_weights,
@@ -111,10 +111,7 @@ class RunFile:
         if self.cache is None and cache.is_symlink():
             raise ValueError(f"{cache} must be a folder in the output, not a link; name another with [dataset] cache")
         dataset = prepare_samples(self.source, cache, self.vocabulary, trust_cache=trust_cache)
-        check_weights(build_model(self.model, self.arguments, dataset, "meta"), state, str(self.weights))
-        model = build_model(self.model, self.arguments, dataset)
-        model.load_state_dict(state)
-        return model, dataset
+        return load_model(self.model, self.arguments, dataset, state, str(self.weights)), dataset
 
     def _check_tie(self, state: Mapping[str, Any]) -> None:
         tied = None if self.vocabulary is None else self.vocabulary.weights

@@ -90,6 +90,30 @@ def build_model(name: str, arguments: Mapping[str, Any], dataset: Any, device: s
             raise ValueError(f"[model]: {name} did not take its arguments: {type(error).__name__}: {error}") from error
 
 
+def load_model(name: str, arguments: Mapping[str, Any], dataset: Any, state: Mapping[str, Tensor], source: str) -> Any:
+    """Build a model with its weights. That they fit is seen from its shapes, before it takes memory.
+
+    Args:
+        name: Of its class.
+        arguments: Beside the dataset.
+        dataset: That it is for.
+        state: Parameter name → tensor.
+        source: What to call the weights in an error.
+
+    Raises:
+        ValueError: If it does not take its arguments, or weights do not fit.
+    """
+    try:
+        check_weights(build_model(name, arguments, dataset, "meta"), state, source)
+    except ValueError as error:
+        if not isinstance(error.__cause__, RuntimeError | NotImplementedError):
+            raise  # otherwise it has a part that cannot be made without memory, such as a pretrained one
+    model = build_model(name, arguments, dataset)
+    check_weights(model, state, source)
+    model.load_state_dict(dict(state))
+    return model
+
+
 def check_weights(model: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Refuse weights that do not fit a model.
 

@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 import torch
 from filelock import FileLock
+from pyhealth.models import Transformer
 
 import rollout
 from rollout.cohort.content import pack, unpack
@@ -26,6 +27,8 @@ from rollout.results.manifest import PartRecord
 from rollout.runfile import CACHE, RunFile, prepare_samples, read_run_file, save_model
 from rollout.runfile.start import attribute_run_file
 from rollout.runfile.verify import verify_run
+from rollout.runfile.weights import build_model, load_model
+from tests.support import pyhealth_models
 from tests.support.written_run import edit
 
 FEATURES = ("conditions", "procedures", "drugs")
@@ -344,6 +347,36 @@ def test_loading_gives_the_model_back_and_leaves_the_random_numbers(trained: dic
     batch = pyhealth_collate([dataset[i] for i in range(4)])
     with torch.inference_mode():
         assert torch.equal(model.eval()(**batch)["logit"], trained["model"](**batch)["logit"])
+
+
+@pytest.mark.parametrize("kind", list(pyhealth_models.SCHEMAS))
+@pytest.mark.parametrize("name", ["Transformer", "StageAttentionNet"])
+def test_a_model_of_any_features_loads_its_weights(name: str, kind: str) -> None:
+    dataset = pyhealth_models.dataset(kind)
+    arguments = {"embedding_dim": 16} | ({"heads": 2} if name == "Transformer" else {"chunk_size": 8, "levels": 2})
+    before = build_model(name, arguments, dataset).state_dict()
+    shapes = build_model(name, arguments, dataset, "meta").state_dict()
+    assert {key: tensor.shape for key, tensor in shapes.items()} == {key: t.shape for key, t in before.items()}
+    assert {tensor.device.type for tensor in shapes.values()} == {"meta"}
+    after = load_model(name, arguments, dataset, before, "weights").state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    with pytest.raises(ValueError, match=r"weights does not fit the model: "):
+        load_model(name, {**arguments, "embedding_dim": 32}, dataset, before, "weights")
+
+
+def test_a_part_that_cannot_be_made_without_memory_is_built_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, arguments = pyhealth_models.dataset("flat"), {"embedding_dim": 16}
+    state = build_model("Transformer", arguments, dataset).state_dict()
+    plain = Transformer.__init__
+
+    def pretrained(self: Any, *args: Any, **named: Any) -> None:
+        if torch.get_default_device().type == "meta":
+            raise RuntimeError("from_pretrained does not go with a meta device")
+        plain(self, *args, **named)
+
+    monkeypatch.setattr(Transformer, "__init__", pretrained)
+    after = load_model("Transformer", arguments, dataset, state, "weights").state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in state.items())
 
 
 def test_save_model_refuses_what_would_not_load(trained: dict[str, Any], tmp_path: Path) -> None:
