@@ -51,7 +51,7 @@ bench-quick: setup
 
 bench-compare: setup
 	@test -n "$(BASE)" || { echo "make bench-compare BASE=<revision>" >&2; exit 2; }
-	$(BIN)/python -m bench.compare --base "$(BASE)"
+	$(BIN)/python -m bench.gate --base "$(BASE)"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

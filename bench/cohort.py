@@ -21,29 +21,27 @@ import polars as pl
 import torch
 
 import rollout
-from bench import machine
-from rollout.cohort.memory import peak_memory
+from bench.machine import host
 from rollout.data.codebook import STREAMS
 from rollout.data.quiet import quiet_pyhealth
 
 LAYERS, HEADS, EMBEDDING = 4, 8, 128
-STOCK_BATCH = 32  # PyHealth's loader loop, in the order of the dataset
-STOCK_BATCHES = 40  # of it, drawn at random
+STOCK_BATCH, STOCK_BATCHES = 32, 40  # PyHealth's loader loop, in the order of the dataset; batches of it, at random
 TOLERANCE = 1e-5
 
 
-def raw_samples(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Samples as a task gives them: codes by Zipf's law, lengths of the streams log-normal, some empty."""
-    rng = np.random.default_rng(seed)
-    weights = {stream.feature: 1.0 / (np.arange(stream.vocabulary) + stream.offset) for stream in STREAMS}
+def raw_samples(count: int) -> Iterator[dict[str, Any]]:
+    """Samples as a task gives them: codes by Zipf's law, lengths of the streams log-normal."""
+    rng = np.random.default_rng(0)
+    shares = {stream.feature: np.cumsum(1.0 / (np.arange(stream.vocabulary) + stream.offset)) for stream in STREAMS}
     for number in range(count):
-        sample: dict[str, Any] = {"patient_id": f"p{number // 2}", "visit_id": f"v{number}", "label": number % 3 == 0}
+        sample: dict[str, Any] = {"patient_id": f"p{number // 2}", "visit_id": f"v{number}"}
         for stream in STREAMS:
             length = min(stream.cap, max(1, round(stream.median * np.exp(stream.sigma * rng.standard_normal()))))
-            share = np.cumsum(weights[stream.feature])
+            share = shares[stream.feature]
             codes = np.searchsorted(share, rng.random(length) * share[-1])
             sample[stream.feature] = [f"{stream.feature[0]}{code}" for code in codes]
-        yield sample | {"label": int(sample["label"])}
+        yield sample | {"label": int(number % 3 == 0)}
 
 
 def build_samples(count: int) -> str:
@@ -71,24 +69,22 @@ def run(model: Any, samples: Any, out: Path, **settings: Any) -> rollout.cohort.
     return rollout.attribute_cohort(model, samples, out, method="pyhealth", progress=False, **settings)
 
 
-def stock(model: Any, samples: Any, batches: list[int]) -> tuple[float, int, dict[int, dict[str, np.ndarray]]]:
-    """PyHealth's interpreter over these batches of PyHealth's loader: seconds, samples, and its scores by sample."""
+def stock(model: Any, samples: Any, batches: list[int]) -> tuple[float, dict[int, dict[str, np.ndarray]]]:
+    """PyHealth's interpreter over these batches of PyHealth's loader: seconds, and its scores by sample."""
     with quiet_pyhealth():
         from pyhealth.datasets import get_dataloader
         from pyhealth.interpret.methods import AttentionRollout
     numbers = [n for b in batches for n in range(b * STOCK_BATCH, min((b + 1) * STOCK_BATCH, len(samples)))]
-    interpreter = AttentionRollout(model)
-    loader = get_dataloader(samples.subset(numbers), STOCK_BATCH, shuffle=False)
+    interpreter, waiting = AttentionRollout(model), iter(numbers)
     scores: dict[int, dict[str, np.ndarray]] = {}
     seconds, begun = 0.0, time.perf_counter()
-    waiting = iter(numbers)
-    for batch in loader:
+    for batch in get_dataloader(samples.subset(numbers), STOCK_BATCH, shuffle=False):
         relevance = interpreter.attribute(**batch)
         seconds += time.perf_counter() - begun
         for place in range(len(batch["patient_id"])):
             scores[next(waiting)] = {key: part[place].detach().numpy().copy() for key, part in relevance.items()}
         begun = time.perf_counter()
-    return seconds, len(numbers), scores
+    return seconds, scores
 
 
 def largest_difference(out: Path, scores: dict[int, dict[str, np.ndarray]]) -> float:
@@ -101,16 +97,17 @@ def largest_difference(out: Path, scores: dict[int, dict[str, np.ndarray]]) -> f
     return largest
 
 
-def described(done: rollout.cohort.CohortRun) -> dict[str, Any]:
-    """A run in numbers."""
-    model_seconds = done.seconds["forward"] + done.seconds["chain"]
+def describe(*runs: rollout.cohort.CohortRun) -> dict[str, Any]:
+    """One run in numbers, or several as one; the share of time beside model and chain."""
+    stages = {stage: sum(done.seconds[stage] for done in runs) for stage in runs[0].seconds}
+    elapsed = sum(done.elapsed for done in runs)
     return {
-        "samples": done.done,
-        "seconds": done.elapsed,
-        "stages": done.seconds,
-        "rows": done.rows,
-        "peak_bytes": done.peak_bytes,
-        "bookkeeping": 1.0 - model_seconds / done.elapsed,
+        "samples": sum(done.done for done in runs),
+        "seconds": elapsed,
+        "stages": stages,
+        "rows": sum(done.rows for done in runs),
+        "peak_bytes": max(done.peak_bytes for done in runs),
+        "bookkeeping": 1.0 - (stages["forward"] + stages["chain"]) / elapsed,
     }
 
 
@@ -123,14 +120,11 @@ def race(count: int, scratch: Path) -> dict[str, Any]:
     first = stock(model, samples, sorted(drawn[::2]))
     done = run(model, samples, scratch / "ours")
     second = stock(model, samples, sorted(drawn[1::2]))
-    difference = largest_difference(scratch / "ours", first[2] | second[2])
+    scores = first[1] | second[1]
+    difference = largest_difference(scratch / "ours", scores)
     assert difference <= TOLERANCE, f"not told: largest difference {difference:.1e}, allowed {TOLERANCE:.0e}"
-    return {
-        "ours": described(done) | {"error": difference},
-        "PyHealth": {
-            "samples": first[1] + second[1], "seconds": first[0] + second[0], "batches": len(drawn),
-        },
-    }  # fmt: skip
+    stocks = {"samples": len(scores), "seconds": first[0] + second[0], "batches": len(drawn)}
+    return {"ours": describe(done) | {"error": difference}, "PyHealth": stocks}
 
 
 def workers(count: int, scratch: Path) -> dict[str, Any]:
@@ -143,32 +137,26 @@ def workers(count: int, scratch: Path) -> dict[str, Any]:
     two = run(model, samples, scratch / "two", workers=2)
     after = run(model, samples.subset(range(count // 2, count)), scratch / "after")
     assert two.rows == before.rows + after.rows
-    both = described(two)
+    both = describe(two)
     del both["bookkeeping"]
-    one = described(before) | {"samples": before.done + after.done, "seconds": before.elapsed + after.elapsed}
-    one |= {
-        "rows": two.rows,
-        "stages": {stage: before.seconds[stage] + after.seconds[stage] for stage in before.seconds},
-    }
-    return {"one worker": one, "two workers": both}
+    return {"one worker": describe(before, after), "two workers": both}
 
 
 def memory(count: int, scratch: Path) -> dict[str, Any]:
-    """Peak memory of a process that does nothing but this run, and what it held before the run."""
+    """Peak memory of a process that does nothing but this run."""
     model, samples = model_and_samples(count)
-    before = peak_memory()
-    return {"ours": described(run(model, samples, scratch / "out")) | {"before_bytes": before}}
+    return {"ours": describe(run(model, samples, scratch / "out"))}
 
 
 PLANS = {"race": race, "workers": workers, "memory": memory}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--samples", type=int, required=True)
     parser.add_argument("--plan", choices=PLANS, required=True)
     options = parser.parse_args()
-    torch.set_num_threads(machine.THREADS)
+    torch.set_num_threads(host.THREADS)
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["TMPDIR"] = scratch  # where PyHealth puts the samples
         print(json.dumps(PLANS[options.plan](options.samples, Path(scratch))))

@@ -3,23 +3,36 @@
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import ceilings, machine
-from bench.memory import peak_extra_bytes
-from bench.providers import relative_error
+from bench.machine import host
+from bench.providers import chains
+from rollout.bench.measure import EventTimer, Flush, clock, measure_ceilings, peak_extra_bytes, relative_error
 
 LONG_ENOUGH = float(os.environ.get("BENCH_SECONDS", "2.5"))  # for one timing: nine rounds, or fewer of a slow call
 LONG = 1.0  # seconds; a longer call needs no warm-up beside its check
 SHORT = 0.02  # seconds; a shorter call is at the mercy of a single interruption and gets 99 rounds
+COLD, WARM = "flushed before every call", "as the call before left it"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="small shapes; every provider checked, nothing timed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    timer = EventTimer(host.DEVICE) if host.DEVICE.type == "cuda" else time.perf_counter
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=timer))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(host.THREADS)
 
 
 @pytest.fixture(scope="session")
@@ -28,36 +41,22 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
-def flush() -> machine.Flush:
-    return machine.Flush()
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(machine.THREADS)
+def flush() -> Flush:
+    return Flush(host.DEVICE)
 
 
 @pytest.fixture(scope="module")
-def module_ceilings(quick: bool) -> dict[str, Any] | None:
+def ceilings(quick: bool) -> dict[str, Any] | None:
     """Measured anew for each module: a virtual machine's memory bandwidth is not the same all day."""
-    torch.set_num_threads(machine.THREADS)
-    return None if quick else ceilings.measure().as_dict()
-
-
-def taken(run: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+    return None if quick else asdict(measure_ceilings(host.DEVICE))
 
 
 @pytest.fixture
-def measure(
-    benchmark: Any, quick: bool, flush: machine.Flush, module_ceilings: dict[str, Any] | None
-) -> Callable[..., None]:
-    """`measure(run, reference=…, tolerance=…, cold=True, **info)`: check, then time, then record.
+def measure(benchmark: Any, quick: bool, flush: Flush, ceilings: dict[str, Any] | None) -> Callable[..., None]:
+    """`measure(run, suite=…, provider=…, reference=…, tolerance=…, …)`: check, then time, then record.
 
-    A wrong result has no time. `cold`: the caches are flushed before every timed call, so that inputs come from memory.
+    A wrong result has no time; without a reference there is nothing to check. `part` takes of the result what the
+    reference is of. `cold`: the caches are flushed before every timed call, so that inputs come from memory.
     """
 
     def _measure(
@@ -65,33 +64,32 @@ def measure(
         *,
         reference: Tensor | None = None,
         tolerance: float = 0.0,
+        part: Callable[[Tensor], Tensor] = lambda result: result,
         cold: bool = True,
         **info: Any,
     ) -> None:
-        def whole() -> Tensor:
-            result = run()
-            machine.synchronize()
-            return result
-
+        if info["provider"] == chains.COMPILED and (problem := chains.compiler_problem()) is not None:
+            pytest.skip(f"no compiler: {problem}")
         with torch.inference_mode():
-            result = whole()
+            result = run()
             if reference is not None:
-                error = relative_error(result, reference)
-                assert error <= tolerance, f"not timed: max|err|/max|ref| = {error:.2e}, allowed {tolerance:.0e}"
-                info["error"] = error
+                info["error"] = relative_error(part(result), reference)
+                wrong = f"not timed: max|err|/max|ref| = {info['error']:.2e}, allowed {tolerance:.0e}"
+                assert info["error"] <= tolerance, wrong
             del result
             if quick:
                 benchmark.pedantic(lambda: None)  # the check was the point
                 return
-            seconds = taken(lambda: info.update(peak_extra_bytes=peak_extra_bytes(whole)))
+            # A long call is warm from its check.
+            seconds = clock(lambda: info.update(peak_extra_bytes=peak_extra_bytes(run, host.DEVICE)), host.DEVICE)
             if seconds < LONG:
-                seconds = taken(whole)  # the warm-up; the measuring of memory, too, takes its time
+                seconds = clock(run, host.DEVICE)
             most = 9 if seconds > SHORT else 99
             if cold:
-                seconds += taken(flush)  # every round pays for it
+                seconds += clock(flush, host.DEVICE)  # every round pays for it
             rounds = max(3, min(most, int(LONG_ENOUGH / seconds)))
-            state = "flushed before every call" if cold else "as the call before left it"
-            benchmark.extra_info.update(info, ceilings=module_ceilings, threads=torch.get_num_threads(), cache=state)
-            benchmark.pedantic(whole, setup=flush if cold else None, rounds=rounds, iterations=1, warmup_rounds=0)
+            info |= {"ceilings": ceilings, "threads": torch.get_num_threads(), "cache": COLD if cold else WARM}
+            benchmark.extra_info.update(info)
+            benchmark.pedantic(run, setup=flush if cold else None, rounds=rounds, iterations=1, warmup_rounds=0)
 
     return _measure

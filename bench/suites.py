@@ -1,40 +1,34 @@
-"""The suites by name: which file and which of its tests. `python -m bench.run --suite NAME` runs one alone."""
+"""The suites by name: `python -m bench.run --suite NAME` runs one alone. What each times: the table in README.md."""
 
-# Suite → (file in bench/, its test functions; none: the whole file).
-SUITES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "rows from maps": ("test_rows_from_maps.py", ("test_float32",)),
-    "rows from maps, warm": ("test_rows_from_maps.py", ("test_warm",)),
-    "rows from bf16 maps": ("test_rows_from_maps.py", ("test_bfloat16",)),
-    "memory against layers": ("test_rows_from_maps.py", ("test_memory_against_layers",)),
-    "head sum": ("test_rows_from_maps.py", ("test_head_sum",)),
-    "full matrix": ("test_full_matrix.py", ()),
-    "rows from Q,K": ("test_rows_from_qk.py", ()),
-    "other methods": ("test_other_methods.py", ()),
-    "model families": ("test_families.py", ()),
-    "BERT-base from tokens": ("test_capture.py", ("test_bert",)),
-    "overhead of capture": ("test_capture.py", ("test_overhead",)),
-    "PyHealth end to end": ("test_pyhealth_end_to_end.py", ("test_attribute",)),
-    "overhead of capture, PyHealth": ("test_pyhealth_end_to_end.py", ("test_overhead",)),
-    "cohort run": ("test_cohort.py", ()),
+# Suite → the file in bench/ and its test function.
+SUITES = {
+    "rows from maps": "test_chains.py::test_rows_from_maps",
+    "rows from maps, warm": "test_chains.py::test_warm",
+    "rows from bf16 maps": "test_chains.py::test_bfloat16",
+    "memory against layers": "test_chains.py::test_memory_against_layers",
+    "head sum": "test_chains.py::test_head_sum",
+    "full matrix": "test_chains.py::test_full_matrix",
+    "rows from Q,K": "test_chains.py::test_rows_from_qk",
+    "other methods": "test_chains.py::test_methods",
+    "model families": "test_models.py::test_family",
+    "BERT-base from tokens": "test_models.py::test_bert_base",
+    "overhead of capture": "test_models.py::test_overhead",
+    "PyHealth end to end": "test_pyhealth_end_to_end.py::test_attribute",
+    "cohort run": "test_cohort.py::test_cohort",
+    "scaling": "test_scaling.py::test_scaling",
+    "kernels on a GPU": "test_gpu.py::test_kernel",
 }
-SCALING = "scaling"  # bench/scaling.py, no test file: each provider runs in a process of its own
-NAMES = (*SUITES, SCALING)
 
 
-def selections(wanted: list[str]) -> dict[str, list[str]]:
+def select(wanted: list[str]) -> dict[str, list[str]]:
     """What to hand to pytest, one call a file: file → its node ids, for the suites wanted.
 
     Raises:
         ValueError: a name is not a suite's.
     """
-    unknown = [name for name in wanted if name not in NAMES]
-    if unknown:
-        raise ValueError(f"suite must be one of {', '.join(NAMES)}; got {', '.join(unknown)}")
+    if unknown := [name for name in wanted if name not in SUITES]:
+        raise ValueError(f"suite must be one of {', '.join(SUITES)}; got {', '.join(unknown)}")
     found: dict[str, list[str]] = {}
-    for name in wanted:
-        if name == SCALING:
-            continue
-        file, functions = SUITES[name]
-        nodes = found.setdefault(file, [])
-        nodes += [f"bench/{file}::{function}" for function in functions] or [f"bench/{file}"]
-    return {file: list(dict.fromkeys(nodes)) for file, nodes in found.items()}
+    for node in dict.fromkeys(SUITES[name] for name in wanted):
+        found.setdefault(node.partition("::")[0], []).append(f"bench/{node}")
+    return found

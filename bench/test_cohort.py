@@ -6,18 +6,31 @@ Each measurement is a process of its own (`bench.cohort`), for its memory's sake
 import json
 import subprocess
 import sys
+from functools import cache
 from typing import Any
 
 import pytest
 
-from bench import cohort, machine
+from bench import cohort
+from bench.machine import host
+from rollout.bench.end_to_end import STOCK
+from rollout.bench.measure import OURS
 
 SAMPLES, FEW = 20_000, 2_000
 SHARED = 40_000  # between workers: their start is ten seconds or more, whatever there is to do
 QUICK = 192
+# Case → what is run, and on how many samples.
+CASES = {
+    "synthetic cohort": ("race", SAMPLES),  # reading and writing included; PyHealth's: 40 of its batches at random
+    "workers": ("workers", SHARED),  # one thread, against two worker processes of one thread, their start included
+    f"memory, {FEW:,} samples": ("memory", FEW),  # peak memory of the process against the size of the cohort
+    f"memory, {SAMPLES:,} samples": ("memory", SAMPLES),
+}
+PROVIDERS = {"race": (STOCK, OURS), "workers": ("one worker", "two workers"), "memory": (OURS,)}
 
 
-def _measured(plan: str, samples: int) -> dict[str, Any]:
+@cache
+def measured(plan: str, samples: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.cohort", "--plan", plan, "--samples", str(samples)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -25,45 +38,17 @@ def _measured(plan: str, samples: int) -> dict[str, Any]:
     return found
 
 
-def _record(benchmark: Any, case: str, provider: str, found: dict[str, Any], threads: int) -> None:
-    """Into pytest-benchmark's record: the child's seconds are the timing, so a call that takes none is timed here."""
-    benchmark.pedantic(lambda: None)
+@pytest.mark.parametrize(("case", "provider"), [(case, who) for case in CASES for who in PROVIDERS[CASES[case][0]]])
+def test_cohort(case: str, provider: str, benchmark: Any, quick: bool) -> None:
+    plan, samples = CASES[case]
+    found = measured(plan, QUICK if quick else samples)[provider]
+    benchmark.pedantic(lambda: None)  # the child's seconds are the timing: `elapsed`
     benchmark.extra_info.update(
         {key: value for key, value in found.items() if key != "seconds"},
         suite="cohort run",
         case=case,
         provider=provider,
-        threads=threads,
+        threads=1 if plan == "workers" else host.THREADS,
         elapsed=found["seconds"],
-        samples_per_second=found["samples"] / found["seconds"],
         shape={"H": cohort.HEADS, "L": cohort.LAYERS, "E": cohort.EMBEDDING},
     )
-
-
-@pytest.fixture(scope="module")
-def race(quick: bool) -> dict[str, Any]:
-    return _measured("race", QUICK if quick else SAMPLES)
-
-
-@pytest.mark.parametrize("provider", ["PyHealth", "ours"])
-def test_cohort(provider: str, race: dict[str, Any], benchmark: Any) -> None:
-    """Samples a second, reading and writing included; stock timed on 40 of its batches, drawn at random."""
-    _record(benchmark, "synthetic cohort", provider, race[provider], machine.THREADS)
-
-
-@pytest.fixture(scope="module")
-def pair(quick: bool) -> dict[str, Any]:
-    return _measured("workers", QUICK if quick else SHARED)
-
-
-@pytest.mark.parametrize("provider", ["one worker", "two workers"])
-def test_workers(provider: str, pair: dict[str, Any], benchmark: Any) -> None:
-    """One thread against two worker processes of one thread, their start included."""
-    _record(benchmark, "workers", provider, pair[provider], 1)
-
-
-@pytest.mark.parametrize("samples", [FEW, SAMPLES])
-def test_memory(samples: int, quick: bool, benchmark: Any) -> None:
-    """Peak memory of the process against the size of the cohort."""
-    found = _measured("memory", QUICK if quick else samples)["ours"]
-    _record(benchmark, f"memory, {samples:,} samples", "ours", found, machine.THREADS)

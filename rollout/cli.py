@@ -90,6 +90,10 @@ def attribute(
     backend: Annotated[str | None, typer.Option(help="auto, torch, triton or reference.")] = None,
     target_class: Annotated[int | None, typer.Option(help="For class-specific methods.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Most tokens in a batch.")] = None,
+    batch_samples: Annotated[int | None, typer.Option(help="Most samples in a batch.")] = None,
+    equal_lengths: Annotated[
+        bool, typer.Option("--equal-lengths", help="Batch samples of equal length only: no padding.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda, …")] = None,
     local_workers: Annotated[int | None, typer.Option(help="Processes on this machine.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers to use.")] = None,
@@ -120,7 +124,8 @@ def attribute(
         raise ValueError("give --local-workers (processes of this machine) or --scheduler (a cluster), not both")
     given = {
         "method": method, "readout": readout, "backend": backend, "target_class": target_class,
-        "batch_tokens": batch_tokens, "device": device, "workers": local_workers,
+        "batch_tokens": batch_tokens, "batch_samples": batch_samples, "equal_lengths": equal_lengths or None,
+        "device": device, "workers": local_workers,
     }  # fmt: skip
     settings = {key: value for key, value in given.items() if value is not None}
     try:

@@ -67,7 +67,8 @@ def write_whole(path: Path, content: bytes) -> Path:
     """
     partial = path.with_name(f".{path.name[:80]}.{os.getpid()}{PARTIAL}")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)  # what a killed process left, or a link that somebody planted
+        with partial.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -175,7 +175,7 @@ class Shared:
     def __init__(self, packed: Packed) -> None:
         self.packed = packed
         self.one_at_a_time = threading.Lock()  # a worker with several threads has one model
-        self._doer: tuple[Doer, torch.device | None] | None = None
+        self._doer: Doer | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Shared, (self.packed,)
@@ -185,8 +185,8 @@ class Shared:
         if self._doer is None:
             process = Process(self.packed, Setting(torch.get_num_threads(), device))
             weakref.finalize(self, process.end)
-            self._doer = Doer(process), device
-        return self._doer[0]
+            self._doer = Doer(process)
+        return self._doer
 
 
 def do_part(shared: Shared, number: int, device: torch.device | None) -> Part:
@@ -199,10 +199,14 @@ def do_part(shared: Shared, number: int, device: torch.device | None) -> Part:
     """
     stopped = _cancelled_here()
     with shared.one_at_a_time:
+        doer = shared.doer(device)
         try:
-            return shared.doer(device).do(number, stopped)
-        except Stopped:
-            raise CohortError(f"attribute_cohort: part {number} is no longer wanted") from None
+            return doer.do(number, stopped)
+        except Exception as error:
+            doer.process.kill()  # the run ends with it
+            if isinstance(error, Stopped):
+                raise CohortError(f"attribute_cohort: part {number} is no longer wanted") from None
+            raise
 
 
 def _cancelled_here() -> Callable[[], bool]:

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-import rollout
 import rollout_kernels
 from rollout.cohort.digest import digest_of, is_plain, shown
 
@@ -217,5 +216,5 @@ def _is_installed(file: str) -> bool:
 def _installed_folders() -> list[Path]:
     paths = [sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")]
     paths += [*site.getsitepackages(), site.getusersitepackages()]
-    paths += [str(Path(str(package.__file__)).parent) for package in (rollout, rollout_kernels)]
+    paths += [str(Path(__file__).parents[1]), str(Path(str(rollout_kernels.__file__)).parent)]
     return [Path(path) for path in paths] + [Path(path).resolve() for path in paths]

@@ -24,12 +24,16 @@ class Explained:
         y_prob: [B, K], or None.
         y_true: [B, K] or [B], or None.
         target: The class the scores are for, int64 [B]; None for a class-agnostic method.
+        row_sums: Whether the scores of a feature's positions, padding included and a visit counted once however many
+            codes it has, sum to 1 in each sample, by the method. A sample where they do not is then a failure. Leave it
+            False where nothing of the kind holds, as for a class-specific relevance.
     """
 
     relevance: Mapping[str, Tensor]
     y_prob: Tensor | None = None
     y_true: Tensor | None = None
     target: Tensor | None = None
+    row_sums: bool = False
 
 
 Explain = Callable[[Any, Batch], Explained]
@@ -77,7 +81,9 @@ class PyHealthExplain:
         target = None
         if self.method.gradients is not None and "logit" in output:
             target = interpreter._resolve_target_indices(output["logit"].detach(), self.target_class)
-        return Explained(relevance, output.get("y_prob"), output.get("y_true"), target)
+        return Explained(
+            relevance, output.get("y_prob"), output.get("y_true"), target, row_sums=interpreter.rows_sum_to_one
+        )
 
     def _interpreter(self, model: Any) -> Any:
         from rollout.pyhealth import AttentionRollout, GradientRollout

@@ -99,13 +99,16 @@ class Process:
             self._start(stopped)
         return self._exchange([pickle.dumps(request)], stopped)
 
+    def kill(self) -> None:
+        """Kill the process, from any thread; the next request has a new one."""
+        with self._lock:
+            self._kill()
+
     def end(self) -> None:
         """Kill the process, from any thread; nothing can be asked for afterwards."""
         with self._lock:
             self._ended = True
-            if self._running is not None:
-                self._running.kill()
-                self._running.wait()
+            self._kill()
 
     def _start(self, stopped: Callable[[], bool]) -> None:
         for _ in range(STARTS):
@@ -152,7 +155,7 @@ class Process:
                 self._connection.send_bytes(message)
             while not self._connection.poll(_LOOK):
                 if stopped():
-                    self._kill()
+                    self.kill()
                     raise Stopped
                 # Not only when the connection closes: a process that the dead one started may hold it open.
                 if self._running.poll() is not None and not self._connection.poll(0):
@@ -166,8 +169,7 @@ class Process:
         return value
 
     def _kill(self) -> None:
-        with self._lock:
-            assert self._running is not None
+        if self._running is not None:
             self._running.kill()
             self._running.wait()
 
@@ -176,7 +178,7 @@ class Process:
         assert self._running is not None
         with suppress(subprocess.TimeoutExpired):
             self._running.wait(10)  # it may be writing its memory to a file
-        self._kill()
+        self.kill()
         code = self._running.returncode
         if code >= 0:
             return f"ended (exit code {code})"
@@ -186,9 +188,7 @@ class Process:
             return f"was killed (signal {-code})"
 
     def _close(self) -> None:
-        if self._running is not None:
-            self._running.kill()
-            self._running.wait()
+        self._kill()
         if self._connection is not None:
             self._connection.close()
         self._running = self._connection = None

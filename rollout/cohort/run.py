@@ -43,8 +43,10 @@ def attribute_cohort(
     target_class: int | None = None,
     batch_samples: int = 256,
     part_samples: int = 2048,
+    equal_lengths: bool | None = None,
     collate: Collate | None = None,
     vocabularies: Mapping[str, Mapping[str, int] | None] | None = None,
+    padding_ids: Mapping[str, int | None] | None = None,
     explain: Explain | None = None,
     code_names: Mapping[str, Mapping[str, str]] | None = None,
     progress: bool | None = None,
@@ -73,9 +75,14 @@ def attribute_cohort(
 
     Another version of a library or of Python is noted in the manifest, not refused.
 
-    A sample that cannot be attributed (it cannot be read or collated, the model raises, a number is not finite) is
-    written to ``failures/`` with its reason, and the rest goes on. A batch that runs out of memory is halved, which the
-    manifest notes.
+    A model that does not mask the padding of a batch gives relevance to it, and gives a sample other numbers, its
+    prediction too, beside longer ones: PyHealth's do for ``timeseries`` and ``stagenet_tensor`` features. Relevance is
+    written as it came; ``padding_share`` in ``predictions/`` says how much of a sample's row lies on padding, per
+    feature in the order of the manifest, and the manifest sums it up. ``equal_lengths`` gives exact numbers.
+
+    A sample that cannot be attributed (it cannot be read or collated, the model raises, a number is not finite, a row
+    does not sum to 1 though by the method it does) is written to ``failures/`` with its reason, and the rest goes on. A
+    batch that runs out of memory is halved, which the manifest notes.
 
     Args:
         model: A PyHealth model with the attention readout methods; any module, with ``explain``. It is put back as it
@@ -98,8 +105,13 @@ def attribute_cohort(
             to ``predictions/`` as ``target_class``.
         batch_samples: Most samples in a batch.
         part_samples: Samples in a part: what is done again at most after a kill.
+        equal_lengths: Batch only samples of equal length in every feature, so that none is padded: each gets the
+            numbers it has alone, as with ``batch_samples=1``, and sooner. None: where the method needs it, because it
+            looks at the whole map of a PyHealth model, padding included: ``discard``, or a head fusion of your own.
         collate: Samples → batch; default: PyHealth's.
         vocabularies: Feature → code → id for a dataset that is not PyHealth's; None for a numeric feature.
+        padding_ids: Feature → the id that stands for no code, and gets no row; None when every id is a code. Needed
+            where the vocabulary gives id 0 to a code and names no ``<pad>`` or ``[PAD]``; PyHealth's name theirs, 0.
         explain: (model, batch) → ``rollout.cohort.explain.Explained``, for models that are not PyHealth's; ``method``,
             ``readout`` and ``backend`` are then its own business, and are only written down.
         code_names: Feature → code → name, kept in ``code_names.json`` for reports.
@@ -117,9 +129,15 @@ def attribute_cohort(
         require(module, "cohort")
     chosen = {"workers": workers, "readout": readout, "backend": backend, "target_class": target_class}
     _check(model, client, chosen)
-    plan = Plan(batch_tokens, batch_samples, part_samples)
-    source = open_source(dataset, collate, vocabularies)
     resolved = get_method(method, "attribute_cohort")
+    whole_map = resolved.needs_whole_map and explain is None
+    plan = Plan(batch_tokens, batch_samples, part_samples, whole_map if equal_lengths is None else equal_lengths)
+    if whole_map and plan.pads:
+        raise ValueError(
+            "attribute_cohort: equal_lengths must not be False for a method that looks at the whole map: its numbers "
+            "would depend on the padding of a batch; leave it out"
+        )
+    source = open_source(dataset, collate, vocabularies, padding_ids)
     where = _device_to_run_on(model, device, client, workers)
     if backend == "triton" and (where or device_of(model)).type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
         raise ValueError("attribute_cohort: backend='triton' needs a CUDA device; use 'auto'")

@@ -22,7 +22,7 @@ WORDS = {
     "backend": tuple(BACKENDS),
 }
 SETTINGS = ("method", "batch_tokens", "batch_samples", "part_samples", "device", "workers", "readout", "backend",
-            "target_class")  # fmt: skip
+            "target_class", "equal_lengths")  # fmt: skip
 
 
 def check_settings(settings: Mapping[str, Any], named: Callable[[str], str]) -> None:
@@ -38,6 +38,8 @@ def check_settings(settings: Mapping[str, Any], named: Callable[[str], str]) -> 
     for key, value in settings.items():
         if key in COUNTS:
             check_count(key, value, named(key))
+        elif key == "equal_lengths":
+            check_flag(key, value, named(key))
         elif key == "device":
             check_device(value, named(key))
         else:
@@ -71,6 +73,16 @@ def check_word(key: str, value: Any, name: str) -> None:
         raise ValueError(
             f"{name} must be one of {', '.join(WORDS[key])}, got {value!r}{did_you_mean(value, WORDS[key])}"
         )
+
+
+def check_flag(key: str, value: Any, name: str) -> None:
+    """Check what is on or off.
+
+    Raises:
+        TypeError: If it is neither True nor False.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, got {value!r}")
 
 
 def check_class(method: Method, target_class: int | None, readout: str, named: Callable[[str], str]) -> None:

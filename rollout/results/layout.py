@@ -48,6 +48,7 @@ PREDICTION_SCHEMA = pa.schema(
         ("visit_id", pa.string()),
         ("y_prob", pa.list_(pa.float32())),
         ("y_true", pa.list_(pa.float32())),
+        ("padding_share", pa.list_(pa.float32())),
     ]
 )
 FAILURE_SCHEMA = pa.schema([("sample", pa.int64()), ("error", pa.string())])

@@ -24,6 +24,7 @@ from rollout.results.layout import (
     part_name,
     schemas,
 )
+from rollout.results.padding import NOTE, PaddingShare, ShareCount, add_up_shares, padding_note, pads
 
 CONTENT = "content"
 SHOWN = 3
@@ -64,6 +65,7 @@ class DatasetIdentity(TypedDict):
     samples: Count
     features: list[str]
     fingerprint: str
+    padding_ids: NotRequired[dict[str, int | None]]
     content: NotRequired[dict[str, str | None]]
 
 
@@ -89,7 +91,7 @@ class Identity(TypedDict):
     model: ModelIdentity
     dataset: DatasetIdentity
     method: MethodIdentity
-    plan: dict[str, Count]
+    plan: dict[str, Count | bool]
     readout: str
     backend: str
     target_class: Count | None
@@ -210,6 +212,7 @@ class Manifest(_File):
         names: SHA-256 of `code_names.json`; None without one.
         labels: Output of the dataset → its label names by number, None for a number without one.
         columns: Kind of file → its columns.
+        padding_share: Feature → how much of a row lies on padding.
         counts: Sums over the parts.
         parts: Which samples went into which part and batch.
     """
@@ -227,6 +230,7 @@ class Manifest(_File):
     names: Digest | None
     labels: dict[str, list[str | None]]
     columns: dict[str, list[str]]
+    padding_share: dict[str, PaddingShare]
     counts: Counts
     parts: list[PartPlan]
 
@@ -250,7 +254,7 @@ class Manifest(_File):
         """
         samples = identity["dataset"]["samples"]
         empty: dict[str, Any] = {"state": {}, "volatile": [], "sessions": [], "notes": [], "names": None}
-        empty |= {"granularity": {}, "time": {}, "labels": {}, "parts": []}
+        empty |= {"granularity": {}, "time": {}, "labels": {}, "padding_share": {}, "parts": []}
         empty["columns"] = _columns(class_specific)
         empty["counts"] = {"samples": samples, "attributed": 0, "failed": 0, "rows": 0, "tokens": 0, "parts": 0}
         first = {"schema_version": SCHEMA_VERSION, "written_by": WRITER, "status": RUNNING, "identity": dict(identity)}
@@ -282,7 +286,8 @@ class Manifest(_File):
         return self.columns == _columns(True)
 
     def count(self, records: Iterable["PartRecord"], parts: int) -> None:
-        """Bring `status`, `counts` and `parts` up to what the commit records say, of `parts` parts in all."""
+        """Bring `status`, `counts`, `padding_share` with its note, and `parts` up to what the commit records say, of
+        `parts` parts in all."""
         done = sorted(records, key=lambda record: record.part)
         sums = totals(done)
         self.counts = {
@@ -293,6 +298,9 @@ class Manifest(_File):
             "tokens": sums["tokens"],
             "parts": len(done),
         }
+        self.padding_share = add_up_shares([record.padding for record in done], self.identity["dataset"]["features"])
+        note = padding_note(self.padding_share, pads(self.identity["plan"]))
+        self.notes = [one for one in self.notes if not one.startswith(NOTE)] + ([] if note is None else [note])
         self.parts = [{"part": r.part, "start": r.start, "stop": r.stop, "batches": r.batches} for r in done]
         self.status = RUNNING if len(done) < parts else WITH_FAILURES if sums["failed"] else COMPLETE
 
@@ -331,6 +339,7 @@ class PartRecord(_File):
         batches: Samples of each batch.
         halved: Batches that ran out of memory.
         seconds: Stage → seconds.
+        padding: Feature → its relevance on padding, counted.
         content: What each sample held, 4 bytes each in base64: see `rollout.cohort.content`; empty if not known.
         files: Kind → its file.
     """
@@ -347,6 +356,7 @@ class PartRecord(_File):
     batches: list[Count]
     halved: list[Halving]
     seconds: dict[str, Seconds]
+    padding: dict[str, ShareCount] = Field(default_factory=dict)
     content: str = ""
     files: dict[str, PartFile]
 

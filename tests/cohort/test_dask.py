@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -144,11 +144,33 @@ def test_killed_workers_lose_nothing(whole, tmp_path, nannies, victims: int) -> 
     assert_equal_rows(out, whole)
 
 
-def test_the_process_of_a_worker_ends_with_the_run(tmp_path, threaded) -> None:
-    before = set(psutil.Process().children(recursive=True))
-    model = Attention()
-    attribute(tmp_path / "out", model=model, client=threaded)
-    wait_until(lambda: set(psutil.Process().children(recursive=True)) == before)
+def processes() -> list[psutil.Process]:
+    """Those of this process that do parts."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it has just died
+            if "rollout.cohort.child" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+def broken(model, batch):
+    raise ValueError("no such thing")
+
+
+@pytest.mark.parametrize("good", [True, False], ids=["done", "error"])
+def test_the_process_of_a_worker_ends_with_the_run(tmp_path, threaded, good: bool) -> None:
+    seen = []
+    watcher = threading.Thread(target=lambda: wait_until(lambda: seen.extend(processes()) or seen), daemon=True)
+    watcher.start()
+    if good:
+        attribute(tmp_path / "out", client=threaded)
+    else:
+        with pytest.raises(CohortError, match="none of the first 40"):
+            attribute(tmp_path / "out", client=threaded, explain=broken, part_samples=40)
+    watcher.join()
+    assert seen
+    wait_until(lambda: not processes())
 
 
 def hanging(folder: Path, model, batch) -> None:

@@ -341,7 +341,9 @@ def test_a_nan_in_the_padding_is_no_failure(whole, tmp_path) -> None:
         return dataclasses.replace(explained, relevance=relevance)
 
     assert attribute(tmp_path / "out", explain=padded).failed == 0
-    assert_same(tmp_path / "out", whole[0])
+    assert rows(tmp_path / "out").equals(rows(whole[0]), null_equal=True)
+    shares = rows(tmp_path / "out", "predictions")["padding_share"].list.get(0)
+    assert set(shares) == {None, 0.0}  # not known beside a NaN
 
 
 def test_an_explain_without_relevance_stops_at_once(tmp_path) -> None:
@@ -368,7 +370,7 @@ def test_a_lost_gpu_stops_the_run(whole, tmp_path) -> None:
 
 
 def test_what_the_collating_thread_raises_is_raised(tmp_path, monkeypatch) -> None:
-    def broken(plan, lengths):
+    def broken(plan, lengths, groups):
         raise ZeroDivisionError("in the thread")
 
     monkeypatch.setattr(Plan, "batches", broken)

@@ -257,6 +257,7 @@ def changed(tables: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
         ("dataset.class", "COVID19CXRDataset", "does not read a folder of tables with a cache of its own choosing"),
         ("run.batch_tokens", 0, r"\[run\] batch_tokens must be a whole number from 1 to 16,777,216, got 0"),
         ("run.workers", 1.5, r"\[run\] workers must be a whole number from 1 to 512, got 1.5"),
+        ("run.equal_lengths", 1, r"\[run\] equal_lengths must be true or false, got 1"),
         ("run.method", "rolout", r"\[run\] method must be one of rollout, .*got 'rolout'; did you mean \"rollout\""),
         ("run.method", "product", r"\[run\] method must be one of rollout, "),
         ("run.readout", "row", r"\[run\] readout must be one of model, forward, got 'row'"),

@@ -32,7 +32,7 @@ def test_train_save_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (tmp_path / "train.py").write_text(SNIPPET)
     assert len(SNIPPET.strip().splitlines()) <= 15
     monkeypatch.chdir(tmp_path)
-    runpy.run_path("train.py", run_name="__main__")
+    runpy.run_path(str(tmp_path / "train.py"), run_name="__main__")
     monkeypatch.setattr(sys, "argv", ["rollout", "attribute", "model/run.toml"])
     with pytest.raises(SystemExit) as ended:
         main()

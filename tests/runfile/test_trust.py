@@ -223,6 +223,27 @@ def test_a_missing_main_guard_is_named(
         prepare_samples(source, tmp_path / "cache")
 
 
+def test_samples_that_cannot_be_marked_as_ones_own_are_said_to_be_so(
+    trained: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyhealth.datasets import MIMIC4Dataset
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("no further")
+
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(MIMIC4Dataset, "set_task", fail)
+    source = read_run_file(trained["path"]).source
+    with (
+        pytest.warns(
+            UserWarning, match=r"cannot be marked as yours \(.*Not a directory.*set XDG_STATE_HOME to a folder"
+        ),
+        pytest.raises(ValueError, match="no further"),
+    ):
+        prepare_samples(source, tmp_path / "cache")
+
+
 @pytest.mark.slow
 def test_a_missing_main_guard_is_named_where_it_is_missing(trained: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(GUARDLESS.format(cohort=str(trained["folder"] / "cohort")))

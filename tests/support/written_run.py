@@ -12,6 +12,7 @@ import pyarrow as pa
 from rollout.cohort.rows import parquet_bytes
 from rollout.results.layout import ATTRIBUTION_SCHEMA, FAILURE_SCHEMA, MANIFEST, NAMES, PREDICTION_SCHEMA, RECORDS
 from rollout.results.manifest import Manifest, PartRecord, SessionEntry, signed
+from rollout.results.padding import count_padding
 
 HOSTILE = "</script><script>alert('x')</script>"
 NASTY = (
@@ -39,6 +40,7 @@ class Record:
     prob: Sequence[float] = (0.5,)
     true: Sequence[float] | None = (0.0,)
     visit: str | None = None
+    padding: Sequence[float | None] | None = None
 
 
 @dataclass
@@ -67,7 +69,7 @@ def write_run(folder: Path, records: Sequence[Record], run: Run | None = None, p
     for part, start in enumerate(range(0, len(records), part_samples)):
         numbers = range(start, min(start + part_samples, len(records)))
         good = [n for n in numbers if n not in run.failures]
-        predicted = [(n, records[n].patient, records[n].visit, records[n].prob, records[n].true) for n in good]
+        predicted = [(n, (one := records[n]).patient, one.visit, one.prob, one.true, one.padding) for n in good]
         tables = {
             "attributions": _table(ATTRIBUTION_SCHEMA, [row for row in rows if row[0] in numbers]),
             "predictions": _table(PREDICTION_SCHEMA, predicted),
@@ -75,7 +77,7 @@ def write_run(folder: Path, records: Sequence[Record], run: Run | None = None, p
         }
         if len(good) == len(numbers):
             del tables["failures"]
-        written.append(write_part(folder, part, numbers, tables, manifest.run))
+        written.append(write_part(folder, part, numbers, tables, manifest.run, list(manifest.granularity)))
     manifest.count(written, len(written))
     manifest.status = run.status
     if run.names is not None:
@@ -86,7 +88,9 @@ def write_run(folder: Path, records: Sequence[Record], run: Run | None = None, p
     return folder
 
 
-def write_part(folder: Path, part: int, numbers: range, tables: Mapping[str, pa.Table], run: str) -> PartRecord:
+def write_part(
+    folder: Path, part: int, numbers: range, tables: Mapping[str, pa.Table], run: str, features: Sequence[str] = ()
+) -> PartRecord:
     """Write a part's files and its commit record."""
     files = {}
     for kind, table in tables.items():
@@ -101,7 +105,7 @@ def write_part(folder: Path, part: int, numbers: range, tables: Mapping[str, pa.
             "run": run, "part": part, "start": numbers.start, "stop": numbers.stop, "samples": len(numbers),
             "attributed": len(numbers) - failed, "failed": failed, "rows": tables["attributions"].num_rows,
             "tokens": tables["attributions"].num_rows, "batches": [len(numbers)], "halved": [], "seconds": {},
-            "files": files,
+            "padding": count_padding(tables["predictions"], features), "files": files,
         },
         "a part",
     )  # fmt: skip

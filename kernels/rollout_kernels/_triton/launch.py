@@ -1,7 +1,7 @@
 """Launch parameters: plain tables in `tuned/`, looked up by a plain function of shape, dtype and device.
 
 `default.json` is safe wherever the kernels compile, `sm_80.json`, `sm_90.json` and `sm_100.json` suit one each, and
-`<device>.json`, written by bench/tune.py, takes their place on the device it was measured on. What decides the order
+`<device>.json`, written by tune.py, takes their place on the device it was measured on. What decides the order
 of a sample's sums (block sizes, parts, warps) depends on S, the dtype and the device alone; the batch decides no more
 than how the same sums are spread over programs.
 """

@@ -12,6 +12,7 @@ from rollout.report.charts import Axes, stem_chart
 from rollout.report.sections.choice import Chosen, chosen
 from rollout.report.text import chance, finite, in_percent, number, shown
 from rollout.results.attributions import CohortAttributions
+from rollout.results.padding import NOTABLE
 from rollout.results.places import find_places
 
 
@@ -39,6 +40,11 @@ def _sample(cohort: CohortAttributions, one: Chosen) -> dict[str, Any]:
         places, on=["feature", "place"], how="left", maintain_order="left"
     )  # fmt: skip
     parts = rows.partition_by("feature", as_dict=True)
+    padding = {
+        name: share
+        for name, share in zip(cohort.features, known["padding_share"] or [], strict=False)
+        if share is not None and share > NOTABLE
+    }
     present = [name for name in cohort.features if (name,) in parts]
     present += sorted({name for (name,) in parts} - set(present))
     return {
@@ -50,7 +56,9 @@ def _sample(cohort: CohortAttributions, one: Chosen) -> dict[str, Any]:
         "truth": truth_text(known["y_true"], kind),
         "share": finite(known["y_prob"][0]) if kind == "binary" and known["y_prob"] else None,
         "target": known.get("target_class"),
-        "features": [_feature(cohort, parts[name,], name) for name in present[:FEATURES]],
+        "features": [
+            {**_feature(cohort, parts[name,], name), "padding": padding.get(name)} for name in present[:FEATURES]
+        ],
         "without": [name for name in cohort.features[:FEATURES] if name not in present],
         "features_hidden": max(len(present) - FEATURES, 0),
     }

@@ -11,6 +11,7 @@ from rollout.report.charts import Axes, Bars, bar_chart
 from rollout.report.sections.choice import predicted_right
 from rollout.report.text import count
 from rollout.results.attributions import CohortAttributions
+from rollout.results.padding import pads
 
 BINS = 20
 
@@ -31,6 +32,8 @@ def summary(cohort: CohortAttributions) -> dict[str, Any]:
         "label_kind": cohort.label_kind,
         "predictions": predictions(cohort),
         "lengths": _lengths(cohort),
+        "padding": _padding(cohort),
+        "padded": pads(cohort.manifest["identity"]["plan"]),
         "features_in_all": len(cohort.features),
         "failures": _failures(cohort),
     }
@@ -120,6 +123,13 @@ def _values(cohort: CohortAttributions) -> _Values:
 def _lengths(cohort: CohortAttributions) -> list[dict[str, Any]]:
     table = cohort.lengths()
     return [_length(table.filter(pl.col("feature") == feature), feature) for feature in cohort.features[:FEATURES]]
+
+
+def _padding(cohort: CohortAttributions) -> list[dict[str, Any]]:
+    """The features with relevance on padding: in how many samples, and how much of a row."""
+    shares = cohort.manifest["padding_share"]
+    shown = [name for name in cohort.features[:FEATURES] if name in shares and shares[name]["above"]]
+    return [{"feature": name, **shares[name]} for name in shown]
 
 
 def _length(table: pl.DataFrame, feature: str) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The gate against regressions: is one revision slower than another?"""

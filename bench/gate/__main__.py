@@ -1,0 +1,5 @@
+"""`python -m bench.gate --base REVISION`."""
+
+from bench.gate.compare import main
+
+raise SystemExit(main())

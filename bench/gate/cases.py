@@ -1,0 +1,76 @@
+"""What the gate times: each case's inputs, the call, and what it must give in float64.
+
+They are made once, here, and handed to both revisions in a file, so that both get the same numbers and are held to the
+same oracle. Cases use the public names only, so that an older revision can run them.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.providers import oracle
+
+LAYERS, HEADS, SIZE, WIDTH = 4, 8, 64, 128
+# Of max|err| / max|ref|: rows from maps, the full matrix, from Q and K, through a float32 model.
+MAPS, FULL, QK, CAPTURED = 1e-6, 3e-6, 3e-6, 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """`rollout.<call>(*inputs, **options)` must give `exact`, within `allowed`."""
+
+    call: str
+    inputs: list[Any]
+    options: dict[str, Any]
+    exact: Tensor
+    allowed: float
+
+
+def _random(*shape: int, count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=generator) for _ in range(count)]
+
+
+def _from_maps(batch: int, seq: int, dtype: torch.dtype = torch.float32, allowed: float = MAPS, **options: Any) -> Case:
+    """L softmax maps, by default the row of position 0."""
+    maps = [layer.softmax(-1).to(dtype) for layer in _random(batch, HEADS, seq, seq, count=LAYERS)]
+    return Case("attention_rollout", [maps], {"query": 0} | options, oracle.from_maps(maps, **options), allowed)
+
+
+def _from_qk(batch: int, seq: int) -> Case:
+    drawn = _random(batch, HEADS, seq, SIZE, count=2 * LAYERS)
+    inputs = [drawn[::2], drawn[1::2]]
+    return Case("attention_rollout_qk", inputs, {"query": 0}, oracle.from_qk(*inputs), QK)
+
+
+def _captured(batch: int, seq: int) -> Case:
+    """The worker builds the encoder; here the maps of a float64 copy of it are multiplied, layer by layer."""
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False).eval()
+    (tokens,) = _random(batch, seq, WIDTH, count=1)
+    maps, x = [], tokens.double()
+    with torch.no_grad():
+        for each in copy.deepcopy(model).double().layers:
+            maps.append(each.self_attn(x, x, x, need_weights=True, average_attn_weights=False)[1])
+            x = each(x)
+    exact = oracle.from_maps(maps)
+    return Case("capture", [model.state_dict(), tokens], {"heads": HEADS, "layers": LAYERS}, exact, CAPTURED)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "rows from maps S=64": lambda: _from_maps(32, 64),
+    "rows from maps S=128": lambda: _from_maps(32, 128),
+    "rows from maps S=256": lambda: _from_maps(32, 256),
+    "rows from maps S=512": lambda: _from_maps(8, 512),
+    "rows from bf16 maps S=256": lambda: _from_maps(16, 256, torch.bfloat16),
+    "rows from maps, ragged S=256": lambda: _from_maps(16, 256, lengths=torch.linspace(32, 256, 16).long()),
+    "full matrix S=128": lambda: _from_maps(32, 128, allowed=FULL, query=None),
+    "rows from Q,K S=128": lambda: _from_qk(16, 128),
+    "rows from Q,K S=256": lambda: _from_qk(8, 256),
+    "discard S=128": lambda: _from_maps(8, 128, method="discard"),
+    "capture, TransformerEncoder S=128": lambda: _captured(8, 128),
+}

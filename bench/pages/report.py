@@ -1,0 +1,167 @@
+"""Renders every record under `bench/results/`: `python -m bench.pages`.
+
+Into `bench/RESULTS.md` with its plots; and this machine's, or the only one, into the table of the README and the
+verdicts of `bench/README.md`, between their markers.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench.machine import host, record
+from bench.machine.record import Record, Result, Suite, find, results
+from bench.pages import tables
+from bench.pages.targets import NO_GPU, judge_all
+from bench.providers.chains import COMPILED, NAIVE
+from bench.suites import SUITES
+from rollout.bench.end_to_end import STOCK
+from rollout.bench.measure import OURS
+
+Devices = dict[str, dict[str, Record]]  # folder → the records of one machine, by "cpu" and "cuda"
+
+# The README's rows: suite, which of its results, the peer.
+HEADLINES = (
+    *(("rows from maps", {"S": seq}, NAIVE) for seq in (64, 128, 256, 512)),
+    *(("rows from bf16 maps", {"S": seq}, NAIVE) for seq in (128, 256, 512)),
+    *(("rows from Q,K", {"S": seq}, NAIVE) for seq in (64, 128, 256, 512)),
+    *(("PyHealth end to end", {"case": case}, STOCK) for case in ("log-normal, sorted", "lengths 256-512")),
+    ("cohort run", {"case": "synthetic cohort"}, STOCK),
+)
+INTRODUCTION = (
+    "Rendered by `python -m bench.pages` from the records in `bench/results/`; what each suite times and how: "
+    "[README.md](README.md). Share: the time of the work that cannot be left out, in the same run, over a provider's."
+)
+
+
+def load_all(root: Path) -> Devices:
+    """Every machine with a record."""
+    found: Devices = {}
+    for file in sorted(root.glob("*/*.json")):
+        if file.stem in ("cpu", "cuda"):
+            found.setdefault(file.parent.name, {})[file.stem] = record.load(file)
+    return found
+
+
+def choose(found: Devices, here: str) -> Record | None:
+    """The CPU record the README shows: this machine's; else the first."""
+    there = {folder: records["cpu"] for folder, records in found.items() if "cpu" in records}
+    return there.get(here, next(iter(there.values()), None))
+
+
+def cuda_record(found: Devices) -> Record | None:
+    """The first there is."""
+    return next((records["cuda"] for records in found.values() if "cuda" in records), None)
+
+
+def readme_table(shown: Record, on_gpu: bool) -> str:
+    """What stands between the README's markers: peers, and shares of the work that cannot be left out."""
+    rows = []
+    for suite, which, peer in HEADLINES:
+        found = results(shown, suite)
+        theirs, ours = (find(found, provider=who, **which) for who in (peer, OURS))
+        if theirs and ours:
+            case = ", ".join(f"S={value}" if key == "S" else str(value) for key, value in which.items())
+            compared = tables.speed_up(ours, found), tables.share(ours, found)
+            rows.append([f"{suite}, {case}", peer, _figure(theirs), _figure(ours), *compared])
+    dates = sorted({suite["date"] for suite in shown["suites"].values()})
+    when = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
+    head = f"{shown['device']}, {shown['cores']} cores; `make bench`, {when}. Medians of one run. Share: the time of "
+    head += "the work that cannot be left out, in the same run, over the time of ours."
+    table = tables.markdown(["suite", "against", "theirs", "ours", "speed-up", "share"], rows)
+    return f"{head}\n\n{table}" + ("" if on_gpu else f"\n\nThese suites are {NO_GPU}.")
+
+
+def _figure(result: Result) -> str:
+    return f"{tables.samples_a_second(result)} samples/s" if "samples" in result else tables.milliseconds(result)
+
+
+def page(folder: Path, found: Devices, verdicts: str, shown: Record | None) -> str:
+    """RESULTS.md."""
+    on = f" (CPU: {shown['device']})" if shown else ""
+    parts = ["# Results", INTRODUCTION, f"## Targets{on}", verdicts]
+    for name, records in found.items():
+        for each in records.values():
+            parts += _suites(each)
+        pictures = sorted((folder / name).glob("*.png"))
+        parts += [f"![{each.stem.replace('-', ' ')}](results/{name}/{each.name})" for each in pictures]
+    if cuda_record(found) is None:
+        parts += ["## On a GPU", f"The suites (`python -m bench.run --device cuda`): **{NO_GPU}**."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _suites(found: Record) -> Iterator[str]:
+    yield f"## {found['device']}, {found['cores']} cores"
+    for name in SUITES:
+        if name not in found["suites"]:
+            continue
+        here = found["suites"][name]
+        yield f"### {name}\n\n{_context(here)}."
+        yield tables.scaling_table(found) if name == "scaling" else tables.suite_table(here)
+        if name == "rows from maps" and find(here["results"], provider=COMPILED) is None:
+            yield "`torch.compile`: no compiler works on this machine."
+    if left_out := [name for name in SUITES if name not in found["suites"]]:
+        yield f"Not in this record: {', '.join(left_out)}."
+
+
+def _context(suite: Suite) -> str:
+    """What a suite's figures were taken on, and how noisy they are."""
+    shapes = [result.get("shape", {}) for result in suite["results"]]
+    shared = [f"{k}={v}" for k, v in shapes[0].items() if all(shape.get(k) == v for shape in shapes)]
+    dtypes = sorted({result["dtype"] for result in suite["results"] if "dtype" in result})
+    parts = [", ".join(shared + dtypes), f"{suite['date']}, {suite['threads']} thread{'s' * (suite['threads'] != 1)}"]
+    parts.append(", ".join(f"{name} {number}" for name, number in suite["versions"].items()))
+    if limits := tables.ceilings_of(suite):
+        text = f"read {tables.gb(limits.read)}, copy {tables.gb(limits.copy)}, float32 {tables.gflop(limits.matmul)}"
+        halves = "" if limits.matmul_bf16 is None else f", bfloat16 {tables.gflop(limits.matmul_bf16)}"
+        parts.append(f"{text}{halves}, last-level cache {tables.mib(limits.cache)}")
+    if states := sorted({each["cache"] for each in suite["results"] if "cache" in each}):
+        parts.append(f"cache {' or '.join(states)}")
+    if times := [each["seconds"] for each in suite["results"] if "q1" in each["seconds"]]:
+        width = statistics.median((each["q3"] - each["q1"]) / each["median"] for each in times)
+        parts.append(f"middle half of the rounds typically {width:.0%} of the median wide")
+    return "; ".join(filter(None, parts))
+
+
+def render(path: Path, text: str, marker: str) -> Path:
+    """Replace what stands between `<!-- marker -->` and `<!-- /marker -->` on a page.
+
+    Raises:
+        ValueError: the page lacks the markers.
+    """
+    whole, start, end = path.read_text(), f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    if whole.count(start) != 1 or whole.count(end) != 1:
+        raise ValueError(f"{path.name} must have the markers {start} and {end} once each")
+    before, rest = whole.split(start)
+    path.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
+    return path
+
+
+def write_all(root: Path = host.ROOT, plots: bool = True) -> list[Path]:
+    """Every page and plot; returns what was written."""
+    folder = root / "bench" / "results"
+    found = load_all(folder)
+    shown, cuda = choose(found, host.folder().name), cuda_record(found)
+    written = []
+    if plots:
+        from bench.pages.plots import draw_all
+
+        for name, records in found.items():
+            written += draw_all(records.get("cpu") or records["cuda"], folder / name)
+    verdicts = tables.verdict_table(judge_all(shown, cuda))
+    results_page = root / "bench" / "RESULTS.md"
+    results_page.write_text(page(folder, found, verdicts, shown))
+    written += [results_page, render(root / "bench" / "README.md", verdicts, "verdicts")]
+    if shown is not None:
+        written.append(render(root / "README.md", readme_table(shown, cuda is not None), "bench"))
+    return written
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--root", type=Path, default=host.ROOT, help="the folder that holds README.md and bench/")
+    parser.add_argument("--no-plots", action="store_true", help="pages only")
+    options = parser.parse_args()
+    for path in write_all(options.root, not options.no_plots):
+        print(path)
+    return 0

@@ -1,0 +1,1 @@
+"""Who computes a rollout in the benchmarks, and what each is checked against."""

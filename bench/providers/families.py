@@ -1,0 +1,223 @@
+"""One model of each family with random weights, and how its users get relevance from it; nothing is downloaded."""
+
+import copy
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rollout
+from bench.machine import host
+from bench.providers import oracle
+from rollout.bench import end_to_end, naive_chain
+from rollout.bench.chains import NAIVE
+
+# B, S (of images, of the side), H, L, E; small in the quick run.
+TEXT, TEXT_SMALL = (16, 256, 8, 4, 256), (2, 16, 2, 2, 16)
+IMAGE, IMAGE_SMALL = (16, 224, 3, 12, 192), (2, 32, 2, 2, 16)  # ViT-tiny's
+BERT_BASE, BERT_SMALL = (16, 512, 12, 12, 768), (4, 64, 4, 3, 64)
+PATCH = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """A model and its input. Relevance of each sample's read row, [B, S] or in one vector, comes three ways.
+
+    `theirs()`: as its users compute it, by stored maps and the naive chain or PyHealth's interpreter; `ours()`; and
+    `exact()`, the float64 oracle. `forward()` is the model's output alone, within `fused()` on torch's fused attention.
+    """
+
+    peer: str  # who computes `theirs`
+    model: nn.Module
+    theirs: Callable[[], Tensor]
+    ours: Callable[[], Tensor]
+    forward: Callable[[], Tensor]
+    exact: Callable[[], Tensor]
+    shape: dict[str, int]
+    fused: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def of_maps(
+    model: nn.Module, forward: Callable[[], Any], maps: Callable[[], list[Tensor]], stream: str, *sizes: int
+) -> Family:
+    """A family whose users keep every map and multiply them, and read the row of position 0."""
+
+    def ours() -> Tensor:
+        with rollout.capture(model) as tape:
+            forward()
+        return tape.rollout(0)[stream]
+
+    shape = dict(zip("BSHLE", sizes, strict=True))
+    return Family(NAIVE, model, lambda: naive_chain(maps()), ours, forward, lambda: oracle.from_maps(maps()), shape)
+
+
+@contextmanager
+def hooks(handles: list[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def torch_encoder(quick: bool) -> Family:
+    """`nn.TransformerEncoder`; its maps by hooks that ask each attention for its weights."""
+    batch, seq, heads, layers, width = sizes = TEXT_SMALL if quick else TEXT
+    layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).eval().to(host.DEVICE)
+    x = torch.randn(batch, seq, width).to(host.DEVICE)
+    sites = [each.self_attn for each in model.layers]
+
+    def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, kwargs | {"need_weights": True, "average_attn_weights": False}
+
+    def maps() -> list[Tensor]:
+        kept: list[Tensor] = []
+        asked = [site.register_forward_pre_hook(ask, with_kwargs=True) for site in sites]
+        with hooks(asked + [site.register_forward_hook(lambda m, a, out: kept.append(out[1])) for site in sites]):
+            model(x)
+        return kept
+
+    return of_maps(model, lambda: model(x), maps, "layers", *sizes)
+
+
+@cache
+def make_bert(batch: int, seq: int, heads: int, layers: int, width: int) -> Family:
+    import transformers
+
+    config = transformers.BertConfig(
+        hidden_size=width, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=4 * width
+    )
+    inputs = {"input_ids": torch.randint(1000, 30000, (batch, seq)).to(host.DEVICE)}
+    model = transformers.BertModel(config, add_pooling_layer=False)
+    return _hugging_face(model, inputs, "encoder.layer", batch, seq, heads, layers, width)
+
+
+def vit(quick: bool) -> Family:
+    import transformers
+
+    batch, side, heads, layers, width = IMAGE_SMALL if quick else IMAGE
+    config = transformers.ViTConfig(
+        hidden_size=width, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=4 * width,
+        image_size=side, patch_size=PATCH,
+    )  # fmt: skip
+    inputs = {"pixel_values": torch.randn(batch, 3, side, side).to(host.DEVICE)}
+    model = transformers.ViTModel(config, add_pooling_layer=False)
+    return _hugging_face(model, inputs, "layers", batch, 1 + (side // PATCH) ** 2, heads, layers, width)
+
+
+def _hugging_face(model: Any, inputs: dict[str, Tensor], stream: str, *sizes: int) -> Family:
+    """Plain attention with `output_attentions` for theirs, fused attention for ours."""
+    model = model.eval().to(host.DEVICE)
+    model.set_attn_implementation("sdpa")
+
+    def maps() -> list[Tensor]:
+        model.set_attn_implementation("eager")
+        try:
+            return list(model(**inputs, output_attentions=True).attentions)
+        finally:
+            model.set_attn_implementation("sdpa")
+
+    return of_maps(model, lambda: model(**inputs)[0], maps, stream, *sizes)
+
+
+def timm_vit(quick: bool) -> Family:
+    """timm's ViT; its maps by hooks on the dropout of unfused attention."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    batch, side, heads, layers, width = IMAGE_SMALL if quick else IMAGE
+    model = VisionTransformer(img_size=side, patch_size=PATCH, embed_dim=width, depth=layers, num_heads=heads)
+    model = model.eval().to(host.DEVICE)
+    image = torch.randn(batch, 3, side, side).to(host.DEVICE)
+    sites = [block.attn for block in model.blocks]
+
+    def fuse(on: bool) -> None:
+        for site in sites:
+            site.fused_attn = on
+
+    def maps() -> list[Tensor]:
+        kept: list[Tensor] = []
+        with hooks([site.attn_drop.register_forward_hook(lambda m, a, out: kept.append(out)) for site in sites]):
+            fuse(False)
+            try:
+                model(image)
+            finally:
+                fuse(True)
+        return kept
+
+    return of_maps(model, lambda: model(image), maps, "blocks", batch, 1 + (side // PATCH) ** 2, heads, layers, width)
+
+
+@cache
+def pyhealth_transformer(quick: bool) -> Family:
+    """The model of the suite "PyHealth end to end"."""
+    batch, seq, heads, layers = (2, 12, 2, 2) if quick else (16, 256, 8, 4)
+    model = end_to_end.make_model(heads, layers, host.DEVICE)
+    batches = end_to_end.make_batches(f"S={seq}", batch, host.DEVICE)
+    exact = partial(end_to_end.exact, model, batches)
+    return _pyhealth(model, batches[0], exact, B=batch, H=heads, S=seq, L=layers, E=end_to_end.EMBEDDING)
+
+
+def pyhealth_stage_net(quick: bool) -> Family:
+    """One feature of visits with times; the oracle is PyHealth's own in float64."""
+    from pyhealth.datasets import create_sample_dataset, get_dataloader
+    from pyhealth.interpret.methods import AttentionRollout as Theirs
+    from pyhealth.models import StageAttentionNet
+
+    batch, seq, heads, width = (2, 6, 2, 8) if quick else (16, 64, 4, 64)
+    visits = [([0.5 * k for k in range(seq)], [[f"c{(7 * i + k) % 97}", f"c{k % 89}"] for k in range(seq)])
+              for i in range(batch)]  # fmt: skip
+    samples = [{"patient_id": f"p{i}", "visit_id": "v", "codes": each, "label": i % 2} for i, each in enumerate(visits)]
+    dataset = create_sample_dataset(samples, {"codes": "stagenet"}, {"label": "binary"}, dataset_name="bench")
+    data = next(iter(get_dataloader(dataset, batch_size=batch, shuffle=False)))
+    model = StageAttentionNet(dataset, embedding_dim=width, chunk_size=width // 4, levels=3, num_heads=heads)
+    model = model.eval().to(host.DEVICE)
+
+    def exact() -> Tensor:
+        wide = {key: _double(value) for key, value in data.items()}
+        return end_to_end.attribute(Theirs(copy.deepcopy(model).double()), [wide])
+
+    return _pyhealth(model, data, exact, B=batch, H=heads, S=seq, L=1, E=width)
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(_double(each) for each in value)
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _pyhealth(model: Any, data: dict[str, Any], exact: Callable[[], Tensor], **shape: int) -> Family:
+    """PyHealth's interpreter against ours."""
+    from pyhealth.interpret.methods import AttentionRollout as Theirs
+
+    from rollout.pyhealth import AttentionRollout
+
+    theirs, ours = (partial(end_to_end.attribute, kind(model), [data]) for kind in (Theirs, AttentionRollout))
+    forward, fused = partial(end_to_end.plain_forward, model, [data]), partial(end_to_end.fused_attention, model)
+    return Family(end_to_end.STOCK, model, theirs, ours, forward, exact, shape, fused)
+
+
+# Name → how it is made, and the library it needs beside torch.
+FAMILIES: dict[str, tuple[Callable[[bool], Family], str]] = {
+    "torch encoder": (torch_encoder, "torch"),
+    "BERT": (lambda quick: make_bert(*(TEXT_SMALL if quick else TEXT)), "transformers"),
+    "ViT": (vit, "transformers"),
+    "timm ViT": (timm_vit, "timm"),
+    "PyHealth Transformer": (pyhealth_transformer, "pyhealth"),
+    "PyHealth StageAttentionNet": (pyhealth_stage_net, "pyhealth"),
+}
+
+
+@cache
+def make(name: str, quick: bool) -> Family | None:
+    """The model and its input, small in the quick run; None where its library is not installed."""
+    maker, library = FAMILIES[name]
+    if importlib.util.find_spec(library) is None:
+        return None
+    torch.manual_seed(0)
+    return maker(quick)

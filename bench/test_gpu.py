@@ -1,0 +1,130 @@
+"""The Triton kernels on a GPU, case by case: ours and the peers on the same maps, between CUDA events.
+
+Beside the check against float64, of the first sample where S ≤ 1024 and of the row sums beyond, ours must give the same
+bits run after run, and a sample alone those it has in its batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor
+
+import rollout
+from bench.machine import host
+from bench.providers import oracle
+from bench.providers.chains import COMPILED, FULL, MAPS, NAIVE, QK, Shape
+
+pytestmark = pytest.mark.skipif(host.DEVICE.type != "cuda", reason="the kernels are timed with --device cuda")
+
+BF16, FP32 = torch.bfloat16, torch.float32
+OURS = "ours, triton"
+PEERS = (NAIVE, COMPILED, "PyHealth's arithmetic")
+BOUNDS = {"maps": 1e-6, "full": 1e-6, "qk": 3e-6}  # of max|err|/max|ref|; 16-bit Q,K products are exact too
+LONGEST_CHECKED = 1024  # S that the oracle is for
+
+
+@dataclass(frozen=True)
+class Case:
+    """`kind` is maps, full, or qk; `given` hands the log-sum-exp over; `graph` times a CUDA graph."""
+
+    kind: str
+    shape: Shape
+    dtype: torch.dtype
+    given: bool = False
+    graph: bool = False
+
+
+CASES = {
+    "maps-fp32-c1": Case("maps", Shape(256, 8, 512, 4), FP32),
+    "maps-bf16-c1": Case("maps", Shape(256, 8, 512, 4), BF16),
+    "maps-fp32-c2": Case("maps", Shape(64, 12, 512, 12), FP32),
+    "maps-fp32-S197": Case("maps", Shape(256, 12, 197, 12), FP32),
+    "maps-fp32-small": Case("maps", Shape(8, 12, 197, 12), FP32, graph=True),
+    "full-fp32-c1": Case("full", Shape(256, 8, 512, 4), FP32),
+    "qk-bf16-c1-given": Case("qk", Shape(256, 8, 512, 4, 64), BF16, given=True),
+    "qk-bf16-c1": Case("qk", Shape(256, 8, 512, 4, 64), BF16),
+    "qk-fp32-c1-given": Case("qk", Shape(256, 8, 512, 4, 64), FP32, given=True),
+    "qk-bf16-c3-given": Case("qk", Shape(8, 16, 4096, 24, 64), BF16, given=True),
+    "qk-bf16-c3": Case("qk", Shape(8, 16, 4096, 24, 64), BF16),
+    "qk-bf16-c4-given": Case("qk", Shape(1, 32, 65536, 32, 128), BF16, given=True),
+}
+RUNS = [(name, provider) for name, case in CASES.items() for provider in (OURS, *(PEERS if case.kind != "qk" else ()))]
+
+
+@lru_cache(1)
+def inputs(case: Case) -> tuple[list[Tensor], ...]:
+    """L layers of maps, or of queries and of keys."""
+    torch.manual_seed(0)
+    b, h, s, layers, d = case.shape.B, case.shape.H, case.shape.S, case.shape.L, case.shape.D
+    if case.kind != "qk":
+        scores = (torch.randn(b, h, s, s, device=host.DEVICE) for _ in range(layers))
+        return ([each.mul_(2).softmax(-1).to(case.dtype) for each in scores],)
+    made = [torch.randn(b, h, s, d, device=host.DEVICE, dtype=case.dtype) for _ in range(2 * layers)]
+    return made[:layers], made[layers:]
+
+
+def logsumexp(q: Tensor, k: Tensor) -> Tensor:
+    """What a model's own fused attention hands over: the natural log-sum-exp of every row, float32 [B, H, S]."""
+    attend = torch.ops.aten
+    if q.dtype == BF16:
+        return attend._scaled_dot_product_flash_attention(q, k, k)[1]
+    return attend._scaled_dot_product_efficient_attention(q, k, k, None, True)[1][..., : q.shape[2]].contiguous()
+
+
+def ours(case: Case, given: tuple[list[Tensor], ...]) -> Callable[[], Tensor]:
+    if case.kind == "full":
+        return lambda: rollout.attention_rollout(*given, backend="triton", validate=False)
+    rows = torch.zeros(len(given[0][0]), dtype=torch.long, device=host.DEVICE)
+    if case.kind == "maps":
+        return lambda: rollout.attention_rollout(*given, query=rows, backend="triton", validate=False)
+    lse = [logsumexp(q, k) for q, k in zip(*given, strict=True)] if case.given else None
+    return lambda: rollout.attention_rollout_qk(*given, query=rows, logsumexp=lse, backend="triton", validate=False)
+
+
+def graphed(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The call as a CUDA graph; it has run before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return lambda: (graph.replay(), result)[1]
+
+
+def reference(case: Case, method: str) -> tuple[Tensor, Callable[[Tensor], Tensor], float]:
+    """What is checked, of what part of the result, and how closely."""
+    if case.shape.S > LONGEST_CHECKED:
+        ones = torch.ones(case.shape.B, dtype=torch.float64, device=host.DEVICE)
+        return ones, lambda row: row.double().sum(-1), 1e-3
+    first = [[layer[:1] for layer in layers] for layers in inputs(case)]
+    query = None if case.kind == "full" else 0
+    exact = oracle.from_qk(*first) if case.kind == "qk" else oracle.from_maps(*first, method, query)
+    return exact, lambda result: result[:1], BOUNDS[case.kind]
+
+
+def check_bits(case: Case, given: tuple[list[Tensor], ...], run: Callable[[], Tensor]) -> None:
+    result = run()
+    assert all(torch.equal(run(), result) for _ in range(5)), "not timed: runs differ in their bits"
+    alone = ours(case, tuple([layer[:1] for layer in layers] for layers in given))()
+    assert torch.equal(alone[0], result[0]), "not timed: a sample alone has other bits than in its batch"
+
+
+@pytest.mark.parametrize(("name", "provider"), RUNS)
+def test_kernel(name: str, provider: str, measure: Callable[..., None], quick: bool) -> None:
+    case = CASES[name]
+    if quick:
+        case = replace(case, shape=Shape(4, 4, min(case.shape.S, 200), 3, case.shape.D))
+    given = inputs(case)
+    subject = {"maps": MAPS, "full": FULL, "qk": QK}[case.kind][provider]
+    exact, part, allowed = reference(case, str(subject.method))
+    info = subject.on(case.shape, *given)
+    if provider == OURS:
+        run = ours(case, given)
+        check_bits(case, given, run)
+        # Without the log-sum-exp every score is made twice.
+        flop = info["flop"] * (1 if case.given else 2)
+        info |= {"run": graphed(run) if case.graph else run, "tolerance": allowed, "flop": flop}
+    elif case.dtype == BF16:
+        info["tolerance"] = 5e-2  # the peers add in the maps' own dtype
+    measure(**info, reference=exact, part=part, suite="kernels on a GPU", provider=provider, case=name)

@@ -1,0 +1,151 @@
+"""Measures launch parameters on this machine's GPU and writes the package's table for it.
+
+    python -m rollout_kernels._triton.tune [--quick]
+
+For each width of a row, dtype and head dimension, every candidate that compiles and gives the default's numbers is
+timed; the fastest goes into `tuned/<device>.json` beside this file, which the package then uses on devices of that
+name. Candidates that give a sample other sums are allowed here: the table as a whole decides the order.
+"""
+
+import argparse
+import itertools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+from triton.testing import do_bench
+
+from rollout_kernels import _triton, ops
+from rollout_kernels._triton import inputs, launch, qk_inputs
+from rollout_kernels.method import Method
+
+DTYPES = {"32": torch.float32, "16": torch.bfloat16}
+CANNOT = (CompilationError, OutOfResources, PTXASError)
+HEADS, LAYERS = 8, 3
+MAP_BYTES = 2**30  # of one layer's maps
+
+Launch = dict[str, Any]
+Trial = tuple[Callable[[], object], Callable[[], Tensor]]  # a kernel's launch, and what it leaves
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two widths and one head dimension; nothing is written")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("rollout_kernels._triton.tune: no CUDA device is available; nothing was measured")
+        return 1
+    device = torch.device("cuda", torch.cuda.current_device())
+    table = deepcopy(launch.tables(launch.table_name(device)))
+    for bits, dtype in DTYPES.items():
+        rows = table["rows"][bits]
+        for width in ("128", "512") if options.quick else tuple(rows):
+            rows[width] = tune_rows(int(width), dtype, rows[width])
+        for size in (64,) if options.quick else _triton.HEAD_DIMENSIONS:
+            for kernel in ("logsumexp", "columns"):
+                table[kernel][bits][str(size)] = tune_scores(kernel, size, dtype, table[kernel][bits][str(size)])
+    if not options.quick:
+        name = re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name(device).lower()).strip("_")
+        file = Path(_triton.__file__).parent / "tuned" / f"{name}.json"
+        file.write_text(format_table(table))
+        print(f"wrote {file.name}")
+    return 0
+
+
+def format_table(table: dict[str, Any]) -> str:
+    """JSON with one launch a line."""
+    launches = r"\{\s*((?:\"\w+\": (?:\d+|\"\w+\"),?\s*)+)\}"
+    return re.sub(launches, lambda m: "{" + " ".join(m[1].split()) + "}", json.dumps(table, indent=2)) + "\n"
+
+
+def tune_rows(width: int, dtype: torch.dtype, default: Launch) -> Launch:
+    """The fastest launch of both kernels of rows from maps: the sum of their times, for one width of a row."""
+    batch = max(1, MAP_BYTES // (HEADS * width * width * dtype.itemsize))
+    maps = [torch.rand(batch, HEADS, width, width, device="cuda").to(dtype) for _ in range(LAYERS)]
+    rows = torch.zeros(batch, dtype=torch.long, device="cuda")
+    whole = ops.maps_problem(maps, rows, None, None, Method(), False)
+    few = ops.maps_problem([m[:8] for m in maps], rows[:8], None, None, Method(), False)
+    first = _triton.rows_resident if width <= launch.tables("default")["resident_longest"] else _triton.rows_split
+
+    def trials(candidate: Launch) -> list[Trial]:
+        config = launch.RowsLaunch(padded=width, **candidate)
+        given = [inputs.map_inputs(problem, rows[: problem.batch], 1) for problem in (whole, few)]
+        kernels = zip((first, _triton.rows_split), given, strict=True)
+        return [(partial(kernel, each, config), lambda each=each: each.out[0]) for kernel, each in kernels]  # type: ignore[misc]
+
+    options = {
+        "rows": sorted({default["rows"], max(1, default["rows"] // 2), min(32, default["rows"] * 2)}),
+        "num_warps": (4, 8, 16), "stages": (2, 4, 6), "parts": (default["parts"], default["parts"] * 2),
+        "maxnreg": (96, 128, 255),
+    }  # fmt: skip
+    return fastest(f"rows {width} {dtype}", options, default, trials)
+
+
+def tune_scores(kernel: str, size: int, dtype: torch.dtype, default: Launch) -> Launch:
+    """The fastest launch of one kernel from Q and K, for one head dimension."""
+    queries, keys = ([torch.randn(64, HEADS, 512, size, device="cuda").to(dtype) for _ in range(LAYERS)] for _ in "qk")
+    rows = torch.zeros(64, dtype=torch.long, device="cuda")
+    problem = ops.qk_problem(
+        queries, keys, rows, lengths=None, key_mask=None, query_mask=None, causal=False, window=None, bias=None,
+        scale=None, logsumexp=None, method=Method(), validate=False,
+    )  # fmt: skip
+    given = qk_inputs.qk_inputs(problem, False)
+    _triton.logsumexp(given, launch.scores_launch("logsumexp", dtype, size, launch.table_name(problem.device)))
+
+    def left() -> Tensor:
+        assert given.lse is not None
+        return given.lse[0, 0, 0] if kernel == "logsumexp" else given.out[0]
+
+    def trials(candidate: Launch) -> list[Trial]:
+        run = _triton.logsumexp if kernel == "logsumexp" else _triton.columns
+        return [(partial(run, given, launch.ScoresLaunch(**candidate)), left)]
+
+    options = {"block_m": (16, 32, 64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)}
+    return fastest(f"{kernel} D{size} {dtype}", options, default, trials)
+
+
+def fastest(
+    label: str, options: Mapping[str, Sequence[int]], default: Launch, trials: Callable[[Launch], list[Trial]]
+) -> Launch:
+    """The candidate of the least time; the default unless one is 2 % faster.
+
+    Raises:
+        RuntimeError: a candidate gives other numbers: an error in a kernel, not a slow candidate.
+    """
+    wanted: list[Tensor] = []
+
+    def time(candidate: Launch) -> float:
+        spent = 0.0
+        for number, (run, left) in enumerate(trials(candidate)):
+            run()
+            if number == len(wanted):
+                wanted.append(left().clone())
+            if not torch.allclose(left(), wanted[number], rtol=1e-4, atol=1e-6):
+                raise RuntimeError(f"rollout_kernels._triton.tune: {candidate} gives other numbers than {default}")
+            spent += do_bench(run, return_mode="median")
+        return spent
+
+    spent = time(default)
+    best, least = default, 0.98 * spent
+    for values in itertools.product(*options.values()):
+        candidate = dict(zip(options, values, strict=True))
+        try:
+            taken = time(candidate)
+        except CANNOT:
+            continue
+        if taken < least:
+            best, least = candidate, taken
+    print(f"{label}: {least:.3f} ms (default {spent:.3f}) {best}", flush=True)
+    return best
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

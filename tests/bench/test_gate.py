@@ -1,0 +1,438 @@
+"""The regression gate: its statistics on synthetic timings, its two trees, and whole runs on a small repository."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.gate import compare as gate
+from bench.gate.paired import REPEATS, Judgement, Pairs, judge, sign_interval, suspected, turns
+from bench.gate.processes import Duel, WorkerError
+from bench.gate.trees import RevisionError, Tree, trees
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIRS, THRESHOLD = 32, 0.10  # the defaults of the command line
+CASES = 12  # of one run
+
+# --- the interval of a median
+
+
+@pytest.mark.parametrize(("n", "low", "high"), [(6, 1, 6), (8, 1, 8), (9, 2, 8), (25, 8, 18), (32, 10, 23)])
+def test_the_interval_is_between_the_order_statistics_of_the_sign_test(n: int, low: int, high: int) -> None:
+    values = list(range(1, n + 1))
+    random.Random(0).shuffle(values)
+    found = sign_interval(values)
+    assert (found.estimate, found.low, found.high) == ((n + 1) / 2, low, high)
+
+
+def test_a_level_asked_for_changes_the_interval() -> None:
+    found = sign_interval(range(1, 26), level=0.5)
+    assert (found.low, found.high) == (11, 15)
+
+
+def test_too_few_values_or_one_that_is_not_finite_have_no_interval() -> None:
+    with pytest.raises(ValueError, match=r"5 values are too few for a median's 95% interval"):
+        sign_interval([1.0] * 5)
+    with pytest.raises(ValueError, match="must be finite"):
+        sign_interval([1.0] * 9 + [float("nan")])
+
+
+@pytest.mark.parametrize("draw", ["standard_normal", "standard_cauchy", "exponential"])
+def test_the_interval_covers_the_median_as_often_as_it_says(draw: str) -> None:
+    generator = np.random.default_rng(1)
+    true = {"exponential": np.log(2)}.get(draw, 0.0)
+    intervals = [sign_interval(row.tolist()) for row in getattr(generator, draw)(size=(2000, 32))]
+    covered = np.mean([interval.low <= true <= interval.high for interval in intervals])
+    exact = 1 - 2 * sum(math.comb(32, k) for k in range(10)) / 2**32
+    assert exact > 0.95
+    assert abs(covered - exact) < 3 * math.sqrt(exact * (1 - exact) / 2000)
+
+
+# --- pairs and verdicts
+
+
+def constant(ratio: float, pairs: int = PAIRS) -> Pairs:
+    return Pairs((0.01,) * pairs, (0.01 * ratio,) * pairs)
+
+
+def test_what_slows_both_cancels() -> None:
+    load = np.exp(np.random.default_rng(0).normal(0, 1, PAIRS))
+    pairs = Pairs(tuple(load), tuple(1.25 * load))
+    assert pairs.ratio.estimate == pytest.approx(1.25, rel=1e-12)
+    assert pairs.ratio.high - pairs.ratio.low < 1e-12
+    # The seconds themselves say nothing: their intervals overlap.
+    assert sign_interval(pairs.base).high > sign_interval(pairs.head).low
+
+
+def test_pairs_must_be_pairs_of_positive_seconds() -> None:
+    with pytest.raises(ValueError, match="equally many, got 2 and 1"):
+        Pairs((1.0, 1.0), (1.0,))
+    with pytest.raises(ValueError, match="must be positive"):
+        Pairs((1.0, 0.0), (1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("first", "repeats", "verdict", "ratio"),
+    [
+        (1.00, [], "same", 1.00),
+        (1.09, [], "same", 1.09),
+        (0.80, [], "faster", 0.80),
+        (0.95, [], "same", 0.95),
+        (1.30, [1.25, 1.25, 1.25], "slower", 1.25),
+        (1.30, [1.02, 1.02, 1.02], "same", 1.02),  # the first measurement has no say
+        (1.30, [1.02, 1.30, 1.02], "same", 1.02),  # one unlucky process does not decide
+        (1.12, [1.30, 1.30, 1.02], "slower", 1.30),
+    ],
+)
+def test_verdicts(first: float, repeats: list[float], verdict: str, ratio: float) -> None:
+    found = judge(constant(first), [constant(each) for each in repeats], THRESHOLD)
+    assert found.verdict == verdict
+    assert found.pairs.ratio.estimate == pytest.approx(ratio)
+
+
+def test_past_the_threshold_with_the_intervals_together_is_unclear() -> None:
+    ratios = [0.7] * 15 + [1.5] * 17
+    noisy = Pairs((1.0,) * 32, tuple(ratios))
+    assert judge(constant(1.3), [noisy], THRESHOLD).verdict == "unclear"
+
+
+def test_a_suspected_case_is_not_judged_without_repeats() -> None:
+    assert suspected(constant(1.11), THRESHOLD)
+    with pytest.raises(ValueError, match="must be measured again"):
+        judge(constant(1.11), [], THRESHOLD)
+
+
+# --- synthetic machines
+
+Machine = Callable[[np.random.Generator, float], Pairs]
+
+
+def machine(
+    *, jitter: float = 0.02, luck: float = 0.02, burst: float = 0.3, slow: float = 2.0, spikes: float = 0.1
+) -> Machine:
+    """Timings of two processes: head takes `ratio` times base's time, and on top of it
+
+    jitter: spread of every turn, log-normal; luck: of each process, as long as it lives; burst: share of the time in
+    which a neighbour makes everything `slow` times as slow, for 20 turns on average; spikes: share of the turns that
+    were interrupted, for a Pareto time without a variance.
+    """
+
+    def measure(generator: np.random.Generator, ratio: float) -> Pairs:
+        seconds = 0.01 * np.exp(generator.normal(0, jitter, 2 * PAIRS))
+        switches = np.cumsum(generator.random(2 * PAIRS) < 1 / 20)
+        seconds *= np.where(generator.random(switches[-1] + 1) < burst, slow, 1.0)[switches]
+        interrupted = generator.random(2 * PAIRS) < spikes
+        seconds[interrupted] *= 1 + generator.pareto(1.5, int(interrupted.sum()))
+        turn = seconds.reshape(PAIRS, 2)
+        head_first = generator.random(PAIRS) < 0.5
+        base = np.where(head_first, turn[:, 1], turn[:, 0]) * np.exp(generator.normal(0, luck))
+        head = np.where(head_first, turn[:, 0], turn[:, 1]) * np.exp(generator.normal(0, luck)) * ratio
+        return Pairs(tuple(base.tolist()), tuple(head.tolist()))
+
+    return measure
+
+
+MACHINES = {
+    "ordinary": machine(),
+    "quiet": machine(jitter=0.005, luck=0.01, burst=0.0, spikes=0.02),
+    "long bursts": machine(burst=0.5, slow=3.0),
+    "heavy tail": machine(spikes=0.3),
+    "unequal processes": machine(luck=0.03),
+}
+
+
+def judged(measure: Machine, generator: np.random.Generator, ratio: float) -> Judgement:
+    first = measure(generator, ratio)
+    again = suspected(first, THRESHOLD)
+    return judge(first, [measure(generator, ratio) for _ in range(REPEATS)] if again else [], THRESHOLD)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_false_alarms_of_whole_runs(name: str) -> None:
+    """Of 400 runs of twelve cases with nothing changed, fewer than 1 % fail."""
+    generator = np.random.default_rng(2)
+    alarms = sum(
+        any(judged(MACHINES[name], generator, 1.0).verdict == "slower" for _ in range(CASES)) for _ in range(400)
+    )
+    assert alarms < 4
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_power_at_a_fifth_slower(name: str) -> None:
+    """Of 1000 cases that are 1.2 times as slow, more than 95 % fail."""
+    generator = np.random.default_rng(3)
+    found = [judged(MACHINES[name], generator, 1.2) for _ in range(1000)]
+    assert sum(each.verdict == "slower" for each in found) > 950
+    estimates = [each.pairs.ratio.estimate for each in found]
+    assert np.median(estimates) == pytest.approx(1.2, rel=0.01)
+
+
+def test_a_single_measurement_would_raise_false_alarms() -> None:
+    """Why there are repeats: processes that differ by chance are past 10 % often enough to matter in twelve cases."""
+    generator = np.random.default_rng(4)
+    unequal = machine(luck=0.04)
+    first = [unequal(generator, 1.0) for _ in range(1000)]
+    assert sum(pairs.ratio.estimate > 1.1 and pairs.ratio.low > 1 for pairs in first) > 20
+    verdicts = [judged(unequal, generator, 1.0).verdict for _ in range(1000)]
+    assert verdicts.count("slower") <= 2
+
+
+def test_turns_are_even_mirrored_and_reproducible() -> None:
+    order = list(turns(200, random.Random(0)))
+    assert all(sorted(pair) == ["base", "head"] for pair in order)
+    assert all(order[i] == order[i + 1][::-1] for i in range(0, 200, 2))
+    firsts = [order[i][0] for i in range(0, 200, 2)]
+    assert 30 < firsts.count("base") < 70
+    assert order == list(turns(200, random.Random(0)))
+    assert len(list(turns(7, random.Random(0)))) == 7
+
+
+# --- a small repository: two commits of a package `rollout` that computes the row by the formula
+
+PACKAGE = """
+import torch
+def attention_rollout(maps, query):
+    times, error = TIMES, ERROR if maps[0].shape[-1] == 128 else 0.0
+    for _ in range(times):
+        row = None
+        for a in reversed(maps):
+            m = a.mean(1).double() + torch.eye(a.shape[-1])
+            m = m / m.sum(-1, keepdim=True)
+            row = m[:, :1] if row is None else row @ m
+    return row[:, 0] * (1 + error)
+"""
+LATER = """
+def attention_rollout_qk(queries, keys, query):
+    return attention_rollout([torch.softmax(q @ k.mT / 8, -1) for q, k in zip(queries, keys)], query)
+"""
+
+
+def package(times: int = 1, error: float = 0.0, more: str = "") -> str:
+    return PACKAGE.replace("TIMES", str(times)).replace("ERROR", str(error)) + more
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false", "-c", "core.hooksPath="]
+    done = subprocess.run(["git", "-C", str(folder), *identity, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tags: `none` without a package, `right`, `bad` (three times the work; wrong at S=128; Q and K as well)."""
+    folder = tmp_path_factory.mktemp("repository")
+    git(folder, "init", "-q", "-b", "main")
+    (folder / ".gitignore").write_text("*.ignored\n")
+    (folder / "kernels").mkdir()
+    (folder / "kernels" / "readme").write_text("x")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "no package")
+    git(folder, "tag", "none")
+    (folder / "rollout").mkdir()
+    for tag, text in (("right", package()), ("bad", package(3, 1e-3, LATER))):
+        (folder / "rollout" / "__init__.py").write_text(text)
+        git(folder, "add", "-A")
+        git(folder, "commit", "-q", "-m", f"commit {tag}")
+        git(folder, "tag", tag)
+    return folder
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary folders go."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+def left_behind(repository: Path, temporary: Path) -> list[str]:
+    worktrees = git(repository, "worktree", "list").splitlines()[1:]
+    return [*worktrees, *(path.name for path in temporary.iterdir())]
+
+
+def test_both_revisions_lie_side_by_side_and_are_gone_afterwards(repository: Path, temporary: Path) -> None:
+    with trees(repository, "right", "bad") as found:
+        assert found["base"].root.parent == found["head"].root.parent
+        assert found["base"].root.parent.parent == temporary
+        assert (found["base"].root / "rollout" / "__init__.py").read_text() == package()
+        assert (found["head"].root / "rollout" / "__init__.py").read_text() == package(3, 1e-3, LATER)
+        assert "(commit right)" in found["base"].label
+    assert left_behind(repository, temporary) == []
+
+
+def test_the_head_is_the_checkout_as_it_is(repository: Path, temporary: Path) -> None:
+    (repository / "rollout" / "__init__.py").write_text("changed = True\n")
+    (repository / "rollout" / "new.py").write_text("new = True\n")
+    (repository / "rollout" / "x.ignored").write_text("")
+    (repository / "kernels" / "readme").unlink()
+    try:
+        with trees(repository, "right", str(repository)) as found:
+            files = {str(path.relative_to(found["head"].root)): path.read_text()
+                     for path in found["head"].root.rglob("*") if path.is_file()}  # fmt: skip
+            assert files == {"rollout/__init__.py": "changed = True\n", "rollout/new.py": "new = True\n"}
+            assert found["head"].label.endswith("with changes")
+            assert (found["base"].root / "rollout" / "__init__.py").read_text() == package()
+    finally:
+        git(repository, "checkout", "-q", "--", ".")
+        git(repository, "clean", "-qfx")
+    assert left_behind(repository, temporary) == []
+
+
+def test_nothing_is_left_behind_by_a_failure(repository: Path, temporary: Path) -> None:
+    with pytest.raises(RuntimeError, match="in the middle"), trees(repository, "right", "bad"):
+        raise RuntimeError("in the middle")
+    assert left_behind(repository, temporary) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_behind_by_a_signal(repository: Path, tmp_path: Path, number: signal.Signals) -> None:
+    code = (
+        "import sys; from pathlib import Path; from bench.gate.trees import trees\n"
+        f"with trees(Path({str(repository)!r}), 'right', 'bad'):\n"
+        "    print('ready', flush=True); sys.stdin.read()\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    assert len(left_behind(repository, tmp_path)) == 1
+    process.send_signal(number)
+    assert process.wait(30) != 0
+    process.communicate()
+    assert left_behind(repository, tmp_path) == []
+
+
+@pytest.mark.parametrize("revision", ["no-such", "right~9", "--all", "", "rollout"])
+def test_a_bad_revision_is_one_line_and_status_2(
+    repository: Path, temporary: Path, capsys: pytest.CaptureFixture, revision: str
+) -> None:
+    assert gate.main([f"--base={revision}", "--repository", str(repository), "--head", "right"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert f"bench.gate: {revision!r} is no revision of {repository}" in printed.err
+    assert left_behind(repository, temporary) == []
+
+
+def test_a_revision_without_the_package_is_refused(repository: Path, temporary: Path) -> None:
+    with pytest.raises(RevisionError, match=r"\(no package\) has no package rollout"), trees(repository, "none", "bad"):
+        pass
+    assert left_behind(repository, temporary) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--rounds=5", "--rounds must be at least 6"),
+        ("--threshold=0", "--threshold must be a share"),
+        ("--threads=0", "--threads must be at least 1"),
+        ("--device=abacus", "invalid choice: 'abacus'"),
+        ("--only=nothing like it", "is in no case's name: rows from maps S=64, "),
+        ("--json=/no/such/folder/x.json", "there is no folder /no/such/folder"),
+    ],
+)
+def test_bad_options(capsys: pytest.CaptureFixture, option: str, message: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gate.main(["--base=HEAD", option])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# --- what is timed at all
+
+RIGHT = {"error": 1e-7, "allowed": 1e-6, "difference": 1e-7}
+
+
+@pytest.mark.parametrize(
+    ("base", "head", "expected"),
+    [
+        (RIGHT, RIGHT, None),
+        ({"cannot": "A: b"}, RIGHT, ("skipped", "the base does not run it: A: b")),
+        ({"cannot": "A: b"}, {"cannot": "A: c"}, ("skipped", "neither revision runs it: A: c")),
+        (RIGHT, {"cannot": "A: b"}, ("wrong", "the base runs it, the head does not: A: b")),
+        ({"cannot": "A: b"}, {**RIGHT, "error": 2e-6}, ("wrong", "the head is 2.0e-06 off float64, allowed 1e-06")),
+        (RIGHT, {**RIGHT, "error": 2e-6}, ("wrong", "the head is 2.0e-06 off float64, allowed 1e-06")),
+        ({**RIGHT, "error": 2e-6}, RIGHT, ("skipped", "the base is 2.0e-06 off float64, allowed 1e-06")),
+        (RIGHT, {**RIGHT, "difference": 2e-6}, ("wrong", "the two differ by 2.0e-06, allowed 1e-06")),
+        (RIGHT, {**RIGHT, "error": None}, ("wrong", "the head's result has the wrong shape or is not finite")),
+    ],
+)
+def test_what_is_not_timed(base: dict, head: dict, expected: tuple[str, str] | None) -> None:
+    assert gate.checked({"base": base, "head": head}) == expected
+
+
+# --- whole runs
+
+
+def test_an_unchanged_revision_passes(
+    repository: Path, temporary: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "record.json"
+    given = ["--repository", str(repository), "--head", "right", "--only", "maps S=64", "--rounds", "12", "--threads=1"]
+    assert gate.main(["--base=right", "--json", str(file), *given]) == 0
+    printed = capsys.readouterr().out
+    assert "passed: no case is slower by more than 10%" in printed
+    record = json.loads(file.read_text())
+    (result,) = record["results"]
+    assert result["case"] == "rows from maps S=64"
+    assert len(result["base"]) in (12, 12 * REPEATS)
+    ratios = sorted(h / b for b, h in zip(result["base"], result["head"], strict=True))
+    assert result["ratio"]["estimate"] == pytest.approx(sign_interval(ratios).estimate)
+    assert f"{result['ratio']['estimate']:.3f}" in printed
+    assert left_behind(repository, temporary) == []
+
+
+def test_slower_wrong_and_missing_cases_are_told_apart(
+    repository: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "REPEATS", 1)  # each starts two processes
+    names = ("rows from maps S=64", "rows from maps S=128", "rows from Q,K S=256")
+    with trees(repository, "right", "bad") as found:
+        comparison = gate.Comparison(found, "cpu", 1, 10, THRESHOLD, random.Random(0))
+        wrong, missing, slow = comparison.run(names)
+    assert (slow.name, slow.verdict) == (names[0], "slower")
+    assert slow.pairs is not None
+    assert len(slow.pairs.base) == 10
+    assert 2 < slow.pairs.ratio.estimate < 6  # three times the work
+    assert (wrong.name, wrong.verdict, wrong.pairs) == (names[1], "wrong", None)
+    assert wrong.reason == "the head is 1.0e-03 off float64, allowed 1e-06"
+    assert (missing.name, missing.verdict) == (names[2], "skipped")
+    assert missing.reason.startswith("the base does not run it: AttributeError")
+    assert gate.status([slow, wrong, missing]) == gate.status([wrong]) == gate.status([slow]) == 1
+    assert gate.status([missing]) == 2
+    assert "FAILED: 1 slower by more than 10%, 1 wrong" in gate.summary([slow, wrong, missing], THRESHOLD)
+
+
+def test_a_process_that_ends_is_told_with_its_last_words(tmp_path: Path) -> None:
+    (tmp_path / "rollout").mkdir()
+    (tmp_path / "rollout" / "__init__.py").write_text("raise RuntimeError('no such luck')\n")
+    tree = Tree(tmp_path, "broken")
+    with pytest.raises(WorkerError, match="base's process ended with status 1: RuntimeError: no such luck"):
+        Duel({"base": tree, "head": tree}, "cpu", 1)
+
+
+def test_an_installed_copy_is_not_timed_for_the_revision(tmp_path: Path) -> None:
+    installed = tmp_path / "installed" / "rollout"
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").touch()
+    script = ROOT / "bench" / "gate" / "worker.py"
+    command = [sys.executable, "-P", str(script), "--device=cpu", "--threads=1"]
+    done = subprocess.run(
+        [*command, f"--root={tmp_path / 'revision'}", f"--scratch={tmp_path}"],
+        env={**os.environ, "PYTHONPATH": str(installed.parent)},
+        capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"ImportError: rollout must come from {tmp_path / 'revision'}, got {installed}" in done.stderr
