@@ -9,7 +9,7 @@ from rollout.report import write_report
 from rollout.report.page import render
 from rollout.report.sections.summary import summary
 from rollout.results.attributions import CohortAttributions
-from tests.support.pages import figure_of, words
+from tests.support.pages import figure_of, text_of
 from tests.support.written_run import Record, Run, write_run
 
 
@@ -25,7 +25,7 @@ def test_labels_that_are_not_known_are_drawn_as_such(tmp_path: Path) -> None:
     assert "label not known" in page
     assert {row["label"]: row["samples"] for row in summary(cohort)["labels"]} == {0: 3, 1: 2}
     for i in (3, 4, 5):
-        assert re.search(r"truth ?not known", words(render(cohort, f"p{i}")))
+        assert re.search(r"truth ?not known", text_of(render(cohort, f"p{i}")))
 
 
 def test_predictions_that_are_not_known_are_counted_and_not_drawn(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_predictions_that_are_not_known_are_counted_and_not_drawn(tmp_path: Path
     cohort = CohortAttributions(write_run(tmp_path, found))
     page = figure_of(render(cohort), "Histogram of the predicted probability, 2 samples")
     assert "Not drawn: 3 samples without a finite prediction." in page
-    shown = [words(render(cohort, f"p{i}")) for i in range(6)]
+    shown = [text_of(render(cohort, f"p{i}")) for i in range(6)]
     assert [re.findall(r"predicted ?(no prediction kept|no finite prediction|\d+\.\d %)", one)[0] for one in shown] == [
         "20.0 %", *["no finite prediction"] * 3, "no prediction kept", "70.0 %"
     ]  # fmt: skip
@@ -55,7 +55,7 @@ def test_predictions_beyond_1_are_no_probabilities(tmp_path: Path, true: tuple[f
     ]
     page = render(CohortAttributions(write_run(tmp_path, found)), "p2")
     figure_of(page, "Histogram of the predicted value, 3 samples")
-    assert re.search(r"predicted ?7", words(page))
+    assert re.search(r"predicted ?7", text_of(page))
 
 
 def test_one_far_position_costs_one_row(tmp_path: Path) -> None:
@@ -89,8 +89,9 @@ def test_any_finite_time_is_drawn_and_no_other(tmp_path: Path) -> None:
 def test_negative_relevance_goes_down_from_the_line_of_0(tmp_path: Path) -> None:
     flat, timed = [("a", 0.5), ("b", -0.6), ("c", 0.2)], [(None, 0.1, 1.0), (None, -0.2, 2.0), (None, 0.3, 3.0)]
     found = [Record(f"p{i}", {"f": flat, "labs": timed}) for i in range(6)]
-    page = render(CohortAttributions(write_run(tmp_path, found, Run(model="m.M"))), "p1")
-    stems = figure_of(page, "relevance over time, 3 of 3 entries")
+    cohort = CohortAttributions(write_run(tmp_path, found, Run(model="m.M")))
+    page = render(cohort)
+    stems = figure_of(render(cohort, "p1"), "relevance over time, 3 of 3 entries")
     zero = float(re.search(r'class="axis" d="M46 ([\d.]+)', stems).group(1))  # type: ignore[union-attr]
     down = [float(y) - zero for y in re.findall(r' cy="([\d.]+)"', stems)]
     assert [y / down[0] for y in down] == pytest.approx([1, -2, 3], abs=0.01)

@@ -17,7 +17,7 @@ from rollout.report.page import render
 from rollout.report.sections.run import formula
 from rollout.report.sections.summary import summary
 from rollout.results.attributions import CohortAttributions
-from tests.support.pages import Parsed
+from tests.support.pages import Parsed, text_of
 from tests.support.written_run import HOSTILE, NASTY, Record, Run, write_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -167,6 +167,23 @@ def test_both_titles_of_an_ambiguous_code_are_seen(tmp_path: Path) -> None:
     assert page.count("or ICD-9 procedure “stent") > 5
     assert page.count("or ICD-9 procedure “stent") == page.count("either ICD-9 diagnosis “long")
     assert "The features are measurements" not in page
+
+
+def test_labels_have_their_names_and_times_their_unit(tmp_path: Path) -> None:
+    timed, visits = [(None, 0.5, 1.0), (None, 0.2, 2.0), (None, 0.3, 4.0)], [(["I10"], 0.5, 2.0), (["N18"], 0.5, 3.0)]
+    found = [Record(f"p{i}", {"labs": timed, "visits": visits}, (0.5,), (float(i % 2),)) for i in range(8)]
+    run = Run(
+        labels={"mortality": ["survived", "died <b>"]}, time={"labs": "hours <i>", "visits": "hours since admission"}
+    )
+    page = render(CohortAttributions(write_run(tmp_path, found, run)))
+    assert ["1 died <b>", "4", "50.0 %"] in cells(page)
+    assert "label 0 survived" in text_of(page)
+    assert "time (hours &lt;i&gt;)" in page
+    assert "time 2 hours since admission" in text_of(page)
+    plain = Run(labels={"mortality": ["0", "1"]})
+    page = render(CohortAttributions(write_run(tmp_path / "plain", found, plain)))
+    assert ["1", "4", "50.0 %"] in cells(page)
+    assert "time (in the unit of the data)" in page
 
 
 def test_names_given_go_first(folder: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class Parsed(html.parser.HTMLParser):
             self.rows[-1][-1] += data
 
 
-def words(page: str) -> str:
+def text_of(page: str) -> str:
     """The text of a page, its white space made one."""
     return " ".join("".join(Parsed(page).text).split())
 

@@ -33,7 +33,7 @@ def patients(cohort: CohortAttributions, patient: str | None) -> dict[str, Any]:
 
 
 def _sample(cohort: CohortAttributions, one: Chosen) -> dict[str, Any]:
-    known, kind, percent = one.rows.row(0, named=True), cohort.label_kind, in_percent(cohort.manifest)
+    known, kind = one.rows.row(0, named=True), cohort.label_kind
     places = find_places(one.rows, cohort.read_position).drop("sample", "last").collect()
     place = pl.coalesce("visit", "position").cast(pl.Int64).alias("place")
     rows = one.rows.with_columns(place).sort("place", "position").join(
@@ -57,8 +57,7 @@ def _sample(cohort: CohortAttributions, one: Chosen) -> dict[str, Any]:
         "share": finite(known["y_prob"][0]) if kind == "binary" and known["y_prob"] else None,
         "target": known.get("target_class"),
         "features": [
-            {**_feature(parts[name,], name, cohort.names.get(name, {}), percent), "padding": padding.get(name)}
-            for name in present[:FEATURES]
+            {**_feature(cohort, parts[name,], name), "padding": padding.get(name)} for name in present[:FEATURES]
         ],
         "without": [name for name in cohort.features[:FEATURES] if name not in present],
         "features_hidden": max(len(present) - FEATURES, 0),
@@ -94,14 +93,15 @@ def truth_text(true: Sequence[float | None] | None, kind: str | None) -> str:
     return f"{'class' if kind == 'multiclass' else 'label'} {number(known[0])}"
 
 
-def _feature(rows: pl.DataFrame, name: str, names: Mapping[str, str], percent: bool) -> dict[str, Any]:
+def _feature(cohort: CohortAttributions, rows: pl.DataFrame, name: str) -> dict[str, Any]:
     """The timeline of one feature: visits with their codes, or entries in order, the leading ones, and a chart."""
     nested, coded = (rows[key].null_count() < rows.height for key in ("visit", "code"))
     others, read = rows.filter(~pl.col("read")), rows.filter("read")
-    timed = others["time"].is_finite().any()
+    timed, names = others["time"].is_finite().any(), cohort.names.get(name, {})
     view: dict[str, Any] = {
         "name": name,
         "entries": rows.height,
+        "time_unit": cohort.time_units.get(name),
         "places": rows["place"].n_unique(),
         "nested": nested,
         "even": rows["even"].max(),
@@ -116,7 +116,7 @@ def _feature(rows: pl.DataFrame, name: str, names: Mapping[str, str], percent: b
         view["chips"] = _chips(rows.head(CHIPS), names)
         view["leaders"] = _chips(others.sort("relevance", descending=True, maintain_order=True).head(LEADERS), names)
     if not nested and (timed or not coded) and others.height > 1:
-        view["chart"] = _chart(others, name, timed, percent)
+        view["chart"] = _chart(cohort, others, name, timed)
         view["held"] = read["relevance"].first() if read.height else None
     return view
 
@@ -144,14 +144,16 @@ def _visits(rows: pl.DataFrame, names: Mapping[str, str]) -> list[dict[str, Any]
     ]
 
 
-def _chart(rows: pl.DataFrame, name: str, timed: bool, percent: bool) -> Markup:
+def _chart(cohort: CohortAttributions, rows: pl.DataFrame, name: str, timed: bool) -> Markup:
     """A stem for each entry, the place the model reads left out: it would press down the others."""
     where = pl.col("time" if timed else "place").cast(pl.Float64).alias("where")
     drawn = rows.with_columns(where).filter(pl.col("where").is_finite())
     kept = drawn.sort(pl.col("relevance").abs(), descending=True, maintain_order=True).head(CHIPS).sort("place")
+    percent = in_percent(cohort.manifest)
     places, unit = kept["where"].to_list(), 100 if percent else 1
+    time = shown(cohort.time_units.get(name) or "in the unit of the data", 40)
     axes = Axes(
-        x="time (in the unit of the data)" if timed else "position (0: the first)",
+        x=f"time ({time})" if timed else "position (0: the first)",
         y="relevance (%)" if percent else "relevance",
         start=min(places),
         stop=max(places),
