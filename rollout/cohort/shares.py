@@ -22,12 +22,14 @@ class Measured:
     Attributes:
         share: Of the row on positions without an entry, float64 [B], of absolute values; NaN where it is not known:
             the record has no entry, the row is all 0 or not finite.
-        total: The sum of the row, float64 [B]; NaN where the record has no entry.
+        total: The sum of the row, float64 [B].
+        has_entries: Whether the record has an entry, bool [B].
         tolerance: How far from 1 ``total`` may be by rounding.
     """
 
     share: np.ndarray
     total: np.ndarray
+    has_entries: np.ndarray
     tolerance: float
 
 
@@ -44,16 +46,17 @@ def measure(scores: np.ndarray, at: tuple[np.ndarray, ...], dtype: torch.dtype) 
     flat, real = scores.reshape(count, -1).astype(np.float64), real.reshape(count, -1)
     with np.errstate(invalid="ignore", divide="ignore"):
         share = np.abs(np.where(real, 0.0, flat)).sum(1) / np.abs(flat).sum(1)
-        total = np.where(real.any(1), flat.sum(1), np.nan)
-    share = np.where(real.any(1) & np.isfinite(share), share, np.nan)
-    return Measured(share, total, TOLERANCES.get(dtype, TOLERANCES[torch.float32]))
+        total = flat.sum(1)
+    has_entries = real.any(1)
+    share = np.where(has_entries & np.isfinite(share), share, np.nan)
+    return Measured(share, total, has_entries, TOLERANCES.get(dtype, TOLERANCES[torch.float32]))
 
 
 def wrong_sums(measured: Mapping[str, Measured], index: np.ndarray) -> dict[int, str]:
-    """Sample → reason, of the samples with a row that does not sum to 1."""
+    """Sample → reason, of the samples with a row that does not sum to 1; what has no entry has no row."""
     wrong: dict[int, str] = {}
     for feature, rows in measured.items():
-        off = ~np.isnan(rows.total) & ~(np.abs(rows.total - 1.0) <= rows.tolerance)
+        off = rows.has_entries & ~(np.abs(rows.total - 1.0) <= rows.tolerance)
         for number, total in zip(index[off].tolist(), rows.total[off].tolist(), strict=True):
             wrong.setdefault(
                 number, f"the relevance of feature {feature!r} sums to {total:.6g}, must be 1 by the method"

@@ -19,7 +19,9 @@ def test_the_share_is_what_lies_where_no_entry_is() -> None:
     at = np.array([0, 0, 1, 1, 1, 3, 4]), np.array([0, 1, 0, 1, 2, 0, 0])
     found = measure(scores, at, torch.float32)
     np.testing.assert_allclose(found.share, [0.25, 0.0, np.nan, np.nan, np.nan])
-    np.testing.assert_allclose(found.total, [1.0, 1.0, np.nan, 0.0, np.nan])
+    np.testing.assert_allclose(found.total, [1.0, 1.0, 1.0, 0.0, np.nan])
+    assert found.has_entries.tolist() == [True, True, False, True, True]
+    assert list(wrong_sums({"f": found}, np.arange(5))) == [3, 4]
 
 
 def test_relevance_of_either_sign_counts_by_its_size() -> None:
@@ -56,7 +58,7 @@ def test_a_feature_of_one_step_has_no_padding() -> None:
     _, found = measured_rows(samples, [0, 1], {"h": copied, "w": copied}, {"h": hot, "w": whole})
     np.testing.assert_array_equal(found["h"].share, [0.0, np.nan])  # the second has no entry
     np.testing.assert_array_equal(found["w"].share, [0.0, 0.0])
-    np.testing.assert_array_equal(found["h"].total, [1.0, np.nan])
+    np.testing.assert_array_equal(found["h"].total, [1.0, 1.0])
     np.testing.assert_array_equal(found["w"].total, [1.0, 1.0])
 
 
