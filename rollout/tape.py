@@ -172,7 +172,7 @@ class Tape:
         changed = tensor.untyped_storage().data_ptr()
         for layers in self._records.values():
             for at, (path, record) in enumerate(layers):
-                shared = {
+                shared: dict[str, Any] = {
                     field.name: value.clone()
                     for field in fields(record)
                     if isinstance(value := getattr(record, field.name), Tensor)
@@ -247,9 +247,9 @@ class Tape:
             query: as in `attention_rollout`: None, an int, long [B], float [B, S] or [B, R, S]; or a mapping from
                 stream to one of these, and then only its streams are computed. An int counts the positions of each
                 sample that the recorded key masks (or `lengths`) leave it: 0 is its first one, also when the batch is
-                padded on the left, and −1 its last (where `query_mask` says what rows without a sample's own position
-                are, as in PyHealth's models, 0 is position 0). A long [B] names positions of the padded batch; a negative one
-                counts from the sample's own end.
+                padded on the left, and −1 its last (where `query_mask` says what the other rows are, as in PyHealth's
+                models, 0 is position 0). A long [B] names positions of the padded batch; a negative one counts from
+                the sample's own end.
             method: a name in `rollout.METHODS`, or a `rollout.Method`, without gradients or supplied matrices.
             lengths: long [B], the valid prefix of each sample, or a mapping from stream to it. The recorded key masks
                 apply in any case; lengths also make rows beyond them 0.
@@ -353,8 +353,8 @@ def _rows(query: Any, layers: tuple[Record, ...], has_lengths: bool) -> Any:
     if bool(outside.any()):
         b = int(outside.nonzero()[0])
         raise ValueError(
-            f"Tape.rollout: query must be a row of every sample, got {query}; sample {b} has {int(ends[b] - starts[b])} "
-            f"positions by the recorded mask"
+            f"Tape.rollout: query must be a row of every sample, got {query}; sample {b} has "
+            f"{int(ends[b] - starts[b])} positions by the recorded mask"
         )
     return rows
 

@@ -92,7 +92,7 @@ class Watch(TorchFunctionMode):
 
     def _carry(self, name: str, args: Any, kwargs: Any, at: int, held: Scores | Map, output: Any) -> None:
         if name == "__setitem__":
-            self._hold(args[0], scores.apply(name, args, kwargs, held, at, args[0]) if isinstance(held, Scores) else scores.apply_to_map(name, args, kwargs, held, at, args[0]))  # fmt: skip
+            output = args[0]
         for leaf in tree_leaves(output):
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
                 continue

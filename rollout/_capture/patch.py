@@ -1,7 +1,7 @@
 """Seeing the calls of a module for a while: a stand-in for `nn.Module._call_impl` on the instance.
 
-It sits in the attribute that torch.compile uses for the same purpose, which torch leaves out when it copies or pickles a
-module. So a copy made meanwhile is a plain one. Every thread that runs the module meets the stand-in: what it calls
+It sits in the attribute that torch.compile uses for the same purpose, which torch leaves out when it copies or pickles
+a module. So a copy made meanwhile is a plain one. Every thread that runs the module meets the stand-in: what it calls
 must ask for itself whether this thread is capturing, and pass the call through when it is not.
 """
 

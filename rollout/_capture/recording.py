@@ -27,7 +27,6 @@ from rollout.tape import Record, Tape
 __all__ = [
     "ATTENTION_LAYERS_ONLY",
     "Recording",
-    "attended",
     "is_recording",
     "memo",
     "name_of",
@@ -161,8 +160,8 @@ class Recording:
         if queries.dim() > 2 and batch != 1 and sizes and batch not in self._batches:
             raise CaptureError(
                 f"capture: {where} must attend over one sequence for each sample of the batch, got {batch} "
-                f"sequences for inputs of {' or '.join(map(str, sizes))}: it attends within parts of a sample (windows, "
-                f"axes, frames), or over heads folded into the batch in a way that was not seen"
+                f"sequences for inputs of {' or '.join(map(str, sizes))}: it attends within parts of a sample "
+                f"(windows, axes, frames), or over heads folded into the batch in a way that was not seen"
             )
 
     def attended(

@@ -60,7 +60,7 @@ def nothing_found(model: nn.Module) -> str:
     shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
     found = f"attention-like modules found: {shown}" if named else "no module with attention in its name was found"
     return (
-        f"capture: the model must have softmax attention that torch computes, in the call of {type(model).__name__} none "
-        f"was seen: {found}. Known are scaled_dot_product_attention, attention written out as softmax(QKᵀ)·V, and "
+        f"capture: the model must have softmax attention that torch computes, in the call of {type(model).__name__} "
+        f"none was seen: {found}. Known are scaled_dot_product_attention, attention written out as softmax(QKᵀ)·V, and "
         f"torch.nn.MultiheadAttention; teach it another with rollout.register_capture(module_type, function)"
     )

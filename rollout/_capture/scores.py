@@ -90,10 +90,13 @@ def _einsum_product(args: tuple[Any, ...], output: Tensor) -> Scores | None:
     for first, second, queries, keys in ((left, right, args[1], args[2]), (right, left, args[2], args[1])):
         batch = [c for c in out if c in first and c in second]
         summed = [c for c in first if c in second and c not in out]
-        row, column = ([c for c in part if c in out and c not in other] for part, other in ((first, second), (second, first)))  # fmt: skip
-        if len(batch) >= 1 and len(summed) == len(row) == len(column) == 1 and out == "".join([*batch, *row, *column]):
-            order = [[part.index(c) for c in (*batch, which[0], summed[0])] for part, which in ((first, row), (second, column))]  # fmt: skip
-            return Scores(queries.permute(order[0]), keys.permute(order[1]), output.shape)
+        row = [c for c in first if c in out and c not in second]
+        column = [c for c in second if c in out and c not in first]
+        if not batch or not len(summed) == len(row) == len(column) == 1 or out != "".join(batch + row + column):
+            continue
+        q_order = [first.index(c) for c in batch + row + summed]
+        k_order = [second.index(c) for c in batch + column + summed]
+        return Scores(queries.permute(q_order), keys.permute(k_order), output.shape)
     return None
 
 
@@ -165,7 +168,8 @@ def reshaped(mask: Tensor, shape: torch.Size) -> Tensor:
 # What an operation that breaks scores is likely to be there for.
 LIKELY = {"tanh": "soft-capping: tanh", "cat": "columns beside the scores, as attention sinks are: cat"}
 
-MAP_RULES = ("to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "detach", "dropout", "view", "reshape", "unsqueeze", "nan_to_num", "masked_fill")  # fmt: skip
+SAME = ("to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "detach")
+MAP_RULES = {*SAME, "dropout", "view", "reshape", "unsqueeze", "nan_to_num", "masked_fill"}
 
 
 def apply_to_map(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], held: Map, at: int, output: Tensor) -> Map:
@@ -300,8 +304,7 @@ RULES: dict[str, Rule] = {
     "masked_fill": _mask,
     "where": _where,
     **dict.fromkeys(("max", "maximum"), _floor),
-    **dict.fromkeys(("to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone"), _same),
-    **dict.fromkeys(("detach", "requires_grad"), _same),
+    **dict.fromkeys((*SAME, "requires_grad"), _same),
     "dropout": _dropout,
     **dict.fromkeys(("view", "reshape"), _view),
     "unsqueeze": _unsqueeze,

@@ -71,9 +71,11 @@ def make_record(seen: Seen, module: nn.Module, memo: Any) -> Record:
 
 def _said(mask: Tensor | None, shape: torch.Size) -> dict[str, Any]:
     """What a mask says, and a bias of its own that no one else can write."""
-    assert mask is not None
+    if mask is None:
+        return {}
     fields = structure(mask, shape[0])
-    if fields.get("bias") is mask:
+    bias = fields.get("bias")
+    if bias is mask:
         fields["bias"] = mask.clone()
     return fields
 
@@ -97,7 +99,7 @@ def check(seen: Seen, entry: Record, where: str) -> None:
     values, output = batched(seen.values, seen.heads), batched(seen.output, seen.heads)
     maps = None if seen.maps is None else (seen.maps if seen.maps.dim() == 4 else batched(seen.maps, seen.heads))
     kinds = {seen.queries.dtype, seen.output.dtype, *(() if seen.maps is None else (seen.maps.dtype,))}
-    bound = max((BOUNDS.get(kind, HALF_BOUND) for kind in kinds))
+    bound = max(BOUNDS.get(kind, HALF_BOUND) for kind in kinds)
     if torch.is_autocast_enabled(seen.queries.device.type):
         bound = HALF_BOUND
     for b in {0, entry.batch - 1}:
@@ -114,11 +116,12 @@ def check(seen: Seen, entry: Record, where: str) -> None:
             v = values[b : b + 1].to(expected.dtype)
             v = v.repeat_interleave(expected.shape[1] // v.shape[1], 1)
             got, expected, size = output[b : b + 1].to(expected.dtype), expected @ v, float(v.abs().max())
-        error = float(((got - expected).abs() * counted).nan_to_num(math.inf).amax())
+        difference = torch.where(counted & ~got.isnan(), (got - expected).abs(), 0.0)
+        error = float(difference.nan_to_num(math.inf).amax())
         if error > bound * max(size, 1e-30):
             raise CaptureError(
-                f"capture: what {where} attended with must be what was recorded, its maps differ by {error / size:.2g}: "
-                f"give rollout.register_capture a function for it"
+                f"capture: what {where} attended with must be what was recorded, its maps differ by "
+                f"{error / size:.2g}: give rollout.register_capture a function for it"
             )
 
 

@@ -140,18 +140,18 @@ class Lockstep(TorchFunctionMode):
         if self._off or name == "__get__":
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
-            given, again, noted = self._before(func, name, args, kwargs)
+            given, again, traces, changed = self._before(func, name, args, kwargs)
         output = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             other = None if again is None else self._run(func, name, *again)
-            self._follow(name, given, *noted, output, other)
+            self._follow(name, given, traces, changed, output, other)
         return output
 
-    def _before(self, func: Any, name: str, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    def _before(self, func: Any, name: str, args: Any, kwargs: Any) -> tuple[Any, ...]:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if _has_storage(leaf)]
         traces = [self._known(name, tensor) for tensor in given]
         changed = written(func, name, args, kwargs)
-        return given, self._again(args, kwargs, traces, changed), (traces, changed)
+        return given, self._again(args, kwargs, traces, changed), traces, changed
 
     def _known(self, name: str, tensor: Tensor) -> Trace:
         """The trace of an argument; what came from nowhere may hide anything."""
@@ -204,9 +204,9 @@ class Lockstep(TorchFunctionMode):
             if len(others) == len(results) and (tensor.is_floating_point() or tensor.is_complex()):
                 trace.shadow = self._keep(name, tensor, others[at])
             self._put(tensor, trace)
-        if fresh and not changed and name not in UNWRITTEN and not name.endswith("_like"):
-            if any(trace.unwritten for trace in traces):
-                self.lost.append(f"{name} of memory written by something else than torch's functions")
+        reads = fresh and not changed and name not in UNWRITTEN and not name.endswith("_like")
+        if reads and any(trace.unwritten for trace in traces):
+            self.lost.append(f"{name} of memory written by something else than torch's functions")
 
     def _keep(self, name: str, tensor: Tensor, other: Tensor) -> torch.UntypedStorage | None:
         """The storage of a result's shadow, laid out as the result is."""
@@ -244,7 +244,7 @@ def _copied(tensor: Tensor) -> torch.UntypedStorage:
 
 def _view(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
     empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return empty.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]
+    return empty.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 def written(func: Any, name: str, args: Any, kwargs: Any) -> list[Tensor]:

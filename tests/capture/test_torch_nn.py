@@ -291,12 +291,14 @@ def test_calls_that_cannot_be_recorded_are_refused_by_name():
     torch.manual_seed(0)
     model, x = Direct(batch_first=True).double().eval(), inputs()
     before = state(model)
-    with rollout.capture(model):
-        with pytest.raises(
+    with (
+        rollout.capture(model),
+        pytest.raises(
             rollout.CaptureError,
             match=r"MultiheadAttention at attention was called with is_causal=True and an attn_mask that is not causal",
-        ):
-            model(x, attn_mask=HOLES, is_causal=True)
+        ),
+    ):
+        model(x, attn_mask=HOLES, is_causal=True)
     assert_nothing_left(model, before)
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from rollout._capture.patch import around_call, foreign_forward
 from rollout._capture.readers import registered
-from rollout._capture.recording import memo, recordings_of, whole
+from rollout._capture.recording import memo, whole
 from rollout.errors import CaptureError
 from rollout.tape import Record
 
