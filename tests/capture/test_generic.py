@@ -1,4 +1,4 @@
-"""Attention that torch computes in modules nobody knows: what is recorded of it, what is refused, what is left alone."""
+"""Attention that torch computes in modules nobody knows: what is recorded of it, and what is refused."""
 
 import copy
 import math
@@ -223,9 +223,12 @@ def test_what_mixes_positions_in_between_is_refused(between: Any) -> None:
 @pytest.mark.parametrize("between", [by_numpy, by_opaque_kernel])
 def test_what_cannot_be_followed_is_refused(between: Any) -> None:
     model = stack(fused, fused, between=between)
-    with pytest.raises(rollout.CaptureError, match=r"cannot be followed|side by side"), torch.no_grad():
-        with rollout.capture(model):
-            model(X)
+    with (
+        pytest.raises(rollout.CaptureError, match=r"cannot be followed|side by side"),
+        torch.no_grad(),
+        rollout.capture(model),
+    ):
+        model(X)
 
 
 @pytest.mark.parametrize(
@@ -245,9 +248,12 @@ def test_attentions_side_by_side_are_no_chain() -> None:
 
     torch.manual_seed(0)
     model = Parallel(fused, fused).double().eval()
-    with pytest.raises(rollout.CaptureError, match=r"blocks.1 does not stand on .* side by side"), torch.no_grad():
-        with rollout.capture(model):
-            model(X)
+    with (
+        pytest.raises(rollout.CaptureError, match=r"blocks.1 does not stand on .* side by side"),
+        torch.no_grad(),
+        rollout.capture(model),
+    ):
+        model(X)
 
 
 def test_axes_of_a_square_are_no_sequence() -> None:
@@ -261,9 +267,12 @@ def test_axes_of_a_square_are_no_sequence() -> None:
     torch.manual_seed(0)
     model, x = Axial(fused, fused).double().eval(), torch.randn(1, S, S, E, generator=generator(3)).double()
     for given in (x, x.expand(B, -1, -1, -1)):
-        with pytest.raises(rollout.CaptureError, match=r"sequences for inputs|positions are mixed"), torch.no_grad():
-            with rollout.capture(model):
-                model(given)
+        with (
+            pytest.raises(rollout.CaptureError, match=r"sequences for inputs|positions are mixed"),
+            torch.no_grad(),
+            rollout.capture(model),
+        ):
+            model(given)
 
 
 def test_a_call_that_runs_other_attentions_is_looked_at_afresh() -> None:
@@ -341,17 +350,16 @@ def test_rows_count_from_each_samples_own_ends() -> None:
         full = tape.rollout()["blocks"]
         first = mask.long().argmax(1)
         for row, wanted in ((0, first), (1, first + 1), (-1, first + lengths - 1), (-2, first + lengths - 2)):
-            assert same_bits(tape.rollout(row)["blocks"], full[torch.arange(B), wanted])
-        assert same_bits(tape.rollout(first)["blocks"], full[torch.arange(B), first])
-        assert same_bits(tape.rollout(torch.full((B,), -1))["blocks"], full[torch.arange(B), first + lengths - 1])
+            assert_close(tape.rollout(row)["blocks"], full[torch.arange(B), wanted], "qk")
+        assert_close(tape.rollout(first)["blocks"], full[torch.arange(B), first], "qk")
+        assert_close(tape.rollout(torch.full((B,), -1))["blocks"], full[torch.arange(B), first + lengths - 1], "qk")
         for row in (2, -3):
             with pytest.raises(ValueError, match=rf"got {row}; sample 2 has 2 positions by the recorded mask"):
                 tape.rollout(row)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mix", [fused, written_out])
-def test_later_calls_cost_next_to_nothing(mix: Any) -> None:
+def test_later_calls_cost_next_to_nothing() -> None:
     """At most 1.1 times the plain call, the best of turns taken one after the other."""
     wide = torch.randn(8, 256, E, generator=generator(4))
     model = stack(*[fused] * 6).float()
