@@ -48,7 +48,7 @@ def capture(model: nn.Module, *, shared_layers: bool = False, allow: str | None 
     `scaled_dot_product_attention` or written out as softmax(scale·QKᵀ + bias)·V, `torch.nn.MultiheadAttention` and what
     is built of it, and modules given to `register_capture`.
 
-    The first call of a model is looked at, which takes about as long as two more: whether anything but the recorded
+    The first call of a model is looked at, which takes four to five times as long: whether anything but the recorded
     attentions mixes positions (state-space and recurrent layers, convolutions, pooling, attention that was not seen),
     whether each stands on the one below, whether its keys are of the same sequence. Later calls must run the same
     attentions and pay nothing.

@@ -1,6 +1,6 @@
 """Every family: the same bits with a capture as without, and the rollout of the maps it hands out, or a refusal."""
 
-import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,23 +11,13 @@ from torch.utils._pytree import tree_leaves
 import rollout
 from rollout._capture import patch
 from tests.support.cases import same_bits
-from tests.support.oracles import array, rollout_matrices
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'attention-rollout[hf]'")
 
-from tests.support.capture_families import FAMILIES, Family
+from tests.support.capture_families import FAMILIES, largest_error, prepared
 from tests.support.capture_state import assert_nothing_left, state
 
-ROLLOUT = rollout.METHODS["rollout"]
 CASES = [(name, kind) for name, family in FAMILIES.items() for kind in family.implementations]
-
-
-def prepared(family: Family, implementation: str) -> tuple[Any, dict[str, Tensor]]:
-    model = family.make(implementation)
-    if family.single:
-        return model, family.inputs
-    inputs = {key: value.double() if value.is_floating_point() else value for key, value in family.inputs.items()}
-    return model.double(), inputs
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -59,21 +49,9 @@ def test_family(name: str, implementation: str) -> None:
     assert error <= (5e-6 if family.single else 1e-7)  # some take the softmax in float32 whatever they are
 
 
-def largest_error(family: Family, model: Any, inputs: dict[str, Tensor], tape: Any) -> float:
-    """max|error| of the full rollout of every stream, against the maps the model hands out, on valid rows."""
-    twin = copy.deepcopy(model)
-    if twin.config._attn_implementation != "eager":
-        twin.set_attn_implementation("eager")
-    with torch.no_grad():
-        output = twin(**inputs, output_attentions=True)
-    assert len(tape.streams) == len(family.eager)
-    worst = 0.0
-    for stream, given in zip(tape.streams, family.eager, strict=True):
-        maps = [layer for layer in output[given] if layer is not None]
-        assert len(maps) == len(tape.layers(stream))
-        difference = array(tape.rollout()[stream]) - rollout_matrices(maps, ROLLOUT)
-        mask = inputs.get("attention_mask")
-        if mask is not None and "decoder" not in given:
-            difference = difference * mask.numpy()[..., None]
-        worst = max(worst, float(abs(difference).max()))
-    return worst
+def test_the_page_has_every_family() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "capture.md").read_text()
+    rows = {tuple(cell.strip() for cell in line.split("|")[1:4]) for line in page.splitlines() if line.startswith("| ")}
+    outcomes = {(name, kind): outcome for name, kind, outcome in rows}
+    for name, kind in CASES:
+        assert outcomes[name, kind].startswith("right" if FAMILIES[name].refused is None else "refused")

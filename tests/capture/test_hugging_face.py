@@ -362,3 +362,52 @@ def test_threads(implementation: str):
     assert len(results[2]) == 8
     assert all(same_bits(output.clone(), plain.clone()) for output in results[2])
     assert_nothing_left(model, before)
+
+
+def test_an_attention_function_of_the_users_own_runs_and_is_seen() -> None:
+    """Registered with transformers: twice as sharp, so that fused attention in its place would show."""
+
+    def sharp(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+        scores = 2.0 * options["scaling"] * query @ key.transpose(-1, -2)
+        return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+    transformers.AttentionInterface.register("sharp_for_test", sharp)
+    try:
+        model = make("bert", "sharp_for_test")
+        with torch.inference_mode():
+            plain = model(input_ids=IDS)[0]
+            with rollout.capture(model) as tape:
+                assert same_bits(model(input_ids=IDS)[0].clone(), plain.clone())
+        assert [layer.scale for layer in tape.layers()] == [1.0] * 3  # the queries carry it
+        assert model.config._attn_implementation == "sharp_for_test"
+        maps = (tape.layers()[0].queries @ tape.layers()[0].keys.transpose(-1, -2)).softmax(-1)
+        assert_close(tape.maps(0), maps, "qk")
+    finally:
+        transformers.AttentionInterface._global_mapping.pop("sharp_for_test")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_composites_run_each_part_as_it_is(implementation: str) -> None:
+    """An encoder and a decoder of different families, one of which looks nothing up in the interface."""
+    torch.manual_seed(0)
+    decoder = transformers.RoFormerConfig(is_decoder=True, add_cross_attention=True, embedding_size=32, **TEXT)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(image_size=16, patch_size=4, **SIZES), decoder
+    )
+    config._attn_implementation = {"encoder": implementation, "decoder": "eager"}
+    model = transformers.VisionEncoderDecoderModel(config).eval()
+    before = state(model)
+    batch = {"pixel_values": PIXELS, "decoder_input_ids": IDS[:2], "use_cache": False}
+    with torch.inference_mode():
+        plain = model(**batch)
+        with rollout.capture(model) as tape:
+            captured = model(**batch)
+    assert same_bits(captured.logits.clone(), plain.logits.clone())
+    assert_nothing_left(model, before)
+    assert [len(tape.layers(stream)) for stream in tape.streams] == [3, 3]
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation({"encoder": "eager", "decoder": "eager"})
+    with torch.no_grad():
+        eager = twin(**batch, output_attentions=True)
+    for stream, maps in zip(tape.streams, (eager.encoder_attentions, eager.decoder_attentions), strict=True):
+        assert_close(tape.rollout()[stream], rollout_matrices(maps, ROLLOUT), "qk")
