@@ -37,6 +37,7 @@ QK_SHAPES = {  # B, H, H_kv, S, D, L
     "B2-H4-Hkv2-S33-D16-L2": (2, 4, 2, 33, 16, 2),
     "B2-H4-Hkv1-S64-D32-L3": (2, 4, 1, 64, 32, 3),
     "B1-H4-Hkv4-S130-D64-L2": (1, 4, 4, 130, 64, 2),
+    "B1-H4-Hkv2-S40-D128-L2": (1, 4, 2, 40, 128, 2),  # in float32 multiplied in two halves of D
 }
 FLAGS = [False, True]
 QK = [list(QK_METHODS), list(DTYPES), list(QK_SHAPES), list(QUERIES), list(MASKS), list(KEY_MASKS), FLAGS, FLAGS, FLAGS]
