@@ -484,7 +484,8 @@ def large_run(folder: Path, parts: int, samples: int = 2048, length: int = 60) -
             empty.cast(pa.int32()), position.cast(pa.int32()), codes, empty.cast(pa.float32()), score,
         ]  # fmt: skip
         true = pa.array([[float(n % 2)] for n in range(samples)], pa.list_(pa.float32()))
-        predicted = [*ids(np.arange(first, first + samples)), pa.array([[0.5]] * samples, pa.list_(pa.float32())), true]
+        half = pa.array([[0.5]] * samples, pa.list_(pa.float32()))
+        predicted = [*ids(np.arange(first, first + samples)), half, true, pa.nulls(samples, half.type)]
         tables = {
             "attributions": pa.Table.from_arrays(columns, schema=ATTRIBUTION_SCHEMA),
             "predictions": pa.Table.from_arrays(predicted, schema=PREDICTION_SCHEMA),
