@@ -29,6 +29,7 @@ def verify_run(folder: str | Path, run_file: str | Path | None = None, entry: st
 
     Raises:
         ValueError: If there is no such folder, or run file or entry point are wrong.
+        RuntimeError: If the entry point raises.
     """
     if run_file is not None and entry is not None:
         raise ValueError("verify takes a run file or --entry, not both")
@@ -47,7 +48,11 @@ def _dataset(folder: str | Path, run_file: str | Path | None, entry: str | None)
     if run_file is not None:
         run = read_run_file(run_file)
         return prepare_samples(run.source, run.cache or Path(folder).expanduser() / CACHE, run.vocabulary)
-    made = find_entry(str(entry))()
+    function = find_entry(str(entry))
+    try:
+        made = function()
+    except Exception as error:
+        raise RuntimeError(f"--entry {entry} raised {type(error).__name__}: {error}") from error
     if not isinstance(made, tuple | list) or len(made) < 2:
         raise ValueError(f"--entry {entry} must return (model, dataset), got {type(made).__name__}")
     return made[1]

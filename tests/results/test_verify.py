@@ -116,6 +116,10 @@ def test_a_file_is_checked_once_and_again_when_it_changes(whole: Path, tmp_path:
     assert len(checked) == len(set(checked)) == 6
     assert cohort.sample(45).equals(first, null_equal=True)
     assert len(checked) == 6
+    checked.clear()
+    other = CohortAttributions(folder)
+    other.patient(first["patient_id"][0])  # samples 44 and 45: of the attributions, the part that holds them
+    assert checked == [f"predictions/part-0000{n}" for n in range(5)] + ["attributions/part-00002"]
     path = folder / "attributions" / "part-00002.parquet"
     content = bytearray(path.read_bytes())
     content[500] ^= 1
@@ -175,6 +179,10 @@ def same():
     return Attention(), Records(90)
 
 
+def raising():
+    raise KeyError("no such table")
+
+
 def fewer():
     return Attention(), Records(89)
 
@@ -198,6 +206,13 @@ def test_samples_are_compared_with_what_was_attributed(whole: Path, command: boo
         "part-00002: 2 samples hold other values than when they were attributed: 47, 48",
     ]
     assert lines("fewer") == [f"{whole} is of 90 samples, the dataset has 89"]
+
+
+def test_an_entry_point_that_raises_is_named(whole: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"--entry .*:raising raised KeyError: 'no such table'"):
+        verify_run(whole, entry=f"{__name__}:raising")
+    with pytest.raises(ValueError, match="a run file or --entry, not both"):
+        verify_run(whole, "run.toml", f"{__name__}:same")
 
 
 def test_a_manifest_of_another_run_is_found(whole: Path, tmp_path: Path) -> None:
