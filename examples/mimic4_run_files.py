@@ -24,10 +24,11 @@ from rollout.files import empty_folder
 from rollout.runfile import CACHE, prepare_samples, save_model
 
 TASKS = {
-    "mortality": ("MortalityPredictionMIMIC4", CODE_TABLES),
-    "length_of_stay": ("LengthOfStayPredictionMIMIC4", CODE_TABLES),
-    "in_hospital_mortality": ("InHospitalMortalityMIMIC4", ("labevents",)),
+    "mortality": ("MortalityPredictionMIMIC4", CODE_TABLES, {}),
+    "length_of_stay": ("LengthOfStayPredictionMIMIC4", CODE_TABLES, {}),
+    "in_hospital_mortality": ("InHospitalMortalityMIMIC4", ("labevents",), {"equal_lengths": True}),
 }
+"""PyHealth's Transformer does not mask the padding of a time series: in batches of equal lengths there is none."""
 
 
 def main() -> None:
@@ -48,7 +49,9 @@ def main() -> None:
         leave_run_file(output / name, chosen.ehr_root, *TASKS[name], chosen.epochs)
 
 
-def leave_run_file(folder: Path, ehr_root: Path, task: str, tables: tuple[str, ...], epochs: int) -> None:
+def leave_run_file(
+    folder: Path, ehr_root: Path, task: str, tables: tuple[str, ...], run: dict[str, bool], epochs: int
+) -> None:
     """Train a model for a task, and write it with its run file."""
     source = mimic_source(ehr_root, task, tables)
     dataset = prepare_samples(source, folder / CACHE)
@@ -57,7 +60,7 @@ def leave_run_file(folder: Path, ehr_root: Path, task: str, tables: tuple[str, .
     split = split_patients([sample["patient_id"] for sample in samples], labels)
     recipe = Recipe(epochs=epochs, embedding_dim=32)
     model = train_transformer(dataset, samples, split, recipe, progress=False).model
-    path = save_model(model, dataset, folder, arguments=recipe.arguments, source=source, cache=folder / CACHE)
+    path = save_model(model, dataset, folder, arguments=recipe.arguments, source=source, run=run, cache=folder / CACHE)
     print(f"{task}: {len(samples)} samples of {len(dataset.patient_to_index)} patients, features "
           f"{', '.join(dataset.input_schema)}\n  rollout attribute {path}")  # fmt: skip
 

@@ -1,12 +1,17 @@
 """The command line: a thin registry of commands."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
-from rollout.errors import CohortError, require
+from rollout.errors import CohortError, one_line, require
+from rollout.files import usable_path
 
 typer = require("typer", "cohort")
+DEBUG = "ROLLOUT_DEBUG"
+"""Environment variable: set, an error is shown with its traceback."""
+
 app = typer.Typer(
     help="Attention rollout for whole cohorts.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
@@ -72,23 +77,40 @@ def demo(
 @app.command()
 def attribute(
     run_file: Annotated[Path | None, typer.Argument(help="TOML or JSON; rollout demo leaves one.")] = None,
-    entry: Annotated[str | None, typer.Option(help="package.module:function that returns (model, dataset).")] = None,
+    entry: Annotated[
+        str | None,
+        typer.Option(
+            help="package.module:function that returns (model, dataset), or (model, dataset, arguments): a mapping of "
+            "further arguments of attribute_cohort, such as collate, vocabularies and explain."
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default: that of the run file.")] = None,
     method: Annotated[str | None, typer.Option(help="rollout, chefer, …")] = None,
     readout: Annotated[str | None, typer.Option(help="model or forward.")] = None,
     backend: Annotated[str | None, typer.Option(help="auto, torch, triton or reference.")] = None,
     target_class: Annotated[int | None, typer.Option(help="For class-specific methods.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Most tokens in a batch.")] = None,
+    batch_samples: Annotated[int | None, typer.Option(help="Most samples in a batch.")] = None,
+    equal_lengths: Annotated[
+        bool, typer.Option("--equal-lengths", help="Batch samples of equal length only: no padding.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda, …")] = None,
     local_workers: Annotated[int | None, typer.Option(help="Processes on this machine.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers to use.")] = None,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Refuse a folder that holds a run.")] = False,
     retry_failures: Annotated[bool, typer.Option("--retry-failures", help="Do failed samples again.")] = False,
+    trust_cache: Annotated[
+        bool,
+        typer.Option(
+            "--trust-cache",
+            help="Open samples that somebody else prepared: PyHealth unpickles them, which can run anything as you.",
+        ),
+    ] = False,
 ) -> None:
     """Attribute a whole cohort; the same command goes on where it was stopped.
 
     Exit status: 0 when every sample is attributed, 1 when some failed, 2 when refused or stopped by an error, 130 on
-    Ctrl-C.
+    Ctrl-C. With ROLLOUT_DEBUG=1 an error shows its traceback.
     """
     for module, extra in (("polars", "cohort"), ("pyarrow", "cohort"), ("pyhealth", "pyhealth")):
         require(module, extra)
@@ -96,18 +118,21 @@ def attribute(
 
     if (run_file is None) == (entry is None):
         raise ValueError("attribute needs a run file or --entry, one of them")
+    if trust_cache and entry is not None:
+        raise ValueError("--trust-cache is for the cache of a run file; --entry has none")
     if scheduler is not None and local_workers is not None:
         raise ValueError("give --local-workers (processes of this machine) or --scheduler (a cluster), not both")
     given = {
         "method": method, "readout": readout, "backend": backend, "target_class": target_class,
-        "batch_tokens": batch_tokens, "device": device, "workers": local_workers,
+        "batch_tokens": batch_tokens, "batch_samples": batch_samples, "equal_lengths": equal_lengths or None,
+        "device": device, "workers": local_workers,
     }  # fmt: skip
     settings = {key: value for key, value in given.items() if value is not None}
     try:
         with scheduler_client(scheduler) as client:
             options = {"client": client, "resume": not no_resume, "retry_failures": retry_failures}
             if run_file is not None:
-                run = attribute_run_file(run_file, output, settings, **options)
+                run = attribute_run_file(run_file, output, settings, trust_cache=trust_cache, **options)
             else:
                 run = attribute_entry(str(entry), output, settings, **options)
     except KeyboardInterrupt:
@@ -124,13 +149,37 @@ def report(
     patient: Annotated[str | None, typer.Option(help="One patient instead of the cohort.")] = None,
     output: Annotated[Path | None, typer.Option(help="HTML file; default: report.html in the folder.")] = None,
     names: Annotated[Path | None, typer.Option(help="JSON of further code names: {feature: {code: name}}.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is no report.")] = False,
 ) -> None:
     """Write one self-contained HTML page of a cohort run."""
     for module in ("polars", "pyarrow"):
         require(module, "cohort")
     from rollout.report import write_report
 
-    typer.echo(str(write_report(path, output, patient=patient, names=names)))
+    path = usable_path(path, "path")
+    typer.echo(str(write_report(path, output, patient=patient, names=names, overwrite=overwrite)))
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="Folder of a cohort run.")],
+    run_file: Annotated[Path | None, typer.Argument(help="Its run file: compare its samples too.")] = None,
+    entry: Annotated[str | None, typer.Option(help="Instead of a run file, as rollout attribute takes it.")] = None,
+) -> None:
+    """Check every byte of a cohort run against what was written; with a run file or --entry, every sample as well.
+
+    Exit status: 0 when all is as it was written, 2 with a line per finding when it is not.
+    """
+    for module in ("polars", "pyarrow"):
+        require(module, "cohort")
+    from rollout.runfile.verify import verify_run
+
+    findings = verify_run(path, run_file, entry)
+    for finding in findings:
+        typer.echo(finding)
+    if findings:
+        raise typer.Exit(2)
+    typer.echo(f"{path}: as it was written")
 
 
 @app.command()
@@ -174,8 +223,16 @@ def main() -> None:
     try:
         app()
     except (ValueError, ImportError, CohortError) as error:
-        typer.echo(f"rollout: {error}", err=True)
+        _tell(error, one_line(error))
+    except (TypeError, OSError, RuntimeError, MemoryError) as error:
+        _tell(error, f"{type(error).__name__}: {one_line(error)} ({DEBUG}=1 shows where)")
     sys.exit(2)
+
+
+def _tell(error: BaseException, line: str) -> None:
+    if os.environ.get(DEBUG):
+        raise error
+    typer.echo(f"rollout: {line}", err=True)
 
 
 if __name__ == "__main__":

@@ -42,25 +42,11 @@ def cases(device: torch.device) -> Iterator[Case]:
             ("row, ragged, discard", 0, lengths, Method(head_fusion="max", discard_ratio=0.5)),
             ("full, ragged", None, lengths, Method()),
         ):
-            problem: Problem = ops.maps_problem(maps, query, valid, None, method, True)
+            problem: Problem = ops.maps_problem(maps, query=query, lengths=valid, method=method)
             yield Case(f"maps {kind} S=197: {label}", problem, MAPS_BOUND)
         queries, keys = ([random(4, h, 256, 64, dtype=dtype) for _ in range(3)] for h in (4, 2))
         for label, causal, query in (("row", False, 0), ("row, causal", True, -1), ("full", False, None)):
-            problem = ops.qk_problem(
-                queries,
-                keys,
-                query=query,
-                lengths=None,
-                key_mask=None,
-                query_mask=None,
-                causal=causal,
-                window=None,
-                bias=None,
-                scale=None,
-                logsumexp=None,
-                method=Method(),
-                validate=True,
-            )
+            problem = ops.qk_problem(queries, keys, query=query, causal=causal)
             yield Case(f"Q,K {kind} S=256 D=64, 2 heads a key head: {label}", problem, QK_BOUND)
 
 

@@ -1,4 +1,4 @@
-"""The package's own errors, and the one that names the extra a missing package comes with."""
+"""The package's own errors, the one that names the extra a missing package comes with, and an error as one line."""
 
 from importlib import import_module
 from typing import Any
@@ -26,3 +26,10 @@ def require(module: str, extra: str) -> Any:
         raise ImportError(
             f"{error.name} is not installed; it comes with an extra: pip install 'attention-rollout[{extra}]'"
         ) from error
+
+
+def one_line(error: BaseException, most: int = 2000) -> str:
+    """What an error says, on one line a terminal can show: line ends and control characters cannot act there."""
+    text = " ".join(str(error).split("\n")) or type(error).__name__
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -3,8 +3,11 @@
 To add one, add an entry to `METHODS` (see CONTRIBUTING.md).
 """
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
+
+from torch import Tensor
 
 from rollout_kernels.method import Method
 
@@ -56,6 +59,19 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         ),
     }
 )
+
+
+def sums_to_one(method: Method) -> bool:
+    """Whether every row of the chain sums to 1 when every row of the attention maps does.
+
+    It does where each M_l is renormalised; else where the heads are averaged, nothing is discarded or weighted by a
+    gradient, and the weights of I and F_l add up to 1.
+    """
+    if method.matrices or method.renormalize:
+        return method.renormalize
+    averaged = isinstance(method.head_fusion, Tensor) or method.head_fusion == "mean"
+    whole = math.isclose(method.residual + method.attention_weight, 1.0, abs_tol=1e-6)
+    return averaged and whole and method.gradients is None and method.discard_ratio == 0.0
 
 
 def get_method(method: str | Method, name: str = "attention_rollout") -> Method:

@@ -134,10 +134,14 @@ class Tape:
     Attributes:
         streams: the names of the streams, in the order they first ran.
         nbytes: bytes held by the recorded tensors; memory two of them share counts once.
+        notes: what `capture(model, allow=...)` let pass that makes a chain over the attention layers less than the
+            model: what mixed positions in between, and where. Empty for a capture that allowed nothing.
     """
 
     def __init__(self, model: str = "the model") -> None:
         self._model = model
+        self.notes: tuple[str, ...] = ()
+        self._versions: dict[int, tuple[Tensor, int]] = {}
         self._records: dict[str, list[tuple[str, Record]]] = {}
 
     def __repr__(self) -> str:
@@ -160,15 +164,48 @@ class Tape:
     def clear(self) -> None:
         """Drop everything recorded."""
         self._records = {}
+        self._versions = {}
+        self.notes = ()
+
+    def keep_from(self, tensor: Tensor) -> None:
+        """Copy the recorded tensors that share memory with one that is about to be changed in place."""
+        changed = tensor.untyped_storage().data_ptr()
+        for layers in self._records.values():
+            for at, (path, record) in enumerate(layers):
+                shared: dict[str, Any] = {
+                    field.name: value.clone()
+                    for field in fields(record)
+                    if isinstance(value := getattr(record, field.name), Tensor)
+                    and value.untyped_storage().data_ptr() == changed
+                }
+                if shared:
+                    layers[at] = path, replace(record, **shared)
+                    self._watch(layers[at][1])
+
+    def _watch(self, record: Record) -> None:
+        """Note which state of its tensors a record is of; under inference mode torch counts none."""
+        for tensor in record.tensors():
+            if not tensor.is_inference():
+                self._versions[id(tensor)] = tensor, tensor._version
 
     def layers(self, stream: str | None = None) -> tuple[Record, ...]:
         """The records of a stream, input side first; `stream` may be left out when there is one.
 
         Raises:
-            ValueError: nothing was recorded; several streams and none named.
+            ValueError: nothing was recorded; several streams and none named; a recorded tensor was changed in place
+                after the call.
             KeyError: no such stream; the message lists them.
         """
-        return tuple(record for _, record in self._records[self._stream(stream, "layers")])
+        held = self._records[self._stream(stream, "layers")]
+        for path, record in held:
+            for tensor in record.tensors():
+                watched = self._versions.get(id(tensor))
+                if watched is not None and watched[0] is tensor and tensor._version != watched[1]:
+                    raise ValueError(
+                        f"Tape: what {path or 'the model'} attended with must be as it was recorded, it was changed in "
+                        f"place since: read the tape before that"
+                    )
+        return tuple(record for _, record in held)
 
     def modules(self, stream: str | None = None) -> tuple[str, ...]:
         """The path in the model of the module behind each layer of a stream, input side first.
@@ -208,7 +245,11 @@ class Tape:
 
         Args:
             query: as in `attention_rollout`: None, an int, long [B], float [B, S] or [B, R, S]; or a mapping from
-                stream to one of these, and then only its streams are computed.
+                stream to one of these, and then only its streams are computed. An int counts the positions of each
+                sample that the recorded key masks (or `lengths`) leave it: 0 is its first one, also when the batch is
+                padded on the left, and −1 its last (where `query_mask` says what the other rows are, as in PyHealth's
+                models, 0 is position 0). A long [B] names positions of the padded batch; a negative one counts from
+                the sample's own end.
             method: a name in `rollout.METHODS`, or a `rollout.Method`, without gradients or supplied matrices.
             lengths: long [B], the valid prefix of each sample, or a mapping from stream to it. The recorded key masks
                 apply in any case; lengths also make rows beyond them 0.
@@ -235,7 +276,11 @@ class Tape:
         wanted = list(query) if isinstance(query, Mapping) else self.streams
         return {
             stream: attention_rollout_qk(
-                query=query[stream] if isinstance(query, Mapping) else query,
+                query=_rows(
+                    query[stream] if isinstance(query, Mapping) else query,
+                    self.layers(stream),
+                    lengths is not None,
+                ),
                 lengths=lengths.get(stream) if isinstance(lengths, Mapping) else lengths,
                 method=chosen,
                 backend=backend,
@@ -259,6 +304,7 @@ class Tape:
                 f"{before} on {(other.batch, other.seq)}: capture the part of the model that attends over one sequence"
             )
         layers.append((path, record))
+        self._watch(record)
 
     def _stream(self, stream: str | None, caller: str) -> str:
         if not self._records:
@@ -277,6 +323,40 @@ class Tape:
     def _known(self, stream: str, caller: str, argument: str) -> None:
         if stream not in self._records:
             raise KeyError(f"Tape.{caller}: {argument} must name one of the streams {list(self._records)}: {stream!r}")
+
+
+def _rows(query: Any, layers: tuple[Record, ...], has_lengths: bool) -> Any:
+    """Rows counted from each sample's own start or end, as positions of the padded batch.
+
+    Raises:
+        ValueError: a sample has no such row.
+    """
+    valid = None
+    for layer in layers:
+        if layer.key_mask is not None:
+            valid = layer.key_mask if valid is None else valid & layer.key_mask
+    whole = isinstance(query, Tensor) and (query.is_floating_point() or query.dim() != 1)
+    if valid is None or query is None or whole or isinstance(query, bool) or has_lengths:
+        return query
+    seq = valid.shape[1]
+    positions = torch.arange(seq, device=valid.device)
+    some = valid.any(1)
+    starts = torch.where(some, torch.where(valid, positions, seq).amin(1), 0)
+    if all(layer.query_mask is not None for layer in layers):  # the model says what such rows are, and reads them
+        starts = torch.zeros_like(starts)
+    ends = torch.where(some, torch.where(valid, positions, -1).amax(1) + 1, seq)
+    if isinstance(query, Tensor):
+        given = query.to(valid.device)
+        return torch.where(given < 0, given + ends, given)
+    rows = starts + query if query >= 0 else ends + query
+    outside = (rows < starts) | (rows >= ends)
+    if bool(outside.any()):
+        b = int(outside.nonzero()[0])
+        raise ValueError(
+            f"Tape.rollout: query must be a row of every sample, got {query}; sample {b} has "
+            f"{int(ends[b] - starts[b])} positions by the recorded mask"
+        )
+    return rows
 
 
 def call_arguments(layers: tuple[Record, ...]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The command line: what it refuses, in one line and before any work, and the synthetic command."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,26 +101,57 @@ def test_demo_refuses_numbers_out_of_range(refused, tmp_path: Path, option: str,
     assert not (tmp_path / "out").exists()
 
 
+def write_demo(folder: Path, *absent: str) -> None:
+    from rollout.demo.run import WRITTEN, _write_mark
+
+    for name in ("attributed/attributions/part-00000.parquet", ".pyhealth-cache/prepared.json", "cohort/hosp/x.csv.gz"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).touch()
+    for name in ("run.toml", "weights.pt", "record.png", "report.html", "notes.txt"):
+        (folder / name).touch()
+    _write_mark(folder, {"status": "complete"}, [name for name in WRITTEN if name not in absent])
+
+
 def test_overwrite_removes_an_earlier_demo_and_nothing_else(tmp_path: Path) -> None:
     from rollout.demo.run import _remove_earlier
 
-    for name in ("attributed/attributions/part-00000.parquet", ".pyhealth-cache/prepared.json", "cohort/hosp/x.csv.gz"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).touch()
-    for name in ("demo.json", "run.toml", "weights.pt", "record.png", "report.html", "notes.txt"):
-        (tmp_path / name).touch()
+    write_demo(tmp_path)
     _remove_earlier(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_overwrite_leaves_a_folder_that_is_no_demo(tmp_path: Path) -> None:
+def test_overwrite_leaves_what_the_demo_did_not_write(tmp_path: Path) -> None:
     from rollout.demo.run import _remove_earlier
 
-    (tmp_path / "cohort").mkdir()
-    (tmp_path / "weights.pt").write_text("mine")
+    write_demo(tmp_path / "tables", "cohort")  # a demo of EHR_ROOT, beside which somebody keeps a folder of that name
+    _remove_earlier(tmp_path / "tables")
+    assert {path.name for path in (tmp_path / "tables").iterdir()} == {"cohort", "notes.txt"}
+    write_demo(tmp_path / "linked")
+    shutil.rmtree(tmp_path / "linked" / "attributed")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "thesis.tex").touch()
+    (tmp_path / "linked" / "attributed").symlink_to(tmp_path / "elsewhere")
+    _remove_earlier(tmp_path / "linked")
+    assert (tmp_path / "elsewhere" / "thesis.tex").exists()
+    assert (tmp_path / "linked" / "attributed").is_symlink()
+
+
+@pytest.mark.parametrize("mark", [None, "", "[]", '{"written_by": "rollout demo"}', "shipped", "changed"])
+def test_overwrite_leaves_a_folder_that_is_no_demo_of_this_user(mark: str | None, tmp_path: Path) -> None:
+    from rollout.demo.run import _remove_earlier
+
+    write_demo(tmp_path)
+    if mark in ("shipped", "changed"):
+        record = json.loads((tmp_path / "demo.json").read_text())
+        changed = {"seal": "0" * 64} if mark == "shipped" else {"wrote": [*record["wrote"], "notes.txt"]}
+        (tmp_path / "demo.json").write_text(json.dumps({**record, **changed}))
+    else:
+        (tmp_path / "demo.json").unlink()
+        if mark is not None:
+            (tmp_path / "demo.json").write_text(mark)
+    before = sorted(tmp_path.rglob("*"))
     _remove_earlier(tmp_path)
-    assert (tmp_path / "cohort").is_dir()
-    assert (tmp_path / "weights.pt").read_text() == "mine"
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,3 +165,58 @@ def test_the_command_line_starts_without_pyhealth() -> None:
     code = "import sys, rollout.cli; print([m for m in ('pyhealth', 'pyarrow', 'matplotlib') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", [("-m", "rollout"), ("-c", "from rollout.__main__ import main; main()")])
+def test_without_the_extra_one_line_says_which(command: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(\"No module named 'typer'\", name='typer')")
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, *command, "doctor"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "rollout: typer is not installed; it comes with an extra: pip install 'attention-rollout[cohort]'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("two\nlines"), "rollout: two lines"),
+        (OSError(36, "File name too long", "a\x1b[31m\u202e"), "rollout: OSError: [Errno 36] File name too long: "
+         "'a\\x1b[31m\\u202e' (ROLLOUT_DEBUG=1 shows where)"),
+        (TypeError("wants \x07 a \udce4"), "rollout: TypeError: wants \\x07 a \\udce4 (ROLLOUT_DEBUG=1 shows where)"),
+        (RuntimeError(), "rollout: RuntimeError: RuntimeError (ROLLOUT_DEBUG=1 shows where)"),
+        (ValueError("x" * 9000), "rollout: " + "x" * 1999 + "…"),
+    ],
+)  # fmt: skip
+def test_an_error_is_one_line_or_with_its_traceback_if_asked_for(
+    error: Exception, line: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("rollout.doctor.lines", fail)
+    assert run(["doctor"], capsys, monkeypatch) == (2, line + "\n")
+    monkeypatch.setenv("ROLLOUT_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["rollout", "doctor"])
+    with pytest.raises(type(error)):
+        main()
+
+
+@pytest.mark.parametrize("path", ["~nouser-of-that-name/x", "a" * 300, "a/" * 3000])
+@pytest.mark.parametrize("command", [("attribute", "{}"), ("report", "{}"), ("synthetic", "{}"),
+                                     ("attribute", "--entry", "a:b", "--output", "{}"), ("demo", "--output", "{}"),
+                                     ("demo", "--overwrite", "--output", "{}")])  # fmt: skip
+def test_paths_that_cannot_be_are_refused_in_one_line(
+    command: tuple[str, ...], path: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.py").write_text("def b():\n    raise AssertionError('work began')\n")
+    status, err = run([part.format(path) for part in command], capsys, monkeypatch)
+    assert status == 2
+    assert err.startswith("rollout: ")
+    assert err.count("\n") == 1
+    assert "work began" not in err
+    assert "must be a path, got" in err

@@ -130,7 +130,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile):
     assert "License-Expression: MIT" in header
     assert "rollout" in readme
     (entry,) = (n for n in wheel.namelist() if n.endswith("entry_points.txt"))
-    assert "rollout = rollout.cli:main" in wheel.read(entry).decode()
+    assert "rollout = rollout.__main__:main" in wheel.read(entry).decode()
 
 
 def project() -> dict:

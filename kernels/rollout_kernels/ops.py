@@ -13,6 +13,9 @@ from rollout_kernels import _checks, _checks_qk, _diagnose, _dispatch
 from rollout_kernels._problem import MapsProblem, QKProblem
 from rollout_kernels.method import Method
 
+ROLLOUT = Method()
+"""Abnar & Zuidema's: mean over heads, α = ½, renormalised."""
+
 
 def attention_rollout(
     attentions: Sequence[Tensor],
@@ -26,7 +29,9 @@ def attention_rollout(
 ) -> Tensor:
     """Rollout from attention maps; see `rollout.attention_rollout`."""
     with torch.no_grad():
-        problem = maps_problem(attentions, query, lengths, gradients, method, validate)
+        problem = maps_problem(
+            attentions, query=query, lengths=lengths, gradients=gradients, method=method, validate=validate
+        )
         with torch.autocast(problem.device.type, enabled=False):
             result = _dispatch.run(problem, backend)
         if validate:
@@ -56,17 +61,17 @@ def attention_rollout_qk(
         problem = qk_problem(
             queries,
             keys,
-            query,
-            lengths,
-            key_mask,
-            query_mask,
-            causal,
-            window,
-            bias,
-            scale,
-            logsumexp,
-            method,
-            validate,
+            query=query,
+            lengths=lengths,
+            key_mask=key_mask,
+            query_mask=query_mask,
+            causal=causal,
+            window=window,
+            bias=bias,
+            scale=scale,
+            logsumexp=logsumexp,
+            method=method,
+            validate=validate,
         )
         with torch.autocast(problem.device.type, enabled=False):
             result = _dispatch.run(problem, backend)
@@ -77,11 +82,12 @@ def attention_rollout_qk(
 
 def maps_problem(
     attentions: Sequence[Tensor],
-    query: int | Tensor | None,
-    lengths: Tensor | None,
-    gradients: Sequence[Tensor] | None,
-    method: Method,
-    validate: bool,
+    *,
+    query: int | Tensor | None = None,
+    lengths: Tensor | None = None,
+    gradients: Sequence[Tensor] | None = None,
+    method: Method = ROLLOUT,
+    validate: bool = True,
 ) -> MapsProblem:
     """A checked call of `attention_rollout` in its normal form.
 
@@ -119,17 +125,18 @@ def maps_problem(
 def qk_problem(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
-    query: int | Tensor | None,
-    lengths: Tensor | None,
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-    causal: bool,
-    window: tuple[int | None, int | None] | None,
-    bias: Tensor | Sequence[Tensor | None] | None,
-    scale: float | None,
-    logsumexp: Sequence[Tensor] | None,
-    method: Method,
-    validate: bool,
+    *,
+    query: int | Tensor | None = None,
+    lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    bias: Tensor | Sequence[Tensor | None] | None = None,
+    scale: float | None = None,
+    logsumexp: Sequence[Tensor] | None = None,
+    method: Method = ROLLOUT,
+    validate: bool = True,
 ) -> QKProblem:
     """A checked call of `attention_rollout_qk` in its normal form.
 

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["structure"]
+__all__ = ["LOW", "structure"]
+
+# Added to a score or put in its place, it leaves a weight of exactly 0 where a row has another key.
+LOW = -1e4
 
 
 def structure(mask: Tensor, batch: int) -> dict[str, Any]:
@@ -19,12 +22,12 @@ def structure(mask: Tensor, batch: int) -> dict[str, Any]:
 
     Args:
         mask: broadcastable to [B, H, S, S]; bool, True = may be attended, or additive. Additive values of −inf or of
-            the dtype's lowest number mask.
+            the dtype's lowest number mask, and other values up to `LOW` do when every row has a key left.
         batch: B.
     """
     allowed = mask if mask.dtype == torch.bool else _allowed(mask)
     if allowed is None or allowed.shape[1] > 1:
-        return {"bias": _additive(mask)}
+        return {"bias": _additive(mask)} | ({"causal": True} if _never_ahead(mask) else {})
     seq = allowed.shape[-1]
     allowed = allowed[:, 0].expand(-1, seq, -1)
     keys = allowed.any(1)
@@ -60,8 +63,18 @@ def _pattern(seq: int, device: torch.device, causal: bool = False, window: Any =
 def _allowed(mask: Tensor) -> Tensor | None:
     """Where an additive mask lets a row attend; None when it has values other than 0 and masking ones."""
     attended = mask == 0
+    if not bool((attended | (mask <= LOW)).all()):
+        return None
     masking = mask <= torch.finfo(mask.dtype).min
-    return attended if bool((attended | masking).all()) else None
+    return attended if bool((attended | masking).all()) or bool(attended.any(-1).all()) else None
+
+
+def _never_ahead(mask: Tensor) -> bool:
+    """Whether a bias masks every key ahead of its row, so that kernels need not look there."""
+    if mask.dtype == torch.bool or mask.shape[-1] != mask.shape[-2] or mask.shape[-1] < 2:
+        return False
+    ahead = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
+    return bool((mask[..., ahead] <= torch.finfo(mask.dtype).min).all())
 
 
 def _additive(mask: Tensor) -> Tensor:

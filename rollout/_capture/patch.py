@@ -1,7 +1,8 @@
-"""Seeing the calls of a module's `forward` for a while: a replacement on the instance, removed at the last exit.
+"""Seeing the calls of a module for a while: a stand-in for `nn.Module._call_impl` on the instance.
 
-Every thread that runs the module meets the replacement, so what it calls must ask for itself whether this thread is
-capturing, and pass the call through when it is not.
+It sits in the attribute that torch.compile uses for the same purpose, which torch leaves out when it copies or pickles
+a module. So a copy made meanwhile is a plain one. Every thread that runs the module meets the stand-in: what it calls
+must ask for itself whether this thread is capturing, and pass the call through when it is not.
 """
 
 import functools
@@ -13,54 +14,59 @@ from typing import Any
 from torch import nn
 
 Around = Callable[..., Any]
-"""`around(module, forward, *args, **kwargs)`: stands in for `forward(*args, **kwargs)`, which it calls itself."""
+"""`around(module, call, *args, **kwargs)`: stands in for `call(*args, **kwargs)`, which it calls itself."""
 
+_SLOT = "_compiled_call_impl"
 _lock = threading.Lock()
 _patches: dict[int, "_Patch"] = {}
 
 
 class _Patch:
-    """The replacement of one module's `forward`, shared by every capture that is open on it."""
+    """The stand-in for one module's call, shared by every capture that is open on it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.users: list[Around] = []
-        self.own = vars(module).get("forward")
-        original = module.forward
+        vars(module)[_SLOT] = self
 
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            call = original
-            for around in dict.fromkeys(self.users):
-                call = functools.partial(around, module, call)
-            return call(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call: Callable[..., Any] = self.module._call_impl
+        for around in dict.fromkeys(self.users):
+            call = functools.partial(around, self.module, call)
+        return call(*args, **kwargs)
 
-        self.forward = forward
-        module.forward = forward
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _none, ()
 
     def remove(self) -> None:
-        # When someone else replaced it meanwhile, theirs calls ours, which passes through.
-        if vars(self.module).get("forward") is self.forward:
-            if self.own is None:
-                del self.module.forward
-            else:
-                self.module.forward = self.own
-        del self.module, self.forward  # the cycle would keep the model alive
+        if vars(self.module).get(_SLOT) is self:
+            del vars(self.module)[_SLOT]
+
+
+def _none() -> None:
+    """What a patch is in a pickle."""
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has replaced the module's call."""
+    compiled = getattr(module, _SLOT, None)
+    return compiled is not None and not isinstance(compiled, _Patch)
 
 
 def foreign_forward(module: nn.Module) -> Any:
-    """The `forward` that someone other than `around_forward` put on the instance, or None."""
-    with _lock:
-        patch, forward = _patches.get(id(module)), vars(module).get("forward")
-        return patch.own if patch is not None and forward is patch.forward else forward
+    """The `forward` that someone put on the instance, or None."""
+    return vars(module).get("forward")
 
 
 @contextmanager
-def around_forward(modules: dict[nn.Module, Around]) -> Iterator[None]:
-    """Have each module's `forward` go through its function for the duration of the block.
+def around_call(modules: dict[nn.Module, Around]) -> Iterator[None]:
+    """Have each module's calls go through its function for the duration of the block.
 
-    One function serves a module once, however many captures asked for it. The attribute `forward` of the instances is
-    as before when the last of them has left, whatever happened in between.
+    One function serves a module once, however many captures asked for it. The instances are as before when the last of
+    them has left, whatever happened in between.
     """
     with _lock:
         for module, around in modules.items():

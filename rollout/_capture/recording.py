@@ -1,190 +1,336 @@
-"""`rollout.capture`: the queries and keys of a model's attention layers, recorded while it runs as it always does.
+"""One open capture: what it has recorded, and every attention of a call judged before it is recorded.
 
-An adapter knows one family of attention modules. It is a function `adapter(model) -> context manager or None`: None
-when the model has none of its modules; else a context in which each of their runs calls `record(module, Record(...))`.
-It refuses with `CaptureError`, before or while the model runs, what it cannot record exactly. The model must compute
-the same numbers inside the context as outside, and be as before after it, in every thread.
+Adapters call `attended` when a module they know has attended, and the `Watch` of the generic one `Recording.saw`. In a
+model's first call a `Study` says what each attention is; later calls must run the same attentions in the same order,
+and are taken to be as the first one was.
 """
 
-import importlib
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rollout._capture.patch import around_forward
-from rollout._capture.refusals import ATTENTION, nothing_found, refuse_dropout, refuse_opaque
+from rollout._capture.calls import Watch, unwatched
+from rollout._capture.plans import Plans, Site, batch_sizes, plans_of
+from rollout._capture.probe import CROSS, SELF, STALE, Study
+from rollout._capture.refusals import nothing_found, refuse_dropout
+from rollout._capture.running import running_module
+from rollout._capture.seen import Seen, batched, check, make_record
 from rollout._capture.streams import stream_names
 from rollout.errors import CaptureError
 from rollout.tape import Record, Tape
 
-__all__ = ["CaptureError", "capture", "is_recording", "memo", "record", "register_capture", "registered"]
+__all__ = [
+    "ATTENTION_LAYERS_ONLY",
+    "Recording",
+    "is_recording",
+    "memo",
+    "name_of",
+    "recordings_of",
+    "whole",
+]
 
-Adapter = Callable[[nn.Module], AbstractContextManager[None] | None]
-Reader = Callable[..., Record | None]
-
-# Module of the adapter → the package without which no model needs it.
-ADAPTERS = {
-    "rollout._capture.adapters.torch_nn": "torch",
-    "rollout._capture.adapters.hugging_face": "transformers",
-    "rollout._capture.adapters.timm": "timm",
-    "rollout._capture.adapters.pyhealth": "pyhealth.models.transformer",
-}
-_readers: dict[type[nn.Module], Reader] = {}
-
-
-def register_capture(module_type: type[nn.Module], function: Reader | None) -> None:
-    """Teach `capture` an attention module of your own.
-
-        def queries_and_keys(module, hidden, mask=None):       # called with what the module's forward is called with
-            split = lambda x: x.unflatten(-1, (module.heads, -1)).transpose(1, 2)           # [B, H, S, D]
-            return rollout.Record(queries=split(module.q(hidden)), keys=split(module.k(hidden)), key_mask=mask)
-
-        rollout.register_capture(MyAttention, queries_and_keys)
-
-    Args:
-        module_type: the module, and subclasses that have no entry of their own.
-        function: `(module, *args, **kwargs) -> Record`, or None for a call that is no self-attention (it is left out).
-            It runs after the module's own forward, without gradients, and must not change anything. None removes
-            the entry.
-
-    Raises:
-        TypeError: not a module type, or not callable.
-    """
-    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
-        raise TypeError(f"register_capture: module_type must be a subclass of torch.nn.Module, got {module_type!r}")
-    if function is None:
-        _readers.pop(module_type, None)
-        return
-    if not callable(function):
-        raise TypeError(f"register_capture: function must be callable, got {type(function).__name__}")
-    _readers[module_type] = function
-
-
-def registered(module: nn.Module) -> Reader | None:
-    """The function registered for a module's type, or for the nearest of its bases."""
-    return next((_readers[kind] for kind in type(module).__mro__ if kind in _readers), None)
-
-
-def capture(model: nn.Module, *, shared_layers: bool = False) -> "Capture":
-    """Record what rollout needs of a forward pass, while the model keeps its fast attention.
-
-        with rollout.capture(model) as tape, torch.inference_mode():
-            model(**batch)
-        tape.rollout(query=0)
-
-    Of each self-attention layer the queries, keys and mask are kept, never a map. Outputs are those of the model
-    without capture, to rounding. Supported: torch.nn.MultiheadAttention and what is built of it
-    (torch.nn.TransformerEncoder, torchvision's ViT), Hugging Face models whose attention goes through transformers'
-    attention interface, timm's `Attention`, PyHealth's models, and modules given to `register_capture`.
-
-    A stream is named by the path of the modules up to the layer index, e.g. `encoder.layers`; PyHealth's by the feature
-    key. Cross-attention of known modules is left out: a stream is the self-attention of one sequence. Only calls made
-    in the block, in the thread that opened it, are recorded; a second call of the model replaces the first. After the
-    block, also after an exception, nothing is left on the model. Blocks may be nested, re-entered, and open on one
-    model in several threads.
-
-    Args:
-        model: in eval mode, or without dropout.
-        shared_layers: allow a module to attend more than once in one call of the model: its runs are consecutive
-            layers that share weights (ALBERT, Universal Transformer). Without it that is refused, because a module
-            run on two inputs looks the same.
-
-    Returns:
-        A context manager that gives the `rollout.tape.Tape`.
-
-    Raises:
-        TypeError: `model` is not a torch.nn.Module.
-        CaptureError: on entry: nothing in the model can be captured (the message names the attention modules found),
-            dropout is on, or it is compiled, scripted or quantised; in the model's call: the attention did something
-            that cannot be recorded exactly.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"capture: model must be a torch.nn.Module, got {type(model).__name__}")
-    return Capture(model, shared_layers)
-
-
-class Capture(AbstractContextManager[Tape]):
-    """What `capture` returns: enter it, again if need be, for a new tape."""
-
-    def __init__(self, model: nn.Module, shared_layers: bool) -> None:
-        self._model, self._shared_layers = model, shared_layers
-        self._open = threading.local()
-
-    def __enter__(self) -> Tape:
-        with ExitStack() as stack:
-            tape = stack.enter_context(_capturing(self._model, self._shared_layers))
-            if not hasattr(self._open, "stacks"):
-                self._open.stacks = []
-            self._open.stacks.append(stack.pop_all())
-        return tape
-
-    def __exit__(self, *raised: Any) -> None:
-        self._open.stacks.pop().__exit__(*raised)
+ATTENTION_LAYERS_ONLY = "attention_layers_only"
 
 
 class Recording:
     """One open capture: its tape, and where the model is in its forward pass."""
 
-    def __init__(self, model: nn.Module, shared_layers: bool) -> None:
+    def __init__(self, model: nn.Module, shared_layers: bool, allowed: bool) -> None:
         self.model = model
         self.tape = Tape(type(model).__name__)
         self.paths = {module: path for path, module in model.named_modules()}
-        self.shared_layers = shared_layers
-        self.depth = 0
-        self.memo: dict[tuple[int, Any], tuple[Tensor, Any]] = {}
-        self.ran: set[tuple[str, nn.Module]] = set()
+        self.shared_layers, self.allowed = shared_layers, allowed
+        self.depth, self.muted = 0, 0
+        self.memo: dict[Any, tuple[Any, Any]] = {}
+        self.study: Study | None = None
+        self._plans, self._sites, self._batches = Plans(), list[Site](), frozenset[int]()
+        self._ran: set[tuple[str, nn.Module]] = set()
 
     @cached_property
     def streams(self) -> dict[str, tuple[str, str]]:
         """Path of a module → the name of its stream, and the path below it."""
         return stream_names({path: module for module, path in self.paths.items()})
 
-    def start(self) -> None:
-        """A forward pass begins: what an earlier one recorded is replaced."""
-        if self.depth == 0:
-            self.restart()
-        self.depth += 1
-
-    def restart(self) -> None:
+    @contextmanager
+    def running(self, args: Any, kwargs: Any) -> Iterator[None]:
+        """The captured model's own call: a pass begins, what an earlier one recorded is replaced, and it ends."""
+        if self.depth:  # the model calls itself
+            yield
+            return
         refuse_dropout(self.model)
+        self._forget()
+        self._plans = plans_of(self.model, args, kwargs)
+        self._batches = batch_sizes((args, kwargs))
+        self.study = Study(self.model, (args, kwargs)) if self._plans.wanted else None
+        self.depth += 1
+        try:
+            with ExitStack() as stack:
+                if self.study is not None:
+                    stack.enter_context(self.study.lockstep)
+                stack.enter_context(Watch(self))
+                yield
+            self._finish()
+        finally:
+            self.depth -= 1
+            self.memo.clear()
+            self.study = None
+
+    def _forget(self) -> None:
         self.tape.clear()
         self.memo.clear()
-        self.ran.clear()
+        self._ran.clear()
+        self._sites = []
 
-    def finish(self) -> None:
-        """The outermost forward pass ended: refuse a stream that has other attention beside what was recorded."""
-        self.memo.clear()
-        kinds = {self.streams[self.paths[module]]: type(module) for _, module in self.ran}
-        for module, path in self.paths.items():
-            kind = kinds.get(self.streams[path], type(module))
-            if kind is not type(module) and ATTENTION.search(type(module).__name__) and registered(module) is None:
+    def _finish(self) -> None:
+        """The pass ended: refuse one that recorded nothing."""
+        if not self._sites:
+            raise CaptureError(nothing_found(self.model))
+        if self.study is None:
+            self.tape.notes = self._plans.notes(self._sites)
+            self._refuse_findings(self.tape.notes)
+        elif self.study.conclusive:
+            self._plans.add(self._sites, self.study.findings)
+
+    def name(self, module: nn.Module | None = None) -> str:
+        """Type and path of a module, by default the one that is running, for messages."""
+        module = module or running_module(self.paths) or self.model
+        return f"{type(module).__name__} at {self.paths[module] or 'the root'}"
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What runs in the block is one operation to this capture."""
+        self.muted += 1
+        try:
+            if self.study is None:
+                yield
+            else:
+                with self.study.lockstep.paused():
+                    yield
+        finally:
+            self.muted -= 1
+
+    def give(self, output: Any) -> None:
+        """What a module that ran as one operation gave, beside what it was altered in: constants to the probe."""
+        if self.study is not None:
+            with torch._C.DisableTorchFunction():
+                self.study.lockstep.know(output)
+
+    @contextmanager
+    def unheard(self) -> Iterator[None]:
+        """Attention that runs in the block is not the model's."""
+        self.muted += 1
+        try:
+            yield
+        finally:
+            self.muted -= 1
+
+    def saw(self, seen: Seen) -> None:
+        """An attention that torch computed, fused or written out, has run."""
+        module = running_module(self.paths) or self.model
+        states = [batched(tensor, seen.heads) for tensor in (seen.queries, seen.keys, seen.values)]
+
+        def make() -> Record:
+            where = self.name(module)
+            if seen.broken is not None:
                 raise CaptureError(
-                    f"capture: the layers of stream {self.streams[path][0]!r} must all be of a known kind, got "
-                    f"{kind.__name__} and, at {path}, {type(module).__name__}: give rollout.register_capture a "
-                    f"function for the latter"
+                    f"capture: {where} does something to its scores or maps that cannot be recorded exactly "
+                    f"({seen.broken}): give rollout.register_capture a function for it"
                 )
+            self._refuse_shape(where, seen.queries, seen.heads)
+            entry = make_record(seen, module, self.memoized)
+            if self.study is not None:
+                check(seen, entry, where)
+            return entry
 
-    def add(self, module: nn.Module, entry: Record, stream: str | None) -> None:
-        path = self.paths[module]
-        stream = self.streams[path][0] if stream is None else stream
-        if (stream, module) in self.ran and not self.shared_layers:
+        self.attended(module, states, batched(seen.output, seen.heads), make)
+
+    def _refuse_shape(self, where: str, queries: Tensor, heads: int | None) -> None:
+        if queries.dim() > 4:
             raise CaptureError(
-                f"capture: a module must attend once in a call of the model, {path or type(module).__name__} did "
-                f"twice: pass shared_layers=True when its runs are layers that share weights; call the model, not a "
-                f"part of it; capture a part that runs on two inputs one input at a time"
+                f"capture: {where} must attend in [B, H, S, D], got queries {list(queries.shape)}: it attends within "
+                f"parts of a sequence, which other layers cut differently"
             )
-        self.ran.add((stream, module))
-        self.tape.add(stream, path, entry)
+        sizes = sorted(self._batches)
+        batch = len(batched(queries, heads))
+        if queries.dim() > 2 and batch != 1 and sizes and batch not in self._batches:
+            raise CaptureError(
+                f"capture: {where} must attend over one sequence for each sample of the batch, got {batch} "
+                f"sequences for inputs of {' or '.join(map(str, sizes))}: it attends within parts of a sample "
+                f"(windows, axes, frames), or over heads folded into the batch in a way that was not seen"
+            )
+
+    def attended(
+        self,
+        module: nn.Module,
+        states: Sequence[Tensor],
+        output: Tensor | None,
+        make: Callable[[], Record | None],
+        stream: str | None = None,
+        crossing: bool = False,
+        standing: bool = False,
+    ) -> None:
+        """A module attended: judge it, and record it when it is the self-attention of a stream.
+
+        Args:
+            module: that attended just now.
+            states: queries and keys, or what they were made of, and more that its output is made of, [B, *, S, *].
+            output: of the attention, [B, *, S, *]; None when it cannot be followed.
+            make: gives the record, or None for an attention to be left out.
+            stream: what the tape calls its stream; by default the path of the module up to the layer index.
+            crossing: it is known to attend over another sequence.
+            standing: it is known to stand on the one before, of a stack that ran as one operation.
+        """
+        if self.depth:
+            with torch._C.DisableTorchFunction():
+                self._attended(module, states, output, make, stream, crossing, standing)
+
+    def _attended(
+        self,
+        module: nn.Module,
+        states: Sequence[Tensor],
+        output: Tensor | None,
+        make: Callable[[], Record | None],
+        stream: str | None,
+        crossing: bool,
+        standing: bool,
+    ) -> None:
+        path, name = self.paths[module], stream
+        stream = self.streams[path][0]
+        kind = self._kind(Site(path, stream), states, crossing, standing)
+        entry = None
+        if kind != CROSS:
+            self._refuse_lengths(module, states)
+            self._refuse_again(module, stream)
+            with torch.no_grad():
+                entry = make()
+        if self.study is not None:
+            self._judge(module, stream, kind, states, output, entry, standing)
+        if entry is not None:
+            self._ran.add((stream, module))
+            self.tape.add(stream if name is None else name, path, entry)
+
+    def _kind(self, site: Site, states: Sequence[Tensor], crossing: bool, standing: bool) -> str:
+        if self.study is None:
+            kind = self._plans.kind(self._sites, site)
+        elif standing:
+            kind = SELF
+        else:
+            kind = CROSS if crossing else self.study.kind(site.stream, states[0], states[1])
+        self._sites.append(site._replace(kind=kind))
+        return kind
+
+    def _judge(
+        self,
+        module: nn.Module,
+        stream: str,
+        kind: str,
+        states: Sequence[Tensor],
+        output: Tensor | None,
+        entry: Record | None,
+        standing: bool,
+    ) -> None:
+        study, where = self.study, self.name(module)
+        assert study is not None
+        if entry is not None:
+            if kind == STALE:
+                study.findings.append(f"{where} attends to keys made of an earlier layer's state, not of its own")
+            if standing:
+                study.stand(stream)
+            else:
+                study.arrive(stream, where, states, entry.key_mask)
+            self._refuse_findings(study.findings)
+            self.tape.notes = tuple(study.findings)
+        if output is not None:
+            study.leave(stream, where, states[0], output, recorded=entry is not None)
+
+    def _refuse_findings(self, findings: Sequence[str]) -> None:
+        if findings and not self.allowed:
+            raise CaptureError(
+                f"capture: the chain of a stream's attentions must be all that mixes its positions; {findings[0]}. "
+                f"capture(model, allow={ATTENTION_LAYERS_ONLY!r}) takes the attention layers alone, and says so on the "
+                f"tape"
+            )
+
+    def unseen(self, module: nn.Module) -> None:
+        """A module that by its name attends has run, and nothing of it was seen."""
+        if self.study is not None and not self.muted:
+            self.study.findings.append(f"{self.name(module)} ran, and no softmax attention of it was seen")
+            self._refuse_findings(self.study.findings)
+            self.tape.notes = tuple(self.study.findings)
+
+    @property
+    def seen(self) -> int:
+        """How many attentions of this pass were seen."""
+        return len(self._sites)
+
+    def left_out(self, module: nn.Module) -> None:
+        """A module that its own function says is no self-attention has run."""
+        path = self.paths[module]
+        self._sites.append(Site(path, self.streams[path][0], CROSS))
+
+    def _refuse_lengths(self, module: nn.Module, states: Sequence[Tensor]) -> None:
+        queries, keys = (state.shape[-2] for state in states[:2])
+        if queries != keys:
+            raise CaptureError(
+                f"capture: {self.name(module)} must attend over the positions it is given, got {queries} queries and "
+                f"{keys} keys: run the whole sequence at once, without a filled key-value cache (use_cache=False); "
+                f"generation steps cannot be recorded, nor keys of a shortened sequence"
+            )
+
+    def _refuse_again(self, module: nn.Module, stream: str) -> None:
+        if (stream, module) in self._ran and not self.shared_layers:
+            raise CaptureError(
+                f"capture: a module must attend once in a call of the model, {self.paths[module] or self.name(module)} "
+                f"did twice: pass shared_layers=True when its runs are layers that share weights; capture a part that "
+                f"runs on two inputs one input at a time"
+            )
+
+    def before_layer(self, stream: str, hidden: Tensor) -> None:
+        """The first layer of a stack is about to run."""
+        if self.study is not None and not self.muted and hidden.shape[0] in self._batches:
+            with torch._C.DisableTorchFunction():
+                self.study.begin(stream, hidden.unsqueeze(1))
+
+    def after_layer(self, module: nn.Module, stream: str, hidden: Tensor) -> None:
+        """The last layer of a stack has run: what came after its last attention counts too."""
+        if self.study is not None and not self.muted:
+            with torch._C.DisableTorchFunction():
+                self.study.end(stream, self.name(module), hidden.unsqueeze(1))
+            self._refuse_findings(self.study.findings)
+            self.tape.notes = tuple(self.study.findings)
+
+    def refuse_call(self, what: str, query: Tensor, key: Tensor) -> None:
+        """A call that hides an attention."""
+        if query is key:
+            raise CaptureError(
+                f"capture: {self.name()} calls {what} itself: use a torch.nn.MultiheadAttention, or give "
+                f"rollout.register_capture a function for it"
+            )
+
+    def before_write(self, tensor: object) -> None:
+        """A tensor is about to be changed in place: the tape keeps the numbers there are."""
+        if isinstance(tensor, Tensor):
+            self.tape.keep_from(tensor)
+
+    def memoized(self, tensors: Sequence[Tensor], compute: Callable[[], Any]) -> Any:
+        """`compute()`, once per tensor objects and pass: masks are shared by the layers of a model."""
+        key = tuple(map(id, tensors))
+        if key not in self.memo:
+            self.memo[key] = (tensors, compute())  # the tensors are kept so that their ids stay their own
+        return self.memo[key][1]
 
 
 _recordings: ContextVar[tuple[Recording, ...]] = ContextVar("rollout_recordings", default=())
+
+
+def recordings_of(module: nn.Module) -> list[Recording]:
+    """The open captures of this thread whose model has the module, and is running."""
+    return [recording for recording in _recordings.get() if module in recording.paths and recording.depth]
 
 
 def is_recording(module: nn.Module) -> bool:
@@ -192,116 +338,29 @@ def is_recording(module: nn.Module) -> bool:
     return any(module in recording.paths for recording in _recordings.get())
 
 
-def record(module: nn.Module, entry: Record, stream: str | None = None) -> None:
-    """Put a layer on the tape of every open capture of this thread whose model has the module.
-
-    Args:
-        module: that attended just now.
-        entry: its queries, keys and masks.
-        stream: its stream; by default the path of the module up to the layer index.
-
-    Raises:
-        CaptureError: the module attended before in this call of the model.
-        ValueError: (B, S) is not that of the stream's other layers.
-    """
-    for recording in _recordings.get():
-        if module in recording.paths:
-            recording.add(module, entry, stream)
-
-
 def name_of(module: nn.Module) -> str:
     """Type and path of a module, for messages."""
-    for recording in reversed(_recordings.get()):
-        if module in recording.paths:
-            return f"{type(module).__name__} at {recording.paths[module] or 'the root'}"
-    return type(module).__name__
+    found = [recording for recording in _recordings.get() if module in recording.paths]
+    return found[-1].name(module) if found else type(module).__name__
 
 
-def owners(module: nn.Module) -> list[nn.Module]:
-    """The module and what holds it, up to the captured model."""
-    for recording in reversed(_recordings.get()):
-        if module in recording.paths:
-            parts = recording.paths[module].split(".")
-            return [recording.model.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1)]
-    return [module]
+@contextmanager
+def whole(module: nn.Module) -> Iterator[list[Recording]]:
+    """A module whose call is one operation to every capture that is open on it: they are given."""
+    with ExitStack() as stack:
+        found = recordings_of(module)
+        for recording in found:
+            stack.enter_context(recording.aside())
+        stack.enter_context(unwatched())
+        yield found
 
 
 def memo(tensor: Tensor, what: Any, compute: Callable[[], Any]) -> Any:
-    """`compute()`, once per tensor object and forward pass: masks are shared by the layers of a model."""
+    """`compute()`, once per tensor object, question and pass."""
     open_ones = _recordings.get()
     if not open_ones:
         return compute()
     held, key = open_ones[-1].memo, (id(tensor), what)
     if key not in held:
-        held[key] = (tensor, compute())  # the tensor is kept so that its id stays its own
+        held[key] = (tensor, compute())
     return held[key][1]
-
-
-def _through_root(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The captured model's own forward: marks where a pass begins and ends."""
-    started = [recording for recording in _recordings.get() if recording.model is module]
-    for recording in started:
-        recording.start()
-    try:
-        output = forward(*args, **kwargs)
-    finally:
-        for recording in started:
-            recording.depth -= 1
-    for recording in started:
-        if recording.depth == 0:
-            recording.finish()
-    return output
-
-
-def _through_registered(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    output = forward(*args, **kwargs)
-    reader = registered(module)
-    if reader is not None and is_recording(module):
-        with torch.no_grad():
-            entry = reader(module, *args, **kwargs)
-        if entry is not None:
-            if not isinstance(entry, Record):
-                raise TypeError(
-                    f"register_capture: the function of {type(module).__name__} must return a rollout.Record or None, "
-                    f"got {type(entry).__name__}"
-                )
-            record(module, entry)
-    return output
-
-
-def _registered_adapter(model: nn.Module) -> AbstractContextManager[None] | None:
-    found = [module for module in model.modules() if registered(module) is not None]
-    return around_forward(dict.fromkeys(found, _through_registered)) if found else None
-
-
-def _contexts(model: nn.Module) -> Iterator[AbstractContextManager[None]]:
-    adapters: list[Adapter] = [_registered_adapter]
-    for name, package in ADAPTERS.items():
-        if package in sys.modules:  # else the model cannot have its modules
-            adapters.append(importlib.import_module(name).adapter)
-    for adapter in adapters:
-        context = adapter(model)
-        if context is not None:
-            yield context
-
-
-@contextmanager
-def _capturing(model: nn.Module, shared_layers: bool) -> Iterator[Tape]:
-    refuse_opaque(model)
-    refuse_dropout(model)
-    contexts = list(_contexts(model))
-    if not contexts:
-        raise CaptureError(nothing_found(model))
-    recording = Recording(model, shared_layers)
-    with ExitStack() as stack:
-        stack.enter_context(around_forward({model: _through_root}))
-        for context in contexts:
-            stack.enter_context(context)
-        _recordings.set((*_recordings.get(), recording))
-        stack.callback(partial(_close, recording))
-        yield recording.tape
-
-
-def _close(recording: Recording) -> None:
-    _recordings.set(tuple(other for other in _recordings.get() if other is not recording))
-    recording.memo.clear()

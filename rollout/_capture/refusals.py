@@ -5,6 +5,7 @@ import re
 import torch
 from torch import nn
 
+from rollout._capture.patch import is_compiled
 from rollout.errors import CaptureError
 
 ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
@@ -37,8 +38,7 @@ def refuse_opaque(model: nn.Module) -> None:
             raise CaptureError(
                 f"capture: the model must run as Python, got {kind} at {where}: capture the unscripted one"
             )
-        compiled = getattr(module, "_compiled_call_impl", None) is not None
-        if compiled or isinstance(getattr(module, "_orig_mod", None), nn.Module):
+        if is_compiled(module) or isinstance(getattr(module, "_orig_mod", None), nn.Module):
             raise CaptureError(
                 f"capture: the model must not be compiled, got {kind} at {where}: capture the module given to "
                 f"torch.compile (its _orig_mod)"
@@ -60,7 +60,7 @@ def nothing_found(model: nn.Module) -> str:
     shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
     found = f"attention-like modules found: {shown}" if named else "no module with attention in its name was found"
     return (
-        f"capture: the model must have attention that can be captured, {type(model).__name__} has none: {found}. "
-        f"Known are torch.nn.MultiheadAttention, Hugging Face models with the attention interface, timm's Attention, "
-        f"PyHealth's models; teach it another with rollout.register_capture(module_type, function)"
+        f"capture: the model must have softmax attention that torch computes, in the call of {type(model).__name__} "
+        f"none was seen: {found}. Known are scaled_dot_product_attention, attention written out as softmax(QKᵀ)·V, and "
+        f"torch.nn.MultiheadAttention; teach it another with rollout.register_capture(module_type, function)"
     )

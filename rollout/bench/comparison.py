@@ -29,7 +29,7 @@ from rollout.bench.chains import (
 from rollout.bench.measure import OURS, Row, Runs, compare, does_not_fit, measure_ceilings
 from rollout.bench.settings import Settings
 from rollout.files import write_json
-from rollout_kernels import Method, ops
+from rollout_kernels import ops
 from rollout_kernels._dispatch import choose
 
 ALLOWED = {NAIVE: 1e-5, "maps": 1e-6, "qk": 3e-6}  # max|err| / max|ref| against float64
@@ -96,7 +96,7 @@ def rows_from_maps(settings: Settings, seq: int) -> Row:
     if skipped:
         return replace(row, skipped=skipped)
     maps = [_normal(shape, layer, settings.target).softmax(-1) for layer in range(settings.layers)]
-    problem = ops.maps_problem(maps, 0, None, None, Method(), True)
+    problem = ops.maps_problem(maps, query=0)
     runs: Runs = {
         NAIVE: partial(naive_chain, maps),
         OURS: partial(attention_rollout, maps, query=0),
@@ -117,10 +117,7 @@ def rows_from_qk(settings: Settings, seq: int) -> Row:
     if skipped:
         return replace(row, skipped=skipped)
     queries, keys = ([_normal(shape, 2 * k + odd, settings.target) for k in range(settings.layers)] for odd in (0, 1))
-    problem = ops.qk_problem(
-        queries, keys, 0, lengths=None, key_mask=None, query_mask=None, causal=False, window=None, bias=None,
-        scale=None, logsumexp=None, method=Method(), validate=True,
-    )  # fmt: skip
+    problem = ops.qk_problem(queries, keys, query=0)  # fmt: skip
     runs: Runs = {
         NAIVE: partial(naive_chain_qk, queries, keys),
         OURS: partial(attention_rollout_qk, queries, keys, query=0),

@@ -1,193 +1,221 @@
-"""The parts of a cohort as tasks of a Dask cluster: one on this machine, or one there is already.
+"""The parts of a cohort as tasks of a Dask cluster.
 
-A worker is sent model and dataset once, and a part's number per task; it sends back the part's files, which are written
-here. So the workers need not see the output folder, and one that dies loses nothing: Dask gives its tasks to another.
+A worker is sent model and dataset once, and a part's number per task; it does the part in a process of its own and
+sends back the part's files, which are written here. So the workers need not see the output folder, one that dies loses
+nothing (Dask gives its tasks to another), and a sample that kills its process kills no worker.
 """
 
-import copy
-import logging
+import asyncio
 import threading
 import time
 import warnings
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import replace
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from rollout.cohort.memory import peak_memory
-from rollout.cohort.work import Part, Work, run_parts
+from rollout.cohort.child import Setting
+from rollout.cohort.poison import Doer
+from rollout.cohort.process import Packed, Process, Stopped, pack
+from rollout.cohort.work import Part, Work
 from rollout.errors import CohortError, require
 
 WAIT = 120
-"""Seconds to wait for a worker when there is none."""
+"""Seconds to wait for a worker when there is none, and for an answer of the scheduler."""
 
-_one_at_a_time = threading.Lock()
+LOST = 3
+"""Times a part is given up by Dask, which has then seen several workers die that had it, before the run ends."""
 
-
-def run_on_workers(
-    count: int, work: Work, numbers: Sequence[int], device: torch.device | None, scratch: Path
-) -> Generator[Part]:
-    """Do parts in ``count`` processes of this machine, each with its share of the threads.
-
-    Args:
-        count: Processes.
-        work: Of which cohort.
-        numbers: Parts to do.
-        device: Where to run; with ``cuda``, worker k takes GPU k modulo their number.
-        scratch: Folder the workers may write to; made and emptied by them.
-    """
-    distributed = require("distributed", "dask")
-    threads = max(1, torch.get_num_threads() // count)
-    with ExitStack() as stack:
-        stack.enter_context(require("dask", "dask").config.set(_worker_environment(threads)))
-        try:
-            cluster = stack.enter_context(
-                distributed.LocalCluster(
-                    n_workers=min(count, len(numbers)),
-                    threads_per_worker=1,
-                    processes=True,
-                    memory_limit=0,
-                    dashboard_address=None,
-                    local_directory=str(scratch),
-                    silence_logs=logging.ERROR,
-                )
-            )
-        except RuntimeError as error:
-            raise CohortError(
-                f"attribute_cohort: the worker processes could not be started: {error}. In a script, the call must "
-                'stand under `if __name__ == "__main__":`, because each worker imports the script'
-            ) from error
-        client = stack.enter_context(distributed.Client(cluster, set_as_default=False))
-        yield from _run(client, work, numbers, device, threads=threads, gpu_by_name=True)
-
-
-def _worker_environment(threads: int) -> dict[str, Any]:
-    """Dask's settings for the memory of a worker process, which make a model's forward several times slower, undone.
-
-    A low trim threshold gives the memory of every intermediate result back to the system, to be fetched again page by
-    page; and so does an arena of its own for the thread that works.
-    """
-    before = "distributed.nanny.pre-spawn-environ"
-    return {
-        f"{before}.MALLOC_TRIM_THRESHOLD_": None,
-        f"{before}.MALLOC_ARENA_MAX": 1,
-        **{f"{before}.{name}_NUM_THREADS": threads for name in ("OMP", "MKL", "OPENBLAS")},
-    }
+_GOES_ON = "What is written so far is good; the same call goes on"
 
 
 def run_on_client(client: Any, work: Work, numbers: Sequence[int], device: torch.device | None) -> Generator[Part]:
-    """Do parts on the workers of a cluster, as many as it has while it runs; completed parts come in any order."""
-    yield from _run(client, work, numbers, device, threads=None, gpu_by_name=False)
+    """Do parts on the workers of a cluster, as many as it has while it runs; they come in any order.
 
-
-def _run(client: Any, work: Work, numbers: Sequence[int], device: torch.device | None, **how: Any) -> Generator[Part]:
-    """Keep every worker two tasks ahead, no more: what is done and not yet written is held in memory."""
-    distributed = require("distributed", "dask")
-    _await_worker(client)
-    sent = _with_own_model(work)
-    sent.model.cpu()
-    shared = _share(client, sent)
-    waiting = iter(numbers)
-    done = distributed.as_completed(loop=client.loop)
-    try:
-        while True:
-            ahead = 2 * max(1, len(client.nthreads()))
-            for number in islice(waiting, max(0, ahead - done.count())):
-                done.add(client.submit(do_part, shared, number, device, **how, pure=False))
-            if not done.count():
-                return
-            _wait(client, done)
-            yield next(done).result()
-    except distributed.KilledWorker as error:
-        raise CohortError(f"attribute_cohort: workers keep dying on the same part: {error}") from error
-    except distributed.client.FutureCancelledError as error:
-        raise CohortError(f"attribute_cohort: the Dask scheduler is gone or dropped the run: {error}") from error
-    finally:
-        with suppress(Exception):  # the scheduler may be gone
-            client.cancel([*done.futures, shared], force=True)
-
-
-def _wait(client: Any, done: Any) -> None:
-    """Until a task is done.
+    Args:
+        client: A ``dask.distributed.Client``.
+        work: Of which cohort.
+        numbers: Parts to do.
+        device: Where the workers run.
 
     Raises:
-        CohortError: If there has been no worker for too long.
+        CohortError: If the scheduler is gone, there is no worker for ``WAIT`` seconds, or workers keep dying.
     """
-    last = time.monotonic()
-    while done.is_empty():
-        time.sleep(0.02)
-        if client.status != "running":
-            raise CohortError("attribute_cohort: the connection to the Dask scheduler is lost; the same call goes on")
-        if time.monotonic() - last > 1.0:
-            if not client.nthreads():
-                _await_worker(client)
-            last = time.monotonic()
-
-
-def _await_worker(client: Any) -> None:
+    killed = require("distributed", "dask").KilledWorker
+    watch = _Watch(client)
+    watch.wait_for_workers()
+    packed = pack(work)
+    with _scheduler_trouble():
+        shared = _share(client, packed)
+    waiting = iter(numbers)
+    running: dict[Any, int] = {}
+    lost: dict[int, int] = {}
     try:
-        client.wait_for_workers(1, timeout=WAIT)
-    except TimeoutError as error:
-        raise CohortError(f"attribute_cohort: no Dask worker came within {WAIT} s") from error
+        while True:
+            # Every worker two tasks ahead, no more: what is done and not yet written is held in memory.
+            ahead = max(0, 2 * max(1, watch.workers) - len(running))
+            for number in islice(waiting, ahead):
+                running[_submit(client, shared, number, device)] = number
+            if not running:
+                return
+            future = watch.wait_for_any(running)
+            number = running.pop(future)
+            try:
+                part = watch.gather(future)
+            except killed as error:
+                lost[number] = lost.get(number, 0) + 1
+                if lost[number] == LOST:
+                    raise CohortError(f"attribute_cohort: workers keep dying on part {number}: {error}") from error
+                running[_submit(client, shared, number, device)] = number
+                continue
+            yield part
+    finally:
+        with suppress(Exception):  # the scheduler may be gone
+            client.cancel([*running, shared], force=True)
 
 
-def _share(client: Any, work: Work) -> Any:
+def _share(client: Any, packed: Packed) -> Any:
     """A future of the work. It is the result of a task, not scattered data, so that Dask can make it again when every
     worker that had it has died."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sending large graph")
-        return client.submit(_same, work, pure=False)
+        return client.submit(Shared, packed, pure=False)
 
 
-def _same(work: Work) -> Work:
-    return work
+def _submit(client: Any, shared: Any, number: int, device: torch.device | None) -> Any:
+    with _scheduler_trouble():
+        return client.submit(do_part, shared, number, device, pure=False)
 
 
-def do_part(work: Work, number: int, device: torch.device | None, *, threads: int | None, gpu_by_name: bool) -> Part:
-    """Do one part, in a worker.
+@contextmanager
+def _scheduler_trouble() -> Iterator[None]:
+    """Say what it means that Dask does not answer, or not as it should: its errors are of many kinds."""
+    try:
+        yield
+    except CohortError:
+        raise
+    except Exception as error:
+        raise CohortError(
+            f"attribute_cohort: the Dask scheduler cannot be reached, or dropped the run: {type(error).__name__}: "
+            f"{error}. {_GOES_ON}"
+        ) from error
 
-    Args:
-        work: As sent; it is left as it is.
-        number: Of the part.
-        device: Where to run; None: on the CPU.
-        threads: For torch; None: as the worker has it.
-        gpu_by_name: Whether workers are named 0, 1, … and each takes a GPU by its name.
-    """
-    with _one_at_a_time:  # a worker with several threads has one model
-        if threads is not None:
-            torch.set_num_threads(threads)
-        own = _own_copy(work)
-        if device is not None:
-            own.model.to(_own_gpu(device) if gpu_by_name else device)
-        own.model.eval()
-        (part,) = run_parts(own, [number])
-        part.record["peak_bytes"] = peak_memory()
+
+class _Watch:
+    """Waits on a cluster, each of which ends when the scheduler is gone, or the workers are for too long."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+        self.workers = 0
+        self._seen = time.monotonic()
+        self._next_look = 0.0
+
+    def look(self) -> None:
+        """Once a second, see whether the scheduler answers and there are workers.
+
+        Raises:
+            CohortError: If not.
+        """
+        if self.client.status != "running":
+            raise CohortError(f"attribute_cohort: the connection to the Dask scheduler is lost. {_GOES_ON}")
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        with _scheduler_trouble():
+            self.workers = len(self.client.nthreads(callback_timeout=WAIT))
+        now = time.monotonic()
+        self._next_look = now + (1.0 if self.workers else 0.1)
+        if self.workers:
+            self._seen = now
+        elif now - self._seen > WAIT:
+            raise CohortError(f"attribute_cohort: no Dask worker for {WAIT} s. {_GOES_ON}")
+
+    def wait_for_workers(self) -> None:
+        """Until there is one."""
+        self._until(lambda: self.workers > 0)
+
+    def wait_for_any(self, futures: Iterable[Any]) -> Any:
+        """The first future that is done or has failed."""
+        return self._until(lambda: next((future for future in futures if future.done()), None))
+
+    def gather(self, future: Any) -> Part:
+        """The result of a future that was done; its worker may die all the same, and it is made again.
+
+        Raises:
+            Exception: What the task raised.
+        """
+        gathering = asyncio.run_coroutine_threadsafe(
+            self.client.gather([future], asynchronous=True), self.client.loop.asyncio_loop
+        )
+        try:
+            self._until(gathering.done)
+        finally:
+            gathering.cancel()
+        with nullcontext() if future.status == "error" else _scheduler_trouble():
+            (part,) = gathering.result()
         return part
 
-
-_copies: list[tuple[Work, Work]] = []
-"""The work as sent, which Dask may be sending on to another worker at any moment, and the copy that is run here."""
-
-
-def _own_copy(work: Work) -> Work:
-    """Made once: a model at work has hooks and other forwards on it, which must not travel."""
-    if not _copies or _copies[0][0] is not work:
-        _copies[:] = [(work, _with_own_model(work))]
-    return _copies[0][1]
+    def _until(self, look: Callable[[], Any]) -> Any:
+        while not (found := look()):
+            self.look()
+            time.sleep(0.02)
+        return found
 
 
-def _with_own_model(work: Work) -> Work:
-    """A copy with a model of its own; the dataset, which a PyHealth model holds too, stays one, to be sent once."""
-    dataset = work.source.dataset
-    return replace(work, model=copy.deepcopy(work.model, {id(dataset): dataset}))
+class Shared:
+    """The work on a worker, and the process that does it there, which ends when Dask lets go of the work.
+
+    Args:
+        packed: The work.
+    """
+
+    def __init__(self, packed: Packed) -> None:
+        self.packed = packed
+        self.one_at_a_time = threading.Lock()  # a worker with several threads has one model
+        self._doer: Doer | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Shared, (self.packed,)
+
+    def doer(self, device: torch.device | None) -> Doer:
+        """What does parts here."""
+        if self._doer is None:
+            process = Process(self.packed, Setting(torch.get_num_threads(), device))
+            weakref.finalize(self, process.end)
+            self._doer = Doer(process)
+        return self._doer
 
 
-def _own_gpu(device: torch.device) -> torch.device:
-    if device.type != "cuda" or device.index is not None:
-        return device
-    name = require("distributed", "dask").get_worker().name
-    return torch.device("cuda", int(name) % torch.cuda.device_count())
+def do_part(shared: Shared, number: int, device: torch.device | None) -> Part:
+    """Do one part, as a task.
+
+    Args:
+        shared: The work.
+        number: Of the part.
+        device: Where to run; None: on the CPU.
+    """
+    stopped = _cancelled_here()
+    with shared.one_at_a_time:
+        doer = shared.doer(device)
+        try:
+            return doer.do(number, stopped)
+        except Exception as error:
+            doer.process.kill()  # the run ends with it
+            if isinstance(error, Stopped):
+                raise CohortError(f"attribute_cohort: part {number} is no longer wanted") from None
+            raise
+
+
+def _cancelled_here() -> Callable[[], bool]:
+    """Whether the task that is running here has been cancelled, as when the client has gone, or its worker closes."""
+    worker = require("distributed", "dask").get_worker()
+    key = worker.get_current_task()
+
+    def cancelled() -> bool:
+        task = worker.state.tasks.get(key)
+        return task is None or task.state == "cancelled" or worker.status.name not in ("running", "paused")
+
+    return cancelled

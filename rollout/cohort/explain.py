@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rollout.cohort.settings import check_class
 from rollout.method import get_method
 from rollout_kernels import Method
 
@@ -23,12 +24,16 @@ class Explained:
         y_prob: [B, K], or None.
         y_true: [B, K] or [B], or None.
         target: The class the scores are for, int64 [B]; None for a class-agnostic method.
+        row_sums: Whether the scores of a feature's positions, padding included and a visit counted once however many
+            codes it has, sum to 1 in each sample, by the method. A sample where they do not is then a failure. Leave it
+            False where nothing of the kind holds, as for a class-specific relevance.
     """
 
     relevance: Mapping[str, Tensor]
     y_prob: Tensor | None = None
     y_true: Tensor | None = None
     target: Tensor | None = None
+    row_sums: bool = False
 
 
 Explain = Callable[[Any, Batch], Explained]
@@ -61,13 +66,7 @@ class PyHealthExplain:
                 "attribute_cohort: a method of supplied matrices, such as 'product', reads no attention of a model; "
                 "give another, or explain="
             )
-        if self.method.gradients is None and self.target_class is not None:
-            raise ValueError(
-                "attribute_cohort: target_class is for class-specific methods such as 'chefer'; this one gives every "
-                "class the same relevance"
-            )
-        if self.method.gradients is not None and self.readout != "model":
-            raise ValueError(f"attribute_cohort: a class-specific method needs readout='model', got {self.readout!r}")
+        check_class(self.method, self.target_class, self.readout, lambda key: f"attribute_cohort: {key}")
         classes = getattr(model, "get_output_size", lambda: None)()
         if self.target_class is not None and classes is not None and self.target_class >= max(classes, 2):
             raise ValueError(f"attribute_cohort: target_class must be below {classes}, got {self.target_class}")
@@ -82,7 +81,9 @@ class PyHealthExplain:
         target = None
         if self.method.gradients is not None and "logit" in output:
             target = interpreter._resolve_target_indices(output["logit"].detach(), self.target_class)
-        return Explained(relevance, output.get("y_prob"), output.get("y_true"), target)
+        return Explained(
+            relevance, output.get("y_prob"), output.get("y_true"), target, row_sums=interpreter.rows_sum_to_one
+        )
 
     def _interpreter(self, model: Any) -> Any:
         from rollout.pyhealth import AttentionRollout, GradientRollout

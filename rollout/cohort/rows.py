@@ -1,8 +1,10 @@
 """Attributions and predictions as Arrow tables, one row per real entry of a record, and as Parquet files."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,12 +13,17 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from rollout.cohort.shares import Measured, measure
 from rollout.files import write_whole
 from rollout.results.layout import ATTRIBUTION_SCHEMA, PREDICTION_SCHEMA
 
 ROW_GROUP = 65536
+_PADDING = re.compile(r"[<\[]\|?pad(ding)?\|?[>\]]", re.IGNORECASE)
 VISIT_KEYS = ("visit_id", "admission_id", "record_id")
 """Where PyHealth's tasks put the visit a sample is of, the first that is there."""
+
+
+NO_PADDING_IDS: Mapping[str, int | None] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -27,9 +34,10 @@ class Decoder:
         value: Place of the value in a (time, value, …) tuple; None when the feature is one tensor.
         time: Place of the time; None when the feature has none.
         codes: Vocabulary by id, [V], or None for a numeric feature.
-        multi_hot: Whether the last dimension runs over the vocabulary, rather than holding ids with 0 as padding.
+        multi_hot: Whether the last dimension runs over the vocabulary, rather than holding ids.
         nested: Whether a record is a list of visits, each with codes.
         whole: Whether a numeric record is one step to a model, however many numbers it holds.
+        padding: The id that stands for no code; None when every id is a code.
     """
 
     value: int | None
@@ -38,6 +46,12 @@ class Decoder:
     multi_hot: bool
     nested: bool
     whole: bool = False
+    padding: int | None = 0
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether the records are ids of codes, of which one may be padding."""
+        return self.codes is not None and not self.multi_hot
 
     @property
     def granularity(self) -> str:
@@ -49,12 +63,17 @@ class Decoder:
         return "feature" if self.multi_hot else "code"
 
 
-def feature_decoders(dataset: Any) -> dict[str, Decoder]:
-    """Return a decoder for each input feature of a PyHealth ``SampleDataset``, from its fitted processors."""
-    return {key: _decoder(processor) for key, processor in dataset.input_processors.items()}
+def feature_decoders(dataset: Any, padding_ids: Mapping[str, int | None] = NO_PADDING_IDS) -> dict[str, Decoder]:
+    """Return a decoder for each input feature of a PyHealth ``SampleDataset``, from its fitted processors.
+
+    Args:
+        dataset: The samples.
+        padding_ids: Feature → the id that stands for no code; of the others it is that of the processor's ``<pad>``.
+    """
+    return {key: _decoder(key, processor, padding_ids) for key, processor in dataset.input_processors.items()}
 
 
-def _decoder(processor: Any) -> Decoder:
+def _decoder(feature: str, processor: Any, padding_ids: Mapping[str, int | None]) -> Decoder:
     schema = tuple(processor.schema())
     paired = len(schema) > 1
     codes = getattr(processor, "code_vocab", None)
@@ -68,7 +87,18 @@ def _decoder(processor: Any) -> Decoder:
         multi_hot=multi_hot,
         nested=vocabulary is not None and max(processor.dim()) > 1,
         whole=vocabulary is None and not paired and not _has_steps(processor),
+        padding=None if vocabulary is None or multi_hot else padding_id(feature, vocabulary, padding_ids),
     )
+
+
+def plain_decoder(
+    feature: str, vocabulary: Mapping[str, int] | None, padding_ids: Mapping[str, int | None] = NO_PADDING_IDS
+) -> Decoder:
+    """Return the decoder of a feature that is one tensor: of ids [S] by their vocabulary, or of numbers for None."""
+    if vocabulary is None:
+        return Decoder(value=None, time=None, codes=None, multi_hot=False, nested=False, padding=None)
+    padding = padding_id(feature, vocabulary, padding_ids)
+    return Decoder(None, None, vocabulary_array(vocabulary), multi_hot=False, nested=False, padding=padding)
 
 
 def _has_steps(processor: Any) -> bool:
@@ -77,6 +107,38 @@ def _has_steps(processor: Any) -> bool:
         return any(processor.spatial())
     except (AttributeError, NotImplementedError):
         return True
+
+
+def padding_id(feature: str, vocabulary: Mapping[Any, int], stated: Mapping[str, int | None]) -> int | None:
+    """The id that stands for no code, None when every id is a code.
+
+    It is the one stated; else the vocabulary's own, of ``<pad>`` or ``[PAD]``; else 0 when no code has it.
+
+    Raises:
+        TypeError: If what is stated is no int.
+        ValueError: If it is not the vocabulary's own; if none is stated, and the vocabulary gives 0 to a code, or names
+            several paddings.
+    """
+    named = {str(code): number for code, number in vocabulary.items() if _PADDING.fullmatch(str(code))}
+    if feature in stated:
+        given = stated[feature]
+        if given is not None and (isinstance(given, bool) or not isinstance(given, int)):
+            raise TypeError(f"attribute_cohort: padding_ids[{feature!r}] must be an int or None, got {given!r}")
+        if given is not None and named and given not in named.values():
+            raise ValueError(
+                f"attribute_cohort: padding_ids[{feature!r}] is {given}, but the vocabulary of the feature says {named}"
+            )
+        return given
+    if len(set(named.values())) == 1:
+        return next(iter(named.values()))
+    first = next((str(code) for code, number in vocabulary.items() if number == 0), None)
+    if not named and first is None:
+        return 0
+    what = f"has several paddings, {named}" if named else f"gives id 0 to {first!r} and names no padding such as <pad>"
+    raise ValueError(
+        f"attribute_cohort: the vocabulary of feature {feature!r} {what}; say which id is padding with "
+        f"padding_ids={{{feature!r}: id}}, or {{{feature!r}: None}} when every id is a code"
+    )
 
 
 def vocabulary_array(vocabulary: Mapping[Any, int]) -> pa.Array:
@@ -113,25 +175,40 @@ def attribution_table(
     Raises:
         ValueError: If a feature's scores do not cover its records.
     """
+    return measured_rows(samples, index, attributions, decoders)[0]
+
+
+def measured_rows(
+    samples: Sequence[Mapping[str, Any]],
+    index: Sequence[int] | np.ndarray,
+    attributions: Mapping[str, Tensor],
+    decoders: Mapping[str, Decoder],
+) -> tuple[pa.Table, dict[str, Measured]]:
+    """``attribution_table``, and of each feature what its rows sum to and how much lies on padding."""
     if len(samples) != len(index):
         raise ValueError(f"attribution_table: index must have one number per sample ({len(samples)}), got {len(index)}")
-    parts = []
+    parts, measured = [], {}
     for feature, scores in attributions.items():
         entries = _entries(feature, samples, scores.detach().float().cpu().numpy(), decoders[feature])
         parts.append(_rows(feature, samples, np.asarray(index, dtype=np.int64), entries))
-    return pa.concat_tables(parts) if parts else ATTRIBUTION_SCHEMA.empty_table()
+        measured[feature] = measure(entries.scores, entries.at, scores.dtype)
+    return pa.concat_tables(parts) if parts else ATTRIBUTION_SCHEMA.empty_table(), measured
 
 
 @dataclass(frozen=True)
 class _Entries:
-    """The real entries of one feature of a batch, as arrays [N]; ``owner`` is the row in the batch."""
+    """The real entries of one feature of a batch, as arrays [N]; ``owner`` is the row in the batch.
+
+    ``scores`` are those of every position, padding included; ``at`` says where in them the entries' own are.
+    """
 
     owner: np.ndarray
     visit: np.ndarray | None
     position: np.ndarray
     code: pa.Array
     time: pa.Array
-    score: np.ndarray
+    scores: np.ndarray
+    at: tuple[np.ndarray, ...]
 
 
 def _entries(feature: str, samples: Sequence[Mapping[str, Any]], scores: np.ndarray, decoder: Decoder) -> _Entries:
@@ -140,42 +217,63 @@ def _entries(feature: str, samples: Sequence[Mapping[str, Any]], scores: np.ndar
     if decoder.codes is None:
         return _step_entries(feature, samples, values, scores, decoder)
     if decoder.multi_hot and dims == 1:
-        flat = torch.stack(values).numpy()
-        owner, column = np.nonzero(flat)
-        score = scores.reshape(len(samples), -1)
-        _check_cover(feature, score, np.ones(len(samples), dtype=np.int64))
-        picked = score[owner, column if score.shape[1] == flat.shape[1] else 0]
-        return _Entries(owner, None, column, decoder.codes.take(pa.array(column)), _nulls(len(owner)), picked)
+        return _hot_entries(feature, torch.stack(values).numpy(), scores, decoder.codes)
     lengths = np.array([len(value) for value in values], dtype=np.int64)
     _check_cover(feature, scores, lengths)
     owner, place = _ragged(lengths)
     time = _times(feature, samples, lengths, decoder)
     flat = torch.cat(values).numpy()
+    filled = flat != 0 if decoder.multi_hot else _real(flat, decoder.padding)
     if dims == 1:
-        real = flat != 0
-        code = decoder.codes.take(pa.array(flat[real]))
-        owner, place = owner[real], place[real]
-        return _Entries(owner, None, place, code, time.filter(pa.array(real)), scores[owner, place])
+        code = decoder.codes.take(pa.array(flat[filled]))
+        owner, place = owner[filled], place[filled]
+        return _Entries(owner, None, place, code, time.filter(pa.array(filled)), scores, (owner, place))
     if dims != 2:
         raise ValueError(f"attribution_table: feature {feature!r} must have records of 1 or 2 dimensions, got {dims}")
-    step, column = np.nonzero(flat)
+    step, column = np.nonzero(filled)
     code = decoder.codes.take(pa.array(column if decoder.multi_hot else flat[step, column]))
     owner, visit = owner[step], place[step]
-    score = scores[owner, visit] if scores.ndim == 2 else scores[owner, visit, column]
-    return _Entries(owner, visit, column, code, time.take(pa.array(step)), score)
+    scores = _of_positions(scores)
+    at = (owner, visit) if scores.ndim == 2 else (owner, visit, column)
+    return _Entries(owner, visit, column, code, time.take(pa.array(step)), scores, at)
+
+
+def _hot_entries(feature: str, flat: np.ndarray, scores: np.ndarray, codes: pa.Array) -> _Entries:
+    """Entries of a multi-hot vector [B, F]: the codes present, with a score for all or for each."""
+    owner, column = np.nonzero(flat)
+    scores = scores.reshape(len(flat), -1)
+    _check_cover(feature, scores, np.ones(len(flat), dtype=np.int64))
+    if scores.shape[1] != flat.shape[1] or _are_copies(scores):
+        scores = scores[:, :1]
+    at = owner, column if scores.shape[1] == flat.shape[1] else np.zeros_like(column)
+    return _Entries(owner, None, column, codes.take(pa.array(column)), _nulls(len(owner)), scores, at)
 
 
 def _step_entries(
     feature: str, samples: Sequence[Mapping[str, Any]], values: list[Tensor], scores: np.ndarray, decoder: Decoder
 ) -> _Entries:
     """Entries of a numeric feature: one per time step, or one for a tensor the model takes as one step."""
-    score = scores if scores.ndim == 2 else scores.reshape(*scores.shape[:2], -1)[:, :, 0]
-    whole = decoder.whole or (score.shape[1] == 1 and decoder.time is None)
+    scores = scores if scores.ndim == 2 else scores.reshape(*scores.shape[:2], -1)[:, :, 0]
+    whole = decoder.whole or (scores.shape[1] == 1 and decoder.time is None)
     lengths = np.array([1 if whole or value.dim() == 0 else len(value) for value in values], dtype=np.int64)
-    _check_cover(feature, score, lengths)
+    _check_cover(feature, scores, lengths)
     owner, place = _ragged(lengths)
-    code = pa.nulls(len(owner), pa.string())
-    return _Entries(owner, None, place, code, _times(feature, samples, lengths, decoder), score[owner, place])
+    code, scores = pa.nulls(len(owner), pa.string()), scores[:, :1] if whole else scores
+    return _Entries(owner, None, place, code, _times(feature, samples, lengths, decoder), scores, (owner, place))
+
+
+def _real(ids: np.ndarray, padding: int | None) -> np.ndarray:
+    real: np.ndarray = np.ones(ids.shape, dtype=bool) if padding is None else ids != padding
+    return real
+
+
+def _of_positions(scores: np.ndarray) -> np.ndarray:
+    """[B, V] for scores [B, V, C] that are a visit's own copied to its codes; others as they are."""
+    return scores[:, :, 0] if scores.ndim == 3 and scores.shape[2] and _are_copies(scores) else scores
+
+
+def _are_copies(scores: np.ndarray) -> bool:
+    return bool((scores == scores[..., :1]).all())
 
 
 def _part(value: Any, place: int | None) -> Tensor:
@@ -231,7 +329,7 @@ def _rows(feature: str, samples: Sequence[Mapping[str, Any]], index: np.ndarray,
         pa.array(entries.position, pa.int32()),
         entries.code,
         entries.time,
-        pa.array(entries.score, pa.float32()),
+        pa.array(entries.scores[entries.at], pa.float32()),
     ]
     return pa.Table.from_arrays(columns, schema=ATTRIBUTION_SCHEMA)
 
@@ -249,25 +347,32 @@ def prediction_table(
     index: Sequence[int] | np.ndarray,
     probability: Tensor | np.ndarray | None,
     truth: Tensor | np.ndarray | None,
+    padding_share: np.ndarray | None = None,
 ) -> pa.Table:
-    """Return one row per sample: ``y_prob`` and ``y_true`` [B, K] as lists, null where None is given."""
+    """Return one row per sample: ``y_prob`` and ``y_true`` [B, K] and ``padding_share`` [B, F] as lists.
+
+    Null where None is given; a NaN among the shares is a null in its list.
+    """
     columns = [
         pa.array(np.asarray(index, dtype=np.int64)),
         _ids(samples, "patient_id"),
         _ids(samples, *VISIT_KEYS),
         _lists(probability, len(samples)),
         _lists(truth, len(samples)),
+        _lists(padding_share, len(samples), nan_is_null=True),
     ]
     return pa.Table.from_arrays(columns, schema=PREDICTION_SCHEMA)
 
 
-def _lists(values: Tensor | np.ndarray | None, count: int) -> pa.Array:
+def _lists(values: Tensor | np.ndarray | None, count: int, nan_is_null: bool = False) -> pa.Array:
     if values is None:
         return pa.nulls(count, pa.list_(pa.float32()))
     array = values.detach().float().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float32)
     rows = array.reshape(len(array), -1)
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows.ravel(), pa.float32()))
+    flat = rows.ravel()
+    items = pa.array(flat, pa.float32(), mask=np.isnan(flat) if nan_is_null else None)
+    return pa.ListArray.from_arrays(pa.array(offsets), items)
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

@@ -2,25 +2,28 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from rollout.cohort.code import python_version
 from rollout.cohort.explain import Explain, PyHealthExplain, describe_method
-from rollout.cohort.identity import model_identity
+from rollout.cohort.identity import function_identity, model_identity, read_state
 from rollout.cohort.plan import Plan
 from rollout.cohort.session import Session, device_of, settled
-from rollout.cohort.source import open_source
+from rollout.cohort.settings import check_count, check_device, check_word
+from rollout.cohort.source import Source, open_source
 from rollout.cohort.store import Store
 from rollout.cohort.summary import CohortRun
 from rollout.cohort.work import Work
-from rollout.data.collate import Collate
+from rollout.data.collate import Collate, pyhealth_collate
 from rollout.errors import require
 from rollout.method import get_method
+from rollout.results.manifest import Manifest
 from rollout_kernels import Method
-from rollout_kernels._dispatch import BACKENDS
 
 
 def attribute_cohort(
@@ -40,8 +43,10 @@ def attribute_cohort(
     target_class: int | None = None,
     batch_samples: int = 256,
     part_samples: int = 2048,
+    equal_lengths: bool | None = None,
     collate: Collate | None = None,
     vocabularies: Mapping[str, Mapping[str, int] | None] | None = None,
+    padding_ids: Mapping[str, int | None] | None = None,
     explain: Explain | None = None,
     code_names: Mapping[str, Mapping[str, str]] | None = None,
     progress: bool | None = None,
@@ -53,12 +58,31 @@ def attribute_cohort(
     grow with the cohort: at most two parts' samples are held.
 
     Killed at any moment, the same call goes on: parts that are whole are kept, the others done again, and the rows are
-    those of an unbroken run, on a CPU with the same number of threads bit for bit. A folder of another model, method,
-    dataset or plan is refused, and so is one that another process is writing to.
+    those of an unbroken run, on a CPU with the same number of threads bit for bit. A folder of another run is refused
+    by name of what differs, and so is one that another process is writing to, and one with links in it. What tells a
+    run:
 
-    A sample that cannot be attributed (it cannot be read or collated, the model raises, a number is not finite) is
-    written to ``failures/`` with its reason, and the rest goes on. A batch that runs out of memory is halved, which the
-    manifest notes.
+    - the model's weights, buffers, classes and plain settings, private ones too, and the code of classes that no
+      installed package brings;
+    - ``explain``, ``collate`` and a method's own head fusion: their code and that of what they name, globals, defaults,
+      what they close over. What is looked up as they run cannot be known. A setting that changes as the run is at work,
+      such as a counter of calls, is found out and does not count;
+    - method, plan, vocabularies, the number of samples, and what samples hold. When a run goes on, 64 samples spread
+      over the dataset are read again, and 1,024 drawn from the parts that are done (every one, if there are no more),
+      and each sample of a part that is done again; so a dataset of which one sample in a hundred was replaced is taken
+      for the same once in 29,000 times, and a single sample among a million most likely goes unseen.
+      ``rollout verify`` reads every sample.
+
+    Another version of a library or of Python is noted in the manifest, not refused.
+
+    A model that does not mask the padding of a batch gives relevance to it, and gives a sample other numbers, its
+    prediction too, beside longer ones: PyHealth's do for ``timeseries`` and ``stagenet_tensor`` features. Relevance is
+    written as it came; ``padding_share`` in ``predictions/`` says how much of a sample's row lies on padding, per
+    feature in the order of the manifest, and the manifest sums it up. ``equal_lengths`` gives exact numbers.
+
+    A sample that cannot be attributed (it cannot be read or collated, the model raises, a number is not finite, a row
+    does not sum to 1 though by the method it does) is written to ``failures/`` with its reason, and the rest goes on. A
+    batch that runs out of memory is halved, which the manifest notes.
 
     Args:
         model: A PyHealth model with the attention readout methods; any module, with ``explain``. It is put back as it
@@ -81,8 +105,13 @@ def attribute_cohort(
             to ``predictions/`` as ``target_class``.
         batch_samples: Most samples in a batch.
         part_samples: Samples in a part: what is done again at most after a kill.
+        equal_lengths: Batch only samples of equal length in every feature, so that none is padded: each gets the
+            numbers it has alone, as with ``batch_samples=1``, and sooner. None: where the method needs it, because it
+            looks at the whole map of a PyHealth model, padding included: ``discard``, or a head fusion of your own.
         collate: Samples → batch; default: PyHealth's.
         vocabularies: Feature → code → id for a dataset that is not PyHealth's; None for a numeric feature.
+        padding_ids: Feature → the id that stands for no code, and gets no row; None when every id is a code. Needed
+            where the vocabulary gives id 0 to a code and names no ``<pad>`` or ``[PAD]``; PyHealth's name theirs, 0.
         explain: (model, batch) → ``rollout.cohort.explain.Explained``, for models that are not PyHealth's; ``method``,
             ``readout`` and ``backend`` are then its own business, and are only written down.
         code_names: Feature → code → name, kept in ``code_names.json`` for reports.
@@ -98,76 +127,84 @@ def attribute_cohort(
     """
     for module in ("pyarrow", "tqdm"):
         require(module, "cohort")
-    plan = Plan(batch_tokens, batch_samples, part_samples)
-    _check(model, workers, client, readout, backend, target_class)
-    source = open_source(dataset, collate, vocabularies)
+    chosen = {"workers": workers, "readout": readout, "backend": backend, "target_class": target_class}
+    _check(model, client, chosen)
     resolved = get_method(method, "attribute_cohort")
-    where = _resolve_device(device, here=client is None)
-    if where is None and (client is not None or workers > 1):
-        where = torch.device(device_of(model).type)  # a worker has devices of its own
+    whole_map = resolved.needs_whole_map and explain is None
+    plan = Plan(batch_tokens, batch_samples, part_samples, whole_map if equal_lengths is None else equal_lengths)
+    if whole_map and plan.pads:
+        raise ValueError(
+            "attribute_cohort: equal_lengths must not be False for a method that looks at the whole map: its numbers "
+            "would depend on the padding of a batch; leave it out"
+        )
+    source = open_source(dataset, collate, vocabularies, padding_ids)
+    where = _device_to_run_on(model, device, client, workers)
     if backend == "triton" and (where or device_of(model)).type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
         raise ValueError("attribute_cohort: backend='triton' needs a CUDA device; use 'auto'")
+    functions = _functions_of_the_caller(source, resolved, explain)
     if explain is None:
-        standard = PyHealthExplain(resolved, readout, backend, target_class)
+        explain = PyHealthExplain(resolved, readout, backend, target_class)
         with settled(model, None):
-            standard.check(model)
-        explain = standard
+            explain.check(model)
+    work = Work(model, source, explain, plan, class_specific=resolved.gradients is not None)
     identity = {
         "model": model_identity(model),
         "dataset": source.description,
         "method": describe_method(method),
         "plan": vars(plan).copy(),
-        "readout": readout,
-        "backend": backend,
-        "target_class": target_class,
-        "explain": None if isinstance(explain, PyHealthExplain) else _name_of(explain),
+        **{key: value for key, value in chosen.items() if key != "workers"},
+        **{name: function_identity(function, [model, dataset]) for name, function in functions.items()},
+        "python": python_version(),
     }
-    work = Work(model, source, explain, plan, class_specific=resolved.gradients is not None)
-    parts = plan.parts(len(source))
-    store = Store(out, identity, len(parts), resume=resume, retry_failures=retry_failures)
+    state = partial(read_state, model, functions, [model, dataset])
+    begun = Manifest.of(
+        identity,
+        work.class_specific,
+        state=state(),
+        granularity={feature: decoder.granularity for feature, decoder in source.decoders.items()},
+        time=source.time,
+        labels=source.labels,
+    )
+    parts = len(plan.parts(len(source)))
+    store = Store(out, begun, parts, dataset, resume=resume, retry_failures=retry_failures)
     try:
         if code_names is not None:
             store.write_names(code_names)
-        return Session(store, work, workers, client, where, progress).run()
+        return Session(store, work, state, workers, client, where, progress).run()
     finally:
         store.close()
 
 
-def _check(model: Any, workers: int, client: Any, readout: str, backend: str, target_class: int | None) -> None:
+def _check(model: Any, client: Any, settings: Mapping[str, Any]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"attribute_cohort: model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(workers, bool) or not isinstance(workers, int):
-        raise TypeError(f"attribute_cohort: workers must be an int, got {workers!r}")
-    if workers < 1:
-        raise ValueError(f"attribute_cohort: workers must be at least 1, got {workers}")
-    if client is not None and workers != 1:
+    check_count("workers", settings["workers"], _named("workers"))
+    if settings["target_class"] is not None:
+        check_count("target_class", settings["target_class"], _named("target_class"))
+    for key in ("readout", "backend"):
+        check_word(key, settings[key], _named(key))
+    if client is not None and settings["workers"] != 1:
         raise ValueError("attribute_cohort: give workers (processes of this machine) or client (a cluster), not both")
     if client is not None and not hasattr(client, "submit"):
         raise TypeError(f"attribute_cohort: client must be a dask.distributed.Client, got {type(client).__name__}")
-    if target_class is not None and (isinstance(target_class, bool) or not isinstance(target_class, int)):
-        raise TypeError(f"attribute_cohort: target_class must be an int or None, got {target_class!r}")
-    if target_class is not None and target_class < 0:
-        raise ValueError(f"attribute_cohort: target_class must be at least 0, got {target_class}")
-    if readout not in ("model", "forward"):
-        raise ValueError(f"attribute_cohort: readout must be 'model' or 'forward', got {readout!r}")
-    if backend not in BACKENDS:
-        raise ValueError(f"attribute_cohort: backend must be one of {BACKENDS}, got {backend!r}")
 
 
-def _resolve_device(device: str | torch.device | None, here: bool) -> torch.device | None:
-    if device is None:
-        return None
-    try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f"attribute_cohort: device must be a torch device such as cpu or cuda, got {device!r}"
-        ) from error
-    if here and wanted.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"attribute_cohort: device {device!r} asked for, but torch sees no CUDA device; use cpu")
-    return wanted
+def _named(key: str) -> str:
+    return f"attribute_cohort: {key}"
 
 
-def _name_of(function: Any) -> str:
-    kind = function if hasattr(function, "__qualname__") else type(function)
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _device_to_run_on(
+    model: nn.Module, device: str | torch.device | None, client: Any, workers: int
+) -> torch.device | None:
+    """Where the model is to be moved; None: it stays. A worker has devices of its own."""
+    if device is not None:
+        return check_device(device, _named("device"), here=client is None)
+    return torch.device(device_of(model).type) if client is not None or workers > 1 else None
+
+
+def _functions_of_the_caller(source: Source, method: Method, explain: Explain | None) -> dict[str, Any]:
+    """Argument → function, of those that are not this package's."""
+    collate = None if source.collate is pyhealth_collate else source.collate
+    fusion = method.head_fusion if callable(method.head_fusion) else None
+    functions = {"explain": explain, "collate": collate, "head_fusion": fusion}
+    return {name: function for name, function in functions.items() if function is not None}

@@ -3,22 +3,24 @@
 import datetime
 import os
 import platform
-import shutil
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import nn
 
+from rollout.cohort.identity import State
+from rollout.cohort.local import run_on_workers
 from rollout.cohort.memory import peak_gpu_memory, peak_memory, reset_peak_memory
-from rollout.cohort.store import Store, totals
+from rollout.cohort.store import Store
 from rollout.cohort.summary import CohortRun
 from rollout.cohort.work import Part, Work, run_parts
 from rollout.errors import CohortError, require
-from rollout.results.layout import ATTRIBUTION_SCHEMA, FAILURE_SCHEMA, PREDICTION_SCHEMA, SCRATCH, TARGET
+from rollout.results.layout import RUNNING
+from rollout.results.manifest import SessionEntry, totals
 
 PACKAGES = ("attention-rollout", "torch", "triton", "numpy", "pyarrow", "pyhealth")
 ENOUGH = 32
@@ -26,12 +28,26 @@ ENOUGH = 32
 
 
 class Session:
-    """One call of ``attribute_cohort`` on a folder it has: what is left to do is done, and the manifest kept."""
+    """One call of ``attribute_cohort`` on a folder it has: what is left to do is done, and the manifest kept.
+
+    Args:
+        store: The folder.
+        work: What is done to which samples.
+        state: Gives what model and functions hold now.
+        workers, client, device, progress: As in ``attribute_cohort``.
+    """
 
     def __init__(
-        self, store: Store, work: Work, workers: int, client: Any, device: torch.device | None, progress: bool | None
+        self,
+        store: Store,
+        work: Work,
+        state: State,
+        workers: int,
+        client: Any,
+        device: torch.device | None,
+        progress: bool | None,
     ) -> None:
-        self.store, self.work, self.workers, self.client = store, work, workers, client
+        self.store, self.work, self.state, self.workers, self.client = store, work, state, workers, client
         self.device, self.progress = device, progress
         parts = work.plan.parts(len(work.source))
         self.todo = [number for number in range(len(parts)) if number not in store.records]
@@ -41,55 +57,72 @@ class Session:
     def run(self) -> CohortRun:
         """Do what is left to do."""
         if not self.todo:
-            if not self.store.manifest["status"].startswith("complete"):
+            if self.store.manifest.status == RUNNING:
                 self._close_manifest()
             return self._counted()
-        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        session: dict[str, Any] = {"started": started, "finished": None, **_surroundings(self)}
-        self.store.manifest["status"] = "running"
-        self.store.manifest["sessions"].append(session)
+        session: SessionEntry = {"started": _now(), "finished": None, **_surroundings(self)}  # type: ignore[typeddict-item]
+        self._note_versions(session)
+        self.store.manifest.status = RUNNING
+        self.store.manifest.sessions.append(session)
         self.store.write_manifest()
         reset_peak_memory()
-        begun = time.perf_counter()
+        self._begun_with, begun = self.state(), time.perf_counter()
         try:
             with self._bar() as advance:
-                for part in self._parts(advance):
+                for done, part in enumerate(self._parts(advance)):
+                    if done == 0:
+                        self._note_volatile()
                     self._commit(part)
         finally:
             self.result.elapsed = time.perf_counter() - begun
             self._measure_memory()
-            session |= {
-                "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "samples": self.result.done,
-                "seconds": {stage: round(spent, 3) for stage, spent in self.result.seconds.items()},
-                "elapsed": round(self.result.elapsed, 3),
-                "peak_bytes": self.result.peak_bytes,
-                "gpu_peak_bytes": self.result.gpu_peak_bytes,
-            }
+            self._note_volatile()
+            session["finished"], session["samples"] = _now(), self.result.done
+            session["seconds"] = {stage: round(spent, 3) for stage, spent in self.result.seconds.items()}
+            session["elapsed"] = round(self.result.elapsed, 3)
+            session["peak_bytes"], session["gpu_peak_bytes"] = self.result.peak_bytes, self.result.gpu_peak_bytes
             self._close_manifest()
         return self._counted()
+
+    def _note_versions(self, session: SessionEntry) -> None:
+        """Say what is of another version than in the session before: it may change the last bits of a number."""
+        if not self.store.manifest.sessions:
+            return
+        before, now = ({**one.get("versions", {}), "python": one.get("python", "")} for one in
+                       (self.store.manifest.sessions[-1], session))  # fmt: skip
+        self.store.manifest.notes += [
+            f"session {len(self.store.manifest.sessions) + 1}: {name} {before.get(name) or 'none'} → "
+            f"{now.get(name) or 'none'}"
+            for name in dict.fromkeys([*before, *now])
+            if before.get(name) != now.get(name)
+        ]
+
+    def _note_volatile(self) -> None:
+        """Find the settings that change as the run is at work, such as a counter of calls."""
+        now, before = self.state(), self._begun_with
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if set(names) - set(self.store.manifest.volatile):
+            self.store.set_volatile(names)
 
     def _parts(self, advance: Callable[[int], None]) -> Generator[Part]:
         if self.client is None and self.workers == 1:
             with settled(self.work.model, self.device):
                 yield from run_parts(self.work, self.todo, advance)
             return
-        from rollout.cohort.cluster import run_on_client, run_on_workers
+        with settled(self.work.model, None), closing(self._elsewhere()) as done:
+            for part in done:
+                self.result.peak_bytes = max(self.result.peak_bytes, part.record.pop("peak_bytes"))
+                notes = part.record.pop("notes")
+                yield part
+                self.store.manifest.notes += notes
+                advance(part.record["samples"])
 
-        with settled(self.work.model, None):
-            if self.client is not None:
-                done = run_on_client(self.client, self.work, self.todo, self.device)
-            else:
-                scratch = self.store.path / SCRATCH
-                done = run_on_workers(self.workers, self.work, self.todo, self.device, scratch)
-            try:
-                for part in done:
-                    self.result.peak_bytes = max(self.result.peak_bytes, part.record.pop("peak_bytes", 0))
-                    yield part
-                    advance(part.record["samples"])
-            finally:
-                done.close()
-                shutil.rmtree(self.store.path / SCRATCH, ignore_errors=True)
+    def _elsewhere(self) -> Generator[Part]:
+        if self.client is None:
+            return run_on_workers(self.workers, self.work, self.todo, self.device)
+        from rollout.cohort.cluster import run_on_client
+
+        return run_on_client(self.client, self.work, self.todo, self.device)
 
     def _commit(self, part: Part) -> None:
         record = part.record
@@ -99,17 +132,17 @@ class Session:
                 f"{part.first_failure}"
             )
         begun = time.perf_counter()
-        self.store.commit(part.number, part.files, record)
-        for stage, spent in record["seconds"].items():
+        made = self.store.commit(part.number, part.files, record)
+        for stage, spent in made.seconds.items():
             self.result.seconds[stage] = self.result.seconds.get(stage, 0.0) + spent
         self.result.seconds["write"] += time.perf_counter() - begun
-        self.result.done += record["samples"]
-        self.result.halved += len(record["halved"])
-        for halving in record["halved"]:
-            self.store.manifest["notes"].append(
-                f"part {part.number}, batch {halving['batch']}: {halving['samples']} samples ran out of memory and "
-                f"were done in halves ({halving['reason']})"
-            )
+        self.result.done += made.samples
+        self.result.halved += len(made.halved)
+        self.store.manifest.notes += [
+            f"part {part.number}, batch {halving.batch}: {halving.samples} samples ran out of memory and were done in "
+            f"halves ({halving.reason})"
+            for halving in made.halved
+        ]
 
     def _counted(self) -> CohortRun:
         for key, value in totals(self.store.records.values()).items():
@@ -118,23 +151,7 @@ class Session:
         return self.result
 
     def _close_manifest(self) -> None:
-        records = [self.store.records[number] for number in sorted(self.store.records)]
-        counts = totals(records)
-        complete = len(records) == self.result.parts
-        status = "running" if not complete else "complete with failures" if counts["failed"] else "complete"
-        predicted = PREDICTION_SCHEMA.append(TARGET) if self.work.class_specific else PREDICTION_SCHEMA
-        decoders = self.work.source.decoders
-        self.store.manifest |= {
-            "status": status,
-            "granularity": {feature: decoder.granularity for feature, decoder in decoders.items()},
-            "columns": {
-                "attributions": ATTRIBUTION_SCHEMA.names,
-                "predictions": predicted.names,
-                "failures": FAILURE_SCHEMA.names,
-            },
-            "counts": {**counts, "samples": self.result.samples, "parts": len(records)},
-            "parts": [{key: record[key] for key in ("part", "start", "stop", "batches")} for record in records],
-        }
+        self.store.manifest.count(self.store.records.values(), self.result.parts)
         self.store.write_manifest()
 
     @contextmanager
@@ -147,6 +164,10 @@ class Session:
     def _measure_memory(self) -> None:
         self.result.peak_bytes = max(self.result.peak_bytes, peak_memory())
         self.result.gpu_peak_bytes = max(self.result.gpu_peak_bytes, peak_gpu_memory())
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rollout.cohort.work import STAGES
+from rollout.results.layout import STAGES
 
 
 @dataclass

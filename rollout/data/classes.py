@@ -2,6 +2,8 @@
 
 import difflib
 import inspect
+import json
+import math
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any
@@ -65,7 +67,7 @@ def check_model_class(model: Any, where: str) -> None:
 
 
 def check_arguments(called: Any, arguments: Mapping[str, Any], given: Iterable[str], where: str) -> None:
-    """Check the names of arguments against a class.
+    """Check the names of arguments against a class, and their values against its annotations.
 
     Args:
         called: The class.
@@ -74,7 +76,8 @@ def check_arguments(called: Any, arguments: Mapping[str, Any], given: Iterable[s
         where: What to call them in an error.
 
     Raises:
-        ValueError: For a name the class does not take, one filled in elsewhere, or a required one that is missing.
+        ValueError: For a name the class does not take, one filled in elsewhere, a required one that is missing, or a
+            value of another type than the class says.
     """
     parameters = dict(inspect.signature(called).parameters)
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -93,9 +96,38 @@ def check_arguments(called: Any, arguments: Mapping[str, Any], given: Iterable[s
                 f"{where}: {called.__name__} has no argument {name!r}{did_you_mean(name, allowed)} "
                 f"It takes {', '.join(allowed) or 'none'}"
             )
+    for name, value in arguments.items():
+        wanted = named[name].annotation if name in named else inspect.Parameter.empty
+        if not _is_finite(value) or not _suits(value, wanted):
+            kind = "finite numbers" if not _is_finite(value) else inspect.formatannotation(wanted)
+            raise ValueError(f"{where}: {name} of {called.__name__} must be {kind}, got {value!r}")
     for name, parameter in named.items():
         if parameter.default is inspect.Parameter.empty and name not in arguments and name not in given:
             raise ValueError(f"{where}: {called.__name__} needs the argument {name!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _suits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of the annotated type, as far as plain values and annotations tell."""
+    if isinstance(annotation, str) or annotation is inspect.Parameter.empty:
+        return True
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        said = json.dumps(value)
+        TypeAdapter(annotation).validate_json(said, strict=True)
+    except ValidationError:
+        return False
+    except Exception:  # no plain value, or no plain annotation
+        return True
+    return True
 
 
 def root_argument(dataset: Any, where: str) -> str:
@@ -107,7 +139,8 @@ def root_argument(dataset: Any, where: str) -> str:
     parameters = inspect.signature(dataset).parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     root = next((name for name in ROOTS if name in parameters), None)
-    if root is None or not ("cache_dir" in parameters or open_ended) or hasattr(dataset, "prepare_metadata"):
+    writes = hasattr(dataset, "prepare_metadata") or "download" in parameters
+    if root is None or not ("cache_dir" in parameters or open_ended) or writes:
         raise ValueError(
             f"{where}: {dataset.__name__} does not read a folder of tables with a cache of its own choosing; "
             "prepare it in Python instead: rollout attribute --entry package.module:function"

@@ -1,16 +1,14 @@
-"""MIMIC-IV tables: checked, read by PyHealth as the samples of a task, and the names of their codes."""
+"""MIMIC-IV tables: checked, and read by PyHealth as the samples of a task."""
 
 import gzip
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import polars as pl
 
 from rollout.data.quiet import quiet_pyhealth
 from rollout.data.samples import SampleSource, prepare_samples
 
-__all__ = ["check_mimic_root", "code_names", "mimic_source", "mortality_samples", "names_for", "quiet_pyhealth"]
+__all__ = ["check_mimic_root", "find_table", "mimic_source", "mortality_samples", "quiet_pyhealth", "read_header"]
 
 COLUMNS = {
     "hosp/patients": ("subject_id", "anchor_age"),
@@ -30,8 +28,6 @@ CODE_TABLES = ("diagnoses_icd", "procedures_icd", "prescriptions")
 REQUIRED = {name: COLUMNS[name] for name in (*ALWAYS, *(f"hosp/{table}" for table in CODE_TABLES))}
 """Tables and columns of these tasks."""
 
-NO_NDC = "no NDC in the table"
-
 
 def check_mimic_root(root: str | Path, tables: Sequence[str] = CODE_TABLES) -> Path:
     """Return ``root`` if it holds the MIMIC-IV tables of a task, as ``.csv`` or ``.csv.gz``.
@@ -49,14 +45,14 @@ def check_mimic_root(root: str | Path, tables: Sequence[str] = CODE_TABLES) -> P
             f"ehr_root must be a MIMIC-IV folder (with hosp/ and icu/ in it), got {folder}: no such folder"
         )
     needed = [*ALWAYS, *(f"hosp/{table}" for table in tables)]
-    absent = [name for name in needed if _table(folder, name) is None]
+    absent = [name for name in needed if find_table(folder, name) is None]
     if absent:
         raise ValueError(
             f"ehr_root must be a MIMIC-IV folder (with hosp/ and icu/ in it), got {folder}: missing "
             + ", ".join(f"{name}.csv[.gz]" for name in absent)
         )
     for name in needed:
-        lacking = sorted(set(COLUMNS.get(name, ())) - set(_header(_found(folder, name))))
+        lacking = sorted(set(COLUMNS.get(name, ())) - set(read_header(_found(folder, name))))
         if lacking:
             raise ValueError(
                 f"ehr_root: {name} in {folder} has no column {', '.join(lacking)}; is it a MIMIC-IV table?"
@@ -102,70 +98,24 @@ def mortality_samples(root: str | Path, cache: str | Path, workers: int = 1) -> 
     return prepare_samples(mimic_source(root, workers=workers), cache)
 
 
-def names_for(root: str | Path, features: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Return feature → code → name for those features of a MIMIC-IV task whose codes are known; others are left out."""
-    names = code_names(root)
-    names["icd_codes"] = {**names["procedures"], **names["conditions"]}
-    return {feature: names[feature] for feature in features if names.get(feature)}
-
-
-def code_names(root: str | Path) -> dict[str, dict[str, str]]:
-    """Return feature → code → name: ICD titles from ``d_icd_*``, the commonest drug name of each NDC.
-
-    A code string that both ICD versions use has the title of the version that the cohort uses it in more often.
-    Codes without a title are left out, and so are all of a kind whose tables are absent.
-    """
-    root = Path(root)
-    drugs = _table(root, "hosp/prescriptions") is not None
-    names = {
-        "conditions": _icd_names(root, "hosp/diagnoses_icd", "hosp/d_icd_diagnoses"),
-        "procedures": _icd_names(root, "hosp/procedures_icd", "hosp/d_icd_procedures"),
-        "drugs": _commonest(_scan(root, "hosp/prescriptions"), "ndc", "drug") if drugs else {},
-    }
-    if "0" in names["drugs"]:
-        names["drugs"]["0"] = NO_NDC
-    return names
-
-
-def _icd_names(root: Path, events: str, titles: str) -> dict[str, str]:
-    if _table(root, titles) is None or _table(root, events) is None:
-        return {}
-    key = ["icd_code", "icd_version"]
-    named = (
-        _scan(root, events)
-        .select(pl.col(key).str.strip_chars())
-        .join(_scan(root, titles).select(pl.col(*key, "long_title").str.strip_chars()), on=key)
-    )
-    return _commonest(named, "icd_code", "long_title")
-
-
-def _commonest(rows: pl.LazyFrame, code: str, name: str) -> dict[str, str]:
-    counted = rows.drop_nulls([code, name]).group_by(code, name).len().sort("len", name, descending=[True, False])
-    first = counted.group_by(code, maintain_order=True).first().collect()
-    return dict(zip(first[code].str.strip_chars(), first[name].str.strip_chars(), strict=True))
-
-
-def _scan(root: Path, name: str) -> pl.LazyFrame:
-    return pl.read_csv(_found(root, name), infer_schema=False, columns=_wanted(root, name)).lazy()
-
-
-def _wanted(root: Path, name: str) -> list[str]:
-    useful = {"icd_code", "icd_version", "long_title", "ndc", "drug"}
-    return [column for column in _header(_found(root, name)) if column in useful]
-
-
-def _table(root: Path, name: str) -> Path | None:
+def find_table(root: Path, name: str) -> Path | None:
+    """Return the file of a table such as ``hosp/patients``, packed or not; None when there is none."""
     return next((path for path in (root / f"{name}.csv.gz", root / f"{name}.csv") if path.is_file()), None)
 
 
 def _found(root: Path, name: str) -> Path:
-    path = _table(root, name)
+    path = find_table(root, name)
     if path is None:
         raise ValueError(f"ehr_root: {root} has no {name}.csv[.gz]")
     return path
 
 
-def _header(path: Path) -> list[str]:
+def read_header(path: Path) -> list[str]:
+    """Return the names of a CSV table's columns, in lower case.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             return file.readline().strip().lower().replace('"', "").split(",")

@@ -7,24 +7,22 @@ hold. So a run must read the samples it began with: what was prepared, and from 
 
 import hashlib
 import json
-import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+import warnings
+from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from rollout.data.cache import SampleCache, digest_file
 from rollout.data.classes import check_arguments, did_you_mean, named_class, root_argument
 from rollout.data.quiet import quiet_pyhealth
 from rollout.data.vocabulary import Vocabulary
 from rollout.errors import CohortError
-from rollout.files import write_json
+from rollout.files import usable_path
 
-SCHEMA_VERSION = 1
-RECORD, LOCK, PREPARED = "prepared.json", ".lock", "pyhealth"
+MOST_WORKERS = 512
 _SET_HERE = ("cache_dir", "num_workers")
 
 
@@ -54,6 +52,8 @@ class SampleSource:
         Raises:
             ValueError: naming what PyHealth does not have or take.
         """
+        if type(self.workers) is not int or not 1 <= self.workers <= MOST_WORKERS:
+            raise ValueError(f"[dataset] workers must be a whole number from 1 to {MOST_WORKERS}, got {self.workers!r}")
         dataset = named_class("dataset", self.dataset, "[dataset] class")
         root = root_argument(dataset, "[dataset] class")
         check_arguments(dataset, self.dataset_arguments, (root, *_SET_HERE), "[dataset] arguments")
@@ -74,32 +74,36 @@ class SampleSource:
         }
 
 
-def prepare_samples(source: SampleSource, cache: str | Path, vocabulary: Vocabulary | None = None) -> Any:
-    """Return the samples of a source as a PyHealth ``SampleDataset``, prepared in ``cache`` unless they are there.
+def prepare_samples(
+    source: SampleSource, cache: str | Path, vocabulary: Vocabulary | None = None, *, trust_cache: bool = False
+) -> Any:
+    """Return the samples of a source as a PyHealth `SampleDataset`, prepared in `cache` unless they are there.
+
+    PyHealth pickles its own cache, and unpickles it here: samples that are there are opened only if you prepared them
+    (`rollout.data.cache`), unchanged since, or if they are trusted.
 
     Args:
         source: What to read.
-        cache: Folder for PyHealth's event table and samples, and for ``prepared.json``, which says what they are.
-            Nothing is written elsewhere. PyHealth pickles its own cache, and unpickles it here.
+        cache: New or empty folder, or one prepared before. It gets PyHealth's event table and samples, and
+            `prepared.json`, which says what they are; nothing is written elsewhere but the key in your state folder.
         vocabulary: Processors to use as they are; None fits them on these samples.
+        trust_cache: Whether to open samples that somebody else prepared. Whoever did can run anything as you.
 
     Raises:
-        ValueError: If the source cannot be read or gives no samples, if ``vocabulary`` is of another task, if the cache
-            holds other samples, if its tables have changed since, or if another process is preparing it.
+        ValueError: If the source cannot be read or gives no samples, if `vocabulary` is of another task, if the cache
+            holds other things, other samples, or samples that are not known to be yours or have changed, if its tables
+            have changed since, or if another process is preparing it.
         CohortError: If the disk is full or fails.
     """
     source.check()
-    folder = Path(cache).expanduser()
+    folder, key = usable_path(cache, "cache"), _key(vocabulary)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _held(folder):
-            record = _read_record(folder, source)
-            key = _key(vocabulary)
-            if key not in record["samples"]:
-                if not record["samples"]:
-                    shutil.rmtree(folder / PREPARED, ignore_errors=True)
-                _prepare(source, folder, vocabulary, key, record)
-            return _opened(folder, record["samples"][key])
+        known = SampleCache(folder, json.loads(json.dumps(source.identity)), trust_cache)
+        entry = _find(known, source, key)
+        if entry is None:
+            with known.lock():
+                entry = _find(known, source, key) or _prepare(source, known, vocabulary, key)
+        return _opened(known.made, entry)
     except OSError as error:
         raise CohortError(
             f"cannot prepare samples in {folder}: {error}. When that is mended, the same command begins again there"
@@ -112,65 +116,41 @@ def _key(vocabulary: Vocabulary | None) -> str:
     return hashlib.sha256(json.dumps(vocabulary.described()).encode()).hexdigest()
 
 
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another process is preparing samples in {folder}; wait for it, or use another") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _read_record(folder: Path, source: SampleSource) -> dict[str, Any]:
-    """What the cache holds, checked against the source; an empty record when it holds nothing that is whole."""
-    empty: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **source.identity, "tables": {}, "samples": {}}
-    try:
-        record = json.loads((folder / RECORD).read_bytes())
-        samples, tables = dict(record["samples"]), dict(record["tables"])
-        whole = {key: entry for key, entry in samples.items() if (folder / entry["path"] / "index.json").is_file()}
-        known = record["schema_version"] == SCHEMA_VERSION and all(name in record for name in empty)
-    except (OSError, ValueError, KeyError, TypeError):
-        return empty
-    if not known or not whole:
-        return empty
-    here = json.loads(json.dumps(source.identity))
-    for name, value in here.items():
-        if record[name] != value:
-            raise ValueError(
-                f"{folder} holds samples of another run: {name} is {record[name]!r} there, {value!r} now; give another "
-                "output, or another cache"
-            )
+def _find(cache: SampleCache, source: SampleSource, key: str) -> Mapping[str, str] | None:
+    """The entry of the samples in the cache, if they are there; the tables are then as they were."""
+    tables = cache.record["tables"] if cache.record["samples"] else {}
     changed = [name for name, stamp in tables.items() if not _unchanged(source.root / name, stamp)]
     if changed:
         raise ValueError(
-            f"{', '.join(changed[:5])} in {source.root} changed since the samples in {folder} were prepared; put the "
-            "tables back, or give another output (or cache) to begin anew"
+            f"{', '.join(changed[:5])} in {source.root} changed since the samples in {cache.folder} were prepared; put "
+            "the tables back, or give another output (or cache) to begin anew"
         )
-    return {**record, "samples": whole}
+    return cache.find(key)
 
 
-def _prepare(
-    source: SampleSource, folder: Path, vocabulary: Vocabulary | None, key: str, record: dict[str, Any]
-) -> None:
+def _prepare(source: SampleSource, cache: SampleCache, vocabulary: Vocabulary | None, key: str) -> Mapping[str, str]:
     dataset_class = named_class("dataset", source.dataset, "[dataset] class")
     task = _called("[task]", named_class("task", source.task, "[task] class"), source.task_arguments)
     if vocabulary is not None:
         _check_features(task, vocabulary)
     inputs, outputs = (None, None) if vocabulary is None else vocabulary.build()
+    trouble = cache.begin()
+    if trouble is not None:
+        warnings.warn(
+            f"the samples in {cache.folder} cannot be marked as yours ({trouble}), so another process opens them only "
+            "with --trust-cache; set XDG_STATE_HOME to a folder you can write to",
+            stacklevel=3,
+        )
+    made = cache.made.absolute()
     arguments = {
         root_argument(dataset_class, "[dataset] class"): str(source.root.absolute()),
         **source.dataset_arguments,
-        "cache_dir": str((folder / PREPARED).absolute()),
+        "cache_dir": str(made),
         "num_workers": source.workers,
     }
     with quiet_pyhealth(), redirect_stdout(sys.stderr):
         dataset = _called("[dataset]", dataset_class, arguments)
-        record["tables"] = {name: _stamp(source.root / name) for name in _table_files(dataset, source.root)}
-        write_json({**record, "samples": {}} if not record["samples"] else record, folder / RECORD)
+        cache.record["tables"] = {name: _stamp(source.root / name) for name in _table_files(dataset, source.root)}
         try:
             samples = dataset.set_task(
                 task, num_workers=source.workers, input_processors=inputs, output_processors=outputs
@@ -180,21 +160,32 @@ def _prepare(
                 raise
             raise ValueError(
                 f"PyHealth made no {source.task} samples of the tables in {source.root}: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error}{_guard_hint(error)}"
             ) from error
-    record["samples"][key] = {
-        "path": str(Path(samples.path).relative_to(folder.absolute())),
+    entry = {
+        "path": Path(samples.path).relative_to(made).as_posix(),
         "dataset_name": samples.dataset_name,
         "task_name": samples.task_name,
     }
-    write_json(record, folder / RECORD)
+    cache.finish(key, entry)
+    return entry
 
 
-def _opened(folder: Path, entry: Mapping[str, str]) -> Any:
+def _guard_hint(error: Exception) -> str:
+    """PyHealth reads tables in a process of its own, which imports the script, and so runs what is unguarded there."""
+    if "Nanny failed to start" not in str(error):
+        return ""
+    return (
+        ' In a script, the call must stand under `if __name__ == "__main__":`, because the process that PyHealth reads '
+        "the tables with imports the script"
+    )
+
+
+def _opened(made: Path, entry: Mapping[str, str]) -> Any:
     with quiet_pyhealth():
         from pyhealth.datasets import SampleDataset
 
-        return SampleDataset(str(folder.absolute() / entry["path"]), entry["dataset_name"], entry["task_name"])
+        return SampleDataset(str(made.absolute() / entry["path"]), entry["dataset_name"], entry["task_name"])
 
 
 def _called(where: str, made: Any, arguments: Mapping[str, Any]) -> Any:
@@ -263,12 +254,7 @@ def _existing(root: Path, name: str, table: str) -> list[Path]:
 def _stamp(path: Path) -> list[Any]:
     """Size, time of change, and digest of a file."""
     stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns, _digest(path)]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return [stat.st_size, stat.st_mtime_ns, digest_file(path)]
 
 
 def _unchanged(path: Path, stamp: Any) -> bool:
@@ -276,6 +262,6 @@ def _unchanged(path: Path, stamp: Any) -> bool:
     try:
         size, changed, digest = stamp
         stat = path.stat()
-        return stat.st_size == size and (stat.st_mtime_ns == changed or _digest(path) == digest)
+        return stat.st_size == size and (stat.st_mtime_ns == changed or digest_file(path) == digest)
     except (OSError, TypeError, ValueError):
         return False

@@ -1,23 +1,27 @@
 """The fitted processors of a PyHealth dataset as plain JSON, and back.
 
 PyHealth fits its processors on the cohort it reads, so another cohort gives other code ids, and a model trained on the
-first would read wrong codes without a word. ``vocabulary.json`` keeps the ids a model was trained with: per feature and
-label the processor's class and its fitted state. Nothing is pickled.
+first would read wrong codes without a word. `vocabulary.json` keeps the ids a model was trained with: per feature and
+label the processor's class and its fitted state. Nothing is pickled. Beside weights it is tied to them by two digests,
+of its own content and of the weights: one that was permuted, or belongs to another model of the same sizes, is refused.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rollout.files import write_json
+from rollout.files import parse_json, write_json
 
 SCHEMA_VERSION = 1
 PADDING = ["<pad>", "<unk>"]
+OWN, WEIGHTS = "sha256", "weights_sha256"
+"""Keys of the digests of a vocabulary's own content, and of the weights it was written with."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,24 @@ class SavedProcessor:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The processors of the features and of the labels, by key, in the order of the dataset."""
+    """The processors of the features and of the labels, by key, in the order of the dataset.
+
+    Attributes:
+        inputs: Of the features.
+        outputs: Of the labels.
+        weights: Digest of the weights it was written with; None when it was written without any.
+    """
 
     inputs: Mapping[str, SavedProcessor]
     outputs: Mapping[str, SavedProcessor]
+    weights: str | None = field(default=None, compare=False)
 
     def build(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return ``input_processors`` and ``output_processors`` for PyHealth's ``set_task``."""
         return _built(self.inputs), _built(self.outputs)
 
     def described(self) -> dict[str, Any]:
-        """Return the content of ``vocabulary.json``."""
+        """Return the content of `vocabulary.json`, its digests aside."""
         sides = {"inputs": self.inputs, "outputs": self.outputs}
         return {
             "schema_version": SCHEMA_VERSION,
@@ -112,30 +123,49 @@ def _saved(key: str, processor: Any) -> SavedProcessor:
     return saved
 
 
-def write_vocabulary(dataset: Any, path: str | Path) -> Path:
-    """Write ``vocabulary.json`` of a PyHealth ``SampleDataset``, whole or not at all.
+def write_vocabulary(dataset: Any, path: str | Path, weights: str | None = None) -> Path:
+    """Write `vocabulary.json` of a PyHealth `SampleDataset`, whole or not at all.
+
+    Args:
+        dataset: Whose processors to write.
+        path: Of the file.
+        weights: Digest of the weights it belongs to, which reading it beside others then refuses.
 
     Raises:
-        ValueError: As ``vocabulary_of``.
+        ValueError: As `vocabulary_of`.
     """
-    return write_json(vocabulary_of(dataset).described(), path)
+    content = vocabulary_of(dataset).described()
+    tied = {} if weights is None else {WEIGHTS: weights}
+    return write_json({**content, OWN: _digest(content), **tied}, path)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Of what a vocabulary says, its digests aside, whatever the order of its keys."""
+    said = {key: value for key, value in content.items() if key not in (OWN, WEIGHTS)}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def read_vocabulary(path: str | Path) -> Vocabulary:
-    """Read what ``write_vocabulary`` wrote; PyHealth is not imported.
+    """Read what `write_vocabulary` wrote; PyHealth is not imported. One from elsewhere, without digests, is read too.
 
     Raises:
-        ValueError: If it cannot be read, is damaged, or is of another version.
+        ValueError: If it cannot be read, is damaged, was changed since it was written, or is of another version.
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"vocabulary {path} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
         got = content.get("schema_version") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"vocabulary {path} must have schema_version {SCHEMA_VERSION}, got {got!r}")
-    return Vocabulary(*(_read_side(path, side, content.get(side)) for side in ("inputs", "outputs")))
+    sides = [_read_side(path, side, content.get(side)) for side in ("inputs", "outputs")]
+    if OWN in content and content[OWN] != _digest(content):
+        raise ValueError(
+            f"vocabulary {path} was changed since it was written: its content is not that of its {OWN}, so codes may "
+            f"have other ids than the model was trained with; put the file back (or, if it is right, delete its {OWN})"
+        )
+    return Vocabulary(sides[0], sides[1], content.get(WEIGHTS))
 
 
 def _read_side(path: Path, side: str, part: Any) -> dict[str, SavedProcessor]:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from rollout.cohort.run import CohortRun
 from rollout.data.collate import pyhealth_collate
-from rollout.data.mimic import check_mimic_root, code_names, mimic_source
+from rollout.data.mimic import check_mimic_root, mimic_source
+from rollout.data.names import names_for
 from rollout.data.quiet import quiet_pyhealth
 from rollout.data.samples import prepare_samples
+from rollout.data.seal import seal_problem, seal_record
 from rollout.data.synthetic import write_synthetic_cohort
 from rollout.demo.training import (
     Recipe,
@@ -29,7 +31,7 @@ from rollout.demo.training import (
     split_patients,
     train_transformer,
 )
-from rollout.files import empty_folder, write_json
+from rollout.files import empty_folder, parse_json, usable_path, write_json
 from rollout.results.layout import CACHE
 from rollout.results.plots import plot_record, plot_top_codes
 from rollout.results.ranking import planted_codes, planted_found, rank_codes
@@ -37,7 +39,7 @@ from rollout.runfile.file import RUN, VOCABULARY, WEIGHTS, save_model
 from rollout.runfile.settings import check_device
 from rollout.runfile.start import attribute_run_file
 
-DEMO, ATTRIBUTED = "demo.json", "attributed"
+DEMO, ATTRIBUTED, WRITER = "demo.json", "attributed", "rollout demo"
 WRITTEN = (ATTRIBUTED, "cohort", CACHE, RUN, WEIGHTS, VOCABULARY, "ranking.csv", "top_codes.png", "record.png",
            "report.html", DEMO)  # fmt: skip
 """All that a demo writes; what marks a folder as a demo's own comes last."""
@@ -119,9 +121,10 @@ def run_demo(
     root = None if ehr_root is None else check_mimic_root(ehr_root)
     where = check_device(device, "run_demo: device")
     if overwrite:
-        _remove_earlier(Path(output).expanduser())
+        _remove_earlier(usable_path(output, "output"))
     folder = empty_folder(output, "output")
-    write_json({"written_by": "rollout demo", "status": "running"}, folder / DEMO)
+    wrote = [name for name in WRITTEN if root is None or name != "cohort"]
+    _write_mark(folder, {"status": "running"}, wrote)
     clock = _Clock()
     if root is None:
         print(f"Writing a synthetic cohort of {patients} patients (seed {seed})")
@@ -132,7 +135,7 @@ def run_demo(
     source, cache = mimic_source(root, workers=workers), folder / CACHE
     dataset = prepare_samples(source, cache)
     samples: list[Sample] = list(dataset)
-    names = code_names(root)
+    names = names_for(root, dataset.input_processors)
     labels = labels_of(samples, next(iter(dataset.output_schema)))
     split = split_patients([sample["patient_id"] for sample in samples], labels, seed)
     clock.lap("PyHealth samples")
@@ -175,7 +178,7 @@ def run_demo(
         planted=planted,
         seconds=clock.laps,
     )
-    _write_figures(demo, seed)
+    _write_figures(demo, seed, wrote)
     return demo
 
 
@@ -263,11 +266,10 @@ def _caption(sample: Sample, number: int, probability: np.ndarray, labels: np.nd
     )
 
 
-def _write_figures(demo: Demo, seed: int) -> None:
+def _write_figures(demo: Demo, seed: int, wrote: Sequence[str]) -> None:
     found = planted_found(demo.ranking, demo.planted)
     ours, stock = demo.race.rates
     figures = {
-        "written_by": "rollout demo",
         "status": "complete",
         "seed": seed,
         "samples": demo.samples,
@@ -280,7 +282,13 @@ def _write_figures(demo: Demo, seed: int) -> None:
         "planted_in_top_k": {key: {"found": hit, "k": k} for key, (hit, k) in found.items()},
         "seconds": demo.seconds,
     }
-    write_json(figures, demo.output / DEMO)
+    _write_mark(demo.output, figures, wrote)
+
+
+def _write_mark(folder: Path, figures: Mapping[str, Any], wrote: Sequence[str]) -> None:
+    """What lets a later demo replace this one: what was written, under this user's seal."""
+    record, _ = seal_record({"written_by": WRITER, "wrote": list(wrote), **figures})
+    write_json(record, folder / DEMO)
 
 
 def report(demo: Demo, top: int = 8) -> str:
@@ -354,11 +362,17 @@ def _check_numbers(**numbers: int) -> None:
 
 
 def _remove_earlier(folder: Path) -> None:
-    """Remove what an earlier demo wrote there, finished or not; a folder without its mark is left alone."""
-    if not (folder / DEMO).is_file():
+    """Remove what an earlier demo of this user wrote there, finished or not, and nothing else."""
+    try:
+        record = parse_json((folder / DEMO).read_bytes())
+    except (OSError, ValueError):
         return
-    for name in WRITTEN:
+    if not isinstance(record, dict) or record.get("written_by") != WRITER or seal_problem(record) is not None:
+        return
+    for name in WRITTEN:  # the mark last
         path = folder / name
+        if name not in record["wrote"] or path.is_symlink():
+            continue
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from rollout.method import sums_to_one
 from rollout.pyhealth import readout as readout_of
 from rollout.pyhealth.readout import Relevance
 from rollout.pyhealth.watch import (
@@ -16,6 +17,7 @@ from rollout.pyhealth.watch import (
     attention_sites,
     is_own,
 )
+from rollout_kernels import Method
 
 __all__ = ["RowInterpreter"]
 
@@ -24,10 +26,12 @@ class RowInterpreter(BaseInterpreter):
     """An interpreter whose relevance is a row of a chain of attention layers.
 
     Attributes:
+        method: how the matrices of the chain are formed.
         readout: `"model"`: the row `get_relevance_tensor` picks. `"forward"`: the row the forward pass predicted from.
     """
 
     readout = "model"
+    method: Method
 
     def attribute(self, target_class_idx: int | None = None, **data: Any) -> Relevance:
         sites = attention_sites(self.model)
@@ -42,6 +46,16 @@ class RowInterpreter(BaseInterpreter):
         runnable = readout_of.without_empty_features(keys, data)
         relevance = self._by_capture(sites, runnable, target_class_idx)
         return readout_of.to_value_shapes(self.model, relevance, data)
+
+    @property
+    def rows_sum_to_one(self) -> bool:
+        """Whether the relevance of each feature, before it is copied to the codes of a visit, must sum to 1.
+
+        So it is where it is a row of a chain whose rows do, of softmax maps: for PyHealth's own models, their attention
+        and readout as they came. What another model's readout makes of its matrix is not known.
+        """
+        own = is_own(self.model, *READOUT_METHODS) and attention_sites(self.model) is not None
+        return own and sums_to_one(self.method)
 
     @abstractmethod
     def _by_protocol(self, data: dict[str, Any], target_class_idx: int | None) -> Relevance:

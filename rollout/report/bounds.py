@@ -15,6 +15,8 @@ ERRORS = 8
 SESSIONS = 8
 NOTES = 12
 TEXT = 160
+NAME = 240
+"""Of a code's name: long enough for both titles of an ambiguous one."""
 MANIFEST = 20_000
 EXACT_PATIENTS = 2_000_000
 """Samples up to which patients are counted exactly; beyond, they are estimated, and the page says so."""

@@ -8,6 +8,8 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 400, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 40
+TINY = 1e-12
+"""The least that an axis spans."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Axes:
-    """Axes of a chart: what they measure, x from ``start`` to ``stop``, and a dashed line across, if any."""
+    """Axes of a chart: what they measure, x from `start` to `stop`, and a dashed line across, if any; y includes 0."""
 
     x: str
     y: str
@@ -32,16 +34,15 @@ class Axes:
 
 
 def bar_chart(title: str, series: Sequence[Bars], axes: Axes) -> Markup:
-    """Bars side by side from ``axes.start`` to ``axes.stop``, the series stacked on each other.
+    """Bars side by side from `axes.start` to `axes.stop`, the series stacked on each other.
 
     Args:
         title: What it shows, for those who cannot see it.
-        series: From the bottom up; as many heights in each.
-        axes: ``whole``: each bar stands on a whole number, the first on ``start``.
+        series: From 0 up, or down where a height is negative; as many heights in each.
+        axes: `whole`: each bar stands on a whole number, the first on `start`.
     """
     count = len(series[0].heights)
-    totals = [sum(part.heights[i] for part in series) for i in range(count)]
-    frame = _Frame(axes, max([*totals, axes.line or 0.0, 1e-12]))
+    frame = _Frame(axes, [sum(part.heights[i] for part in series) for i in range(count)])
     width = (WIDTH - LEFT - RIGHT) / max(count, 1)
     gap = min(1.0, width / 8)
     pieces = []
@@ -49,11 +50,11 @@ def bar_chart(title: str, series: Sequence[Bars], axes: Axes) -> Markup:
         base = 0.0
         for part in series:
             height = part.heights[i]
-            if height > 0:
-                top = frame.y(base + height)
+            if height:
+                top, bottom = sorted((frame.y(base), frame.y(base + height)))
                 pieces.append(
                     f'<rect class="{escape(part.style)}" x="{LEFT + i * width + gap / 2:.2f}" y="{top:.2f}" '
-                    f'width="{width - gap:.2f}" height="{max(frame.y(base) - top, 0.5):.2f}"/>'
+                    f'width="{width - gap:.2f}" height="{max(bottom - top, 0.5):.2f}"/>'
                 )
             base += height
     return frame.drawn(title, pieces)
@@ -62,8 +63,8 @@ def bar_chart(title: str, series: Sequence[Bars], axes: Axes) -> Markup:
 def stem_chart(
     title: str, places: Sequence[float], heights: Sequence[float], styles: Sequence[str], axes: Axes
 ) -> Markup:
-    """A stem with a dot for each of ``heights`` at its place on the x axis."""
-    frame = _Frame(axes, max([*heights, axes.line or 0.0, 1e-12]))
+    """A stem with a dot for each of `heights` at its place on the x axis."""
+    frame = _Frame(axes, heights)
     pieces = []
     for place, height, style in zip(places, heights, styles, strict=True):
         x, top = frame.x(place), frame.y(height)
@@ -75,23 +76,28 @@ def stem_chart(
 class _Frame:
     """The axes of a chart and the way from values to places in it."""
 
-    def __init__(self, axes: Axes, highest: float) -> None:
+    def __init__(self, axes: Axes, heights: Sequence[float]) -> None:
         self.axes = axes
-        self.ticks_y = ticks(0.0, highest, 4)
-        self.top = max(self.ticks_y[-1], highest * 1.04)
+        lowest, highest = min([*heights, 0.0]), max([*heights, axes.line or 0.0, 0.0])
+        if highest - lowest < TINY:
+            highest = TINY
+        self.ticks_y = ticks(lowest, highest, 4)
+        self.floor, self.top = min(self.ticks_y[0], lowest * 1.04), max(self.ticks_y[-1], highest * 1.04)
         half = 0.5 if axes.whole else 0.0
         self.low, self.high = axes.start - half, axes.stop + half
-        if self.high <= self.low:
-            self.low, self.high = self.low - 0.5, self.high + 0.5
+        least = max(TINY, 1e-9 * max(abs(self.low), abs(self.high)))
+        if self.high - self.low < least:
+            around = max(0.5, abs(self.low) / 2)
+            self.low, self.high = self.low - around, self.high + around
 
     def x(self, value: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (value - self.low) / (self.high - self.low)
+        return LEFT + (WIDTH - LEFT - RIGHT) * ((value - self.low) / (self.high - self.low))
 
     def y(self, value: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * value / self.top
+        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * ((value - self.floor) / (self.top - self.floor))
 
     def drawn(self, title: str, pieces: Sequence[str]) -> Markup:
-        axes, floor = self.axes, HEIGHT - BOTTOM
+        axes, floor, zero = self.axes, HEIGHT - BOTTOM, self.y(0.0)
         parts = [
             f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
             f"<title>{escape(title)}</title>",
@@ -101,7 +107,7 @@ class _Frame:
             parts.append(f'<path class="grid" d="M{LEFT} {y:.2f}H{WIDTH - RIGHT}"/>')
             parts.append(f'<text class="tick" x="{LEFT - 5}" y="{y + 4:.2f}" text-anchor="end">{label(tick)}</text>')
         parts += pieces
-        parts.append(f'<path class="axis" d="M{LEFT} {floor}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<path class="axis" d="M{LEFT} {zero:.2f}H{WIDTH - RIGHT}"/>')
         if axes.line is not None:
             parts.append(f'<path class="even" d="M{LEFT} {self.y(axes.line):.2f}H{WIDTH - RIGHT}"/>')
         for tick in self._ticks_x():
@@ -122,19 +128,21 @@ class _Frame:
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """About ``count`` round numbers from ``low`` to the first at or beyond ``high``."""
+    """About `count` round numbers from the last at or below `low` to the first at or beyond `high`."""
     raw = (high - low) / count
     if raw <= 0 or not math.isfinite(raw):
         return [low]
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
+    first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def label(value: float) -> str:
-    """A tick: 0.25, 12, 3,000, 1.5M."""
+    """A tick: 0.25, 12, 3,000, 1.5M, 2e+30."""
+    if abs(value) >= 1e9:
+        return f"{value:.3g}"
     if abs(value) >= 1e6:
         return f"{value / 1e6:g}M"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import polars as pl
 
 from rollout.results.folder import ATTRIBUTIONS, Names, RunFolder
+from rollout.results.labels import NO_LABELS, count_labels, label_kind, labels_of
+from rollout.results.manifest import PartRecord
 from rollout.results.places import code_sums, length_counts, merged, place_sums
 
 READ_POSITION = {"Transformer": 0, "StageAttentionNet": -1}
@@ -21,10 +24,12 @@ _ROWS = ["sample", "feature", "visit", "position", "code", "attribution"]
 class CohortAttributions:
     """The folder of a cohort run, opened for reading.
 
-    Nothing is read at once but the manifest and the footers of the parts. ``attributions``, ``predictions`` and
-    ``failures`` are lazy frames: filter and select before ``collect``. The summaries (``top_codes``, ``by_position``,
-    ``by_visit``, ``lengths``) go through the parts one by one, so their memory is that of the largest part, not of the
-    cohort.
+    Nothing is read at once but the manifest and the commit records, which are checked field by field. A file of a part
+    is held against the SHA-256 of its commit record when it is first read, and again if its size or times change; so
+    ``attributions``, ``predictions`` and ``failures``, which are lazy frames of all parts, read every byte once (about
+    0.4 GB/s) before they are given. Filter and select before ``collect``. The summaries (``top_codes``,
+    ``by_position``, ``by_visit``, ``lengths``) go through the parts one by one, so their memory is that of the largest
+    part, not of the cohort; ``patient`` and ``sample`` read the parts that hold the samples asked for.
 
     What relevance is taken as: each feature of a sample has scores of its own, on its *places*: the positions of a flat
     feature, the visits of a nested one. A nested feature's rows carry the visit's score once per code; the summaries
@@ -38,22 +43,22 @@ class CohortAttributions:
         names: Names of codes, ``{feature: {code: name}}`` or a JSON file of them, before those of the folder.
 
     Raises:
-        ValueError: If there is no such folder, its manifest is missing, damaged or of an unknown version, or parts are
-            missing or damaged.
+        ValueError: If there is no such folder, its manifest or a commit record is missing, damaged or of another
+            version, or files of parts are missing or of another size; the message names file and field. Later, when a
+            file is first read and does not hold what was written.
     """
 
     def __init__(self, path: str | Path, names: str | Path | Mapping[str, Mapping[str, str]] | None = None) -> None:
         self._folder = RunFolder(path, names)
-        self._label_kind: str | None = None
         if not self.complete:
             warnings.warn(
-                f"the run in {self.path} is not complete: {self.samples:,} of {self._planned()} samples can "
+                f"the run in {self.path} is not complete: {self.samples:,} of {self.planned:,} samples can "
                 "be read; run the same attribution again on the folder to finish it",
                 stacklevel=2,
             )
 
     def __repr__(self) -> str:
-        return f"CohortAttributions({str(self.path)!r}, {self.manifest['status']}, {self.samples:,} samples)"
+        return f"CohortAttributions({str(self.path)!r}, {self._folder.manifest.status}, {self.samples:,} samples)"
 
     @property
     def path(self) -> Path:
@@ -62,8 +67,8 @@ class CohortAttributions:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What was run: see ``manifest.json``."""
-        return self._folder.manifest
+        """What was run: see ``manifest.json`` and ``rollout.results.manifest.Manifest``."""
+        return self._folder.manifest.as_dict()
 
     @property
     def complete(self) -> bool:
@@ -96,10 +101,9 @@ class CohortAttributions:
         return self._folder.rows["predictions"]
 
     @property
-    def planned(self) -> int | None:
-        """Number of samples of the dataset, when the manifest says."""
-        data = self.manifest["identity"].get("dataset")
-        return data.get("samples") if isinstance(data, dict) else None
+    def planned(self) -> int:
+        """Number of samples of the dataset."""
+        return self._folder.manifest.identity["dataset"]["samples"]
 
     @property
     def features(self) -> list[str]:
@@ -109,36 +113,38 @@ class CohortAttributions:
     @property
     def granularity(self) -> dict[str, str]:
         """Feature → what has a score of its own in it: a ``code``, a ``visit``, the ``feature``, a ``step``."""
-        return self._folder.granularity
+        return dict(self._folder.manifest.granularity)
+
+    @property
+    def time_units(self) -> dict[str, str | None]:
+        """Feature with times → what the column ``time`` is counted in; None where that is not known."""
+        return dict(self._folder.manifest.time)
+
+    @property
+    def label_names(self) -> dict[str, list[str | None]]:
+        """Output of the dataset → the names of its labels, by number."""
+        return dict(self._folder.manifest.labels)
 
     @property
     def read_position(self) -> int | None:
         """The place the model reads, for the models known here (``READ_POSITION``), else None."""
-        model = self.manifest["identity"].get("model") or {}
-        return READ_POSITION.get(str(model.get("class", "")).rpartition(".")[2])
+        return READ_POSITION.get(self._folder.manifest.identity["model"]["class"].rpartition(".")[2])
 
-    @property
+    @cached_property
     def label_kind(self) -> str | None:
-        """How ``y_true`` is read: ``binary``, ``multiclass``, ``multilabel``, ``regression``, or None when absent.
-
-        One number per sample, whole and not negative, is a class: of two when ``y_prob`` is one number and none is
-        above 1, of more when ``y_prob`` has several. Several zeros and ones are a set of labels. Anything else is a
-        measured value.
-        """
-        if self._label_kind is None:
-            self._label_kind = _label_kind(self.predictions)
-        return self._label_kind or None
+        """``binary``, ``multiclass``, ``multilabel``, ``regression`` or None: see ``rollout.results.labels``."""
+        return label_kind(self.predictions)
 
     def with_predictions(self) -> pl.LazyFrame:
         """``attributions`` with each row's prediction and truth; for a large one ``collect(engine="streaming")``."""
         return self.attributions.join(self.predictions.drop("patient_id", "visit_id"), on="sample", how="left")
 
     def labels(self) -> pl.DataFrame:
-        """How many ``samples`` have each ``label``, commonest first; no row without labels or for measured values."""
-        if self.label_kind in (None, "regression"):
-            return pl.DataFrame(schema={"label": pl.Int64, "samples": pl.UInt32})
-        counted = _exploded(self.predictions, self.label_kind).group_by("label").agg(pl.len().alias("samples"))
-        return counted.collect(engine="streaming").sort(["samples", "label"], descending=[True, False])
+        """How many ``samples`` have each ``label``, commonest first, and its ``name`` (null where it is not known).
+
+        There is no row without labels or for measured values.
+        """
+        return count_labels(self.predictions, self.label_kind, self._folder.manifest.labels)
 
     def top_codes(
         self,
@@ -187,23 +193,23 @@ class CohortAttributions:
         split = per_label or label is not None
         wanted = self._wanted(label) if split else None
         keys = ["feature", "code", "label"] if split else ["feature", "code"]
-        sums = merged((self._code_sums(part, feature, read, wanted, per_label) for part in self._parts()), keys)
+        sums = merged((self._code_sums(part, feature, read, wanted, per_label) for part in self._folder.records), keys)
         if sums is None:
-            sums = code_sums(ATTRIBUTIONS, read, _NO_LABELS if split else None)
+            sums = code_sums(ATTRIBUTIONS, read, NO_LABELS if split else None)
         if wanted is None:
             sums = sums.with_columns(samples=pl.lit(self.samples))
         elif per_label:
-            sums = sums.join(self.labels(), on="label")
+            sums = sums.join(self.labels().select("label", "samples"), on="label")
         else:
             sums = sums.with_columns(samples=pl.lit(self._samples_of(wanted)))
         groups = ["feature", "label"] if per_label else ["feature"]
         return self._ranked(sums, groups, by, minimum_records, k)
 
     def _code_sums(
-        self, part: Path, feature: str | None, read: int | None, wanted: Sequence[int] | None, per_label: bool
+        self, part: PartRecord, feature: str | None, read: int | None, wanted: Sequence[int] | None, per_label: bool
     ) -> pl.DataFrame:
         labels = None if wanted is None else self._labels_of(part, wanted, per_label)
-        return code_sums(_read_part(part, feature), read, labels)
+        return code_sums(self._rows(part, feature), read, labels)
 
     def _ranked(self, sums: pl.DataFrame, groups: list[str], by: str, minimum: int, k: int | None) -> pl.DataFrame:
         means = sums.filter(pl.col("records") >= minimum).select(
@@ -245,7 +251,7 @@ class CohortAttributions:
     def _by_place(self, name: str, feature: str | None, from_end: bool, read: int | None) -> pl.DataFrame:
         self._check_feature(feature)
         nested = name == "visit"
-        partials = (place_sums(_read_part(part, feature), nested, from_end, read) for part in self._parts())
+        partials = (place_sums(self._rows(part, feature), nested, from_end, read) for part in self._folder.records)
         sums = merged(partials, ["feature", "place"])
         if sums is None:
             sums = place_sums(ATTRIBUTIONS, nested, from_end, read)
@@ -263,25 +269,27 @@ class CohortAttributions:
     def lengths(self, feature: str | None = None) -> pl.DataFrame:
         """How many ``records`` have which ``length``, by ``feature`` and ``unit`` (entries; visits if nested)."""
         self._check_feature(feature)
-        partials = (length_counts(_read_part(part, feature)) for part in self._parts())
+        partials = (length_counts(self._rows(part, feature)) for part in self._folder.records)
         sums = merged(partials, ["feature", "unit", "length"])
         return length_counts(ATTRIBUTIONS) if sums is None else sums
 
     def patient(self, patient_id: str) -> pl.DataFrame:
         """Every row of a patient's samples, in record order, with prediction and truth.
 
+        ``predictions/`` says which samples those are, and the commit records in which parts they lie.
+
         Raises:
             ValueError: If no attributed sample is of that patient.
         """
-        wanted = pl.col("patient_id") == str(patient_id)
-        found = self._rows_of(wanted)
-        if found.is_empty() and self.predictions.filter(wanted).collect(engine="streaming").is_empty():
+        mine = self.predictions.filter(pl.col("patient_id") == str(patient_id))
+        numbers = mine.select("sample").collect(engine="streaming")["sample"].to_list()
+        if not numbers:
             some = self.predictions.select("patient_id").head(3).collect()["patient_id"].to_list()
             raise ValueError(
                 f"patient: no attributed sample is of patient {str(patient_id)!r}; ids here are as {some} "
                 "(see .predictions), and samples in .failures have no rows"
             )
-        return found
+        return self._rows_of(numbers)
 
     def sample(self, number: int) -> pl.DataFrame:
         """The rows of one sample (its number in the dataset), in record order, with prediction and truth.
@@ -291,34 +299,38 @@ class CohortAttributions:
         """
         if isinstance(number, bool) or not isinstance(number, Integral):
             raise ValueError(f"sample: number must be an int, the sample's place in the dataset, got {number!r}")
-        wanted = pl.col("sample") == int(number)
-        found = self._rows_of(wanted)
-        if found.is_empty() and self.predictions.filter(wanted).collect().is_empty():
-            failed = self.failures.filter(wanted).collect()["error"].to_list()
-            reason = f"it failed: {failed[0]}" if failed else f"the dataset has {self._planned()} samples, from 0"
+        wanted, part = pl.col("sample") == int(number), self._folder.holding([int(number)])
+        if self._folder.scan("predictions", part).filter(wanted).collect().is_empty():
+            failed = self._folder.scan("failures", part).filter(wanted).collect()["error"].to_list()
+            reason = f"it failed: {failed[0]}" if failed else f"the dataset has {self.planned:,} samples, from 0"
             raise ValueError(f"sample: no attributions of sample {int(number)}; {reason} (see .predictions, .failures)")
-        return found
+        return self._rows_of([int(number)])
 
-    def _rows_of(self, wanted: pl.Expr) -> pl.DataFrame:
-        rows = self.attributions.filter(wanted).collect(engine="streaming")
-        predictions = self.predictions.filter(wanted).drop("patient_id", "visit_id").collect(engine="streaming")
+    def _rows_of(self, numbers: Sequence[int]) -> pl.DataFrame:
+        """The rows of samples, from the parts that hold them; row groups of other samples are skipped."""
+        parts, place = self._folder.holding(numbers), pl.col("sample")
+        wanted = place.is_between(min(numbers), max(numbers)) & place.is_in(list(numbers))
+        rows = self._folder.scan("attributions", parts).filter(wanted).collect(engine="streaming")
+        predictions = self._folder.scan("predictions", parts).filter(wanted).drop("patient_id", "visit_id").collect()
         joined = rows.join(predictions, on="sample", how="left")
         order = _order(self.features, joined["feature"]).alias("order")
         return (
             joined.with_columns(order).sort("sample", "order", "visit", "position", maintain_order=True).drop("order")
         )
 
-    def _parts(self) -> list[Path]:
-        return self._folder.files["attributions"]
+    def _rows(self, part: PartRecord, feature: str | None) -> pl.DataFrame:
+        """The rows of a part, whole records: a sample's rows lie in one part."""
+        rows = self._folder.scan("attributions", [part]).select(_ROWS)
+        return (rows if feature is None else rows.filter(pl.col("feature") == feature)).collect()
 
-    def _labels_of(self, part: Path, wanted: Sequence[int], per_label: bool) -> pl.DataFrame:
+    def _labels_of(self, part: PartRecord, wanted: Sequence[int], per_label: bool) -> pl.DataFrame:
         """``sample``, ``label`` of the samples of a part that have a wanted label; all of one label unless split."""
-        labels = _exploded(self._folder.twin("predictions", part), self.label_kind)
+        labels = labels_of(self._folder.scan("predictions", [part]), self.label_kind)
         table = labels.filter(pl.col("label").is_in(list(wanted))).collect(engine="streaming")
         return table if per_label else table.select("sample").unique().with_columns(label=pl.lit(0, pl.Int64))
 
     def _samples_of(self, wanted: Sequence[int]) -> int:
-        chosen = _exploded(self.predictions, self.label_kind).filter(pl.col("label").is_in(list(wanted)))
+        chosen = labels_of(self.predictions, self.label_kind).filter(pl.col("label").is_in(list(wanted)))
         return int(chosen.select(pl.col("sample").n_unique()).collect(engine="streaming").item())
 
     def _wanted(self, label: int | Sequence[int] | None) -> list[int]:
@@ -345,18 +357,6 @@ class CohortAttributions:
         if feature is not None and feature not in self.features:
             raise ValueError(f"feature must be one of {self.features}, got {feature!r}")
 
-    def _planned(self) -> str:
-        return "an unknown number of" if self.planned is None else f"{self.planned:,}"
-
-
-def _read_part(path: Path, feature: str | None) -> pl.DataFrame:
-    """The rows of a part, whole records: a sample's rows lie in one part."""
-    rows = pl.scan_parquet(path).select(_ROWS)
-    return (rows if feature is None else rows.filter(pl.col("feature") == feature)).collect()
-
-
-_NO_LABELS = pl.DataFrame(schema={"sample": pl.Int64, "label": pl.Int64})
-
 
 def _ratio(above: str, below: str) -> pl.Expr:
     return pl.when(pl.col(below) > 0).then(pl.col(above) / pl.col(below))
@@ -375,39 +375,6 @@ def _order(features: Sequence[str], found: pl.Series) -> pl.Expr:
     """The place of each row's feature in the manifest, then by name."""
     known = [*features, *sorted(set(found.unique()) - set(features))]
     return pl.col("feature").replace_strict(known, list(range(len(known))), default=len(known), return_dtype=pl.Int32)
-
-
-def _label_kind(predictions: pl.LazyFrame) -> str:
-    truth = pl.col("y_true")
-    value = truth.explode()
-    seen = predictions.select(
-        wide=truth.list.len().max(), classes=pl.col("y_prob").list.len().max()
-    ).collect(engine="streaming").row(0, named=True)  # fmt: skip
-    if not seen["wide"]:
-        return ""
-    values = predictions.select(value).select(
-        top=truth.max(), low=truth.min(), whole=(truth.drop_nulls() == truth.drop_nulls().round()).all()
-    ).collect(engine="streaming").row(0, named=True)  # fmt: skip
-    if values["top"] is None:
-        return ""
-    if not values["whole"] or values["low"] < 0:
-        return "regression"
-    if seen["wide"] > 1:
-        return "multilabel" if values["top"] <= 1 else "regression"
-    if (seen["classes"] or 1) > 1:
-        return "multiclass"
-    return "binary" if values["top"] <= 1 else "regression"
-
-
-def _exploded(predictions: pl.LazyFrame, kind: str | None) -> pl.LazyFrame:
-    """``sample``, ``label``: a row per sample, or per label that is set; samples without a label give none."""
-    truth = predictions.select("sample", "y_true").filter(pl.col("y_true").list.len() > 0)
-    if kind == "multilabel":
-        places = pl.int_ranges(pl.col("y_true").list.len()).alias("label")
-        cells = truth.with_columns(places).explode("y_true", "label")
-        return cells.filter(pl.col("y_true") == 1).select("sample", "label")
-    label = pl.col("y_true").list.first().cast(pl.Int64, strict=False).alias("label")
-    return truth.select("sample", label).drop_nulls()
 
 
 def _check_count(where: str, name: str, value: Any, least: int) -> None:

@@ -1,34 +1,47 @@
 """The folder of a cohort run as a reader finds it: its manifest, its parts, the names of its codes, each checked."""
 
-import json
-from collections.abc import Mapping
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from rollout.results.layout import ATTRIBUTION_SCHEMA, FAILURE_SCHEMA, PREDICTION_SCHEMA, SCHEMA_VERSION, STATUSES
+from rollout.files import read_json, usable_path
+from rollout.results.layout import (
+    ATTRIBUTION_SCHEMA,
+    KINDS,
+    MANIFEST,
+    NAMES,
+    RECORDS,
+    RUNNING,
+    schemas,
+)
+from rollout.results.manifest import Manifest, OtherVersionError, PartRecord, check_names, totals
+from rollout.results.parts import check_bytes, check_size, check_table
 
 ATTRIBUTIONS = pl.DataFrame(pl.from_arrow(ATTRIBUTION_SCHEMA.empty_table()))
-PREDICTIONS = pl.DataFrame(pl.from_arrow(PREDICTION_SCHEMA.empty_table()))
-FAILURES = pl.DataFrame(pl.from_arrow(FAILURE_SCHEMA.empty_table()))
-COUNTED = {"attributions": "rows", "predictions": "attributed"}
-KINDS = {"attributions": ATTRIBUTIONS, "predictions": PREDICTIONS, "failures": FAILURES}
+_RECORD = re.compile(r"part-\d{5,}\.json")
+_AGAIN = "run the same attribution again on the folder: it redoes what is damaged"
 
 Names = dict[str, dict[str, str]]
 
 
 class RunFolder:
-    """A checked folder of ``rollout attribute``; its rows stay on disk.
+    """A folder of ``rollout attribute``, opened for reading; its rows stay on disk.
+
+    Manifest and commit records are read and checked on opening. A file of rows is checked when it is first read: its
+    bytes against the SHA-256 of its commit record, its columns, its number of rows. It is not checked again until its
+    size or its times change.
 
     Attributes:
         path: The folder.
         manifest: Of the run.
+        records: The commit records of its parts, in order.
         names: Feature → code → name; empty when the folder has none.
-        files: ``attributions`` | ``predictions`` | ``failures`` → its committed parts, in order.
-        rows: Of the same, how many rows they have.
-        granularity: Feature → ``code``, ``visit``, ``feature`` or ``step``, in the order of the dataset. A run writes
-            it at its end; of one that is not complete it is found from the rows.
+        rows: ``attributions`` | ``predictions`` | ``failures`` → how many rows the parts have.
 
     Args:
         path: The folder.
@@ -36,144 +49,178 @@ class RunFolder:
 
     Raises:
         ValueError: If there is no such folder, no manifest, or one that is damaged or of another schema version; if
-            parts are damaged, of other columns, or fewer than a complete run has; if the names are not names.
+            commit records are damaged, or fewer than a complete run has; if a file of a part is missing or of another
+            size; if the names are not names.
     """
 
     def __init__(self, path: str | Path, names: str | Path | Mapping[str, Mapping[str, str]] | None = None) -> None:
-        self.path = Path(path).expanduser()
+        self.path = usable_path(path, "path")
         if not self.path.is_dir():
             what = "that is a file" if self.path.exists() else "no such folder"
             raise ValueError(f"path must be the folder of a cohort run, got {self.path}: {what}")
         self.manifest = _read_manifest(self.path)
-        own = self.path / "code_names.json"
-        self.names = _read_names(own) if own.is_file() else {}
-        for feature, codes in _names(names).items():
+        self.records = [_or_again(read_record, path) for path in record_files(self.path)]
+        for what in disagreements(self.path, self.manifest, self.records):
+            raise ValueError(f"{what}; {_AGAIN}")
+        self.names = own_names(self.path, self.manifest)
+        for feature, codes in _given_names(names).items():
             self.names[feature] = {**self.names.get(feature, {}), **codes}
-        self.files = {kind: _parts(self.path, kind) for kind in KINDS}
-        self.rows = {kind: self._checked_rows(kind, empty) for kind, empty in KINDS.items()}
-        self.granularity: dict[str, str] = self.manifest.get("granularity") or self._found_granularity()
+        self.rows = {kind: sum(r.files[kind].rows for r in self.of(kind)) for kind in KINDS}
+        self._sound: dict[Path, tuple[int, ...]] = {}
+        for kind in KINDS:
+            for record in self.of(kind):
+                _or_again(check_size, self.file(kind, record), record.files[kind])
 
     @property
     def complete(self) -> bool:
         """Whether the run came to its end; failed samples may still lack."""
-        return self.manifest["status"] != "running"
+        return self.manifest.status != RUNNING
 
-    def scan(self, kind: str) -> pl.LazyFrame:
-        """All committed rows of ``attributions``, ``predictions`` or ``failures``, lazily; an empty frame for none."""
-        files = self.files[kind]
-        return pl.scan_parquet(files) if files else KINDS[kind].lazy()
+    def of(self, kind: str) -> list[PartRecord]:
+        """The records of the parts that have a file of a kind, in order."""
+        return [record for record in self.records if kind in record.files]
 
-    def twin(self, kind: str, part: Path) -> pl.LazyFrame:
-        """The rows of a kind for the samples of one part: those of the part of the same name, else all."""
-        same = self.path / kind / part.name
-        return pl.scan_parquet(same) if same in self.files[kind] else self.scan(kind)
+    def file(self, kind: str, record: PartRecord) -> Path:
+        """The file of a part."""
+        return self.path / kind / f"{record.name}.parquet"
 
-    def _found_granularity(self) -> dict[str, str]:
-        found = self.scan("attributions").group_by("feature").agg(
-            visits=pl.col("visit").is_not_null().any(), codes=pl.col("code").is_not_null().any()
-        ).collect(engine="streaming")  # fmt: skip
-        kinds = {feature: "visit" if visits else "code" if codes else "step" for feature, visits, codes in found.rows()}
-        data = self.manifest["identity"].get("dataset")
-        named = data.get("features") if isinstance(data, dict) else None
-        order = [feature for feature in named if feature in kinds] if isinstance(named, list) else []
-        return {feature: kinds[feature] for feature in [*order, *sorted(set(kinds) - set(order))]}
+    def scan(self, kind: str, records: Iterable[PartRecord] | None = None) -> pl.LazyFrame:
+        """The rows of ``attributions``, ``predictions`` or ``failures``, lazily, every file of them checked.
 
-    def _checked_rows(self, kind: str, empty: pl.DataFrame) -> int:
-        try:
-            found = int(self.scan(kind).select(pl.len()).collect().item())
-            columns = self.scan(kind).collect_schema()
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise ValueError(
-                f"{kind}/ in {self.path} has a part that cannot be read ({_first_line(error)}); run the same "
-                "attribution again on the folder: it redoes what is damaged"
-            ) from error
-        wrong = [name for name, dtype in empty.schema.items() if columns.get(name) != dtype]
-        if wrong:
-            raise ValueError(
-                f"{kind}/ in {self.path} must have the columns {', '.join(empty.columns)} as a cohort run writes "
-                f"them; missing or of another type: {', '.join(wrong)}"
-            )
-        expected = self.manifest["counts"].get(COUNTED.get(kind))
-        if self.complete and expected is not None and found != expected:
-            raise ValueError(
-                f"{kind}/ in {self.path} must have {expected:,} rows, as its manifest says, got {found:,}: parts "
-                "were removed or added; run the same attribution again on the folder"
-            )
+        Args:
+            kind: One of the three.
+            records: Of these parts only; None: of all.
+
+        Raises:
+            ValueError: If a file does not hold what was written; it names the file.
+        """
+        chosen = [record for record in (self.records if records is None else records) if kind in record.files]
+        for record in chosen:
+            self._check(kind, record)
+        if not chosen:
+            empty = schemas(self.manifest.class_specific)[kind].empty_table()
+            return pl.DataFrame(pl.from_arrow(empty)).lazy()
+        # Absolute and no pattern: a folder may be called "~x" or "x[et]*".
+        return pl.scan_parquet([self.file(kind, record).absolute() for record in chosen], glob=False)
+
+    def holding(self, numbers: Iterable[int]) -> list[PartRecord]:
+        """The parts that these samples lie in, in order."""
+        wanted = sorted(numbers)
+        found, place = [], 0
+        for record in self.records:
+            while place < len(wanted) and wanted[place] < record.start:
+                place += 1
+            if place < len(wanted) and wanted[place] < record.stop:
+                found.append(record)
         return found
 
+    def _check(self, kind: str, record: PartRecord) -> None:
+        """Check a file, unless it is as it was when it was last checked."""
+        path, recorded = self.file(kind, record), record.files[kind]
+        _or_again(check_size, path, recorded)
+        now = path.stat()
+        seen = (now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino)
+        if self._sound.get(path) != seen:
+            _or_again(check_bytes, path, recorded)
+            check_table(path, schemas(self.manifest.class_specific)[kind], recorded.rows)
+            self._sound[path] = seen
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
+
+def _or_again(check: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return check(*arguments)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_AGAIN}") from None
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(
-            f"path must be the folder of a cohort run (out of attribute_cohort), got {folder}: it has no manifest.json"
+            f"path must be the folder of a cohort run (out of attribute_cohort), got {folder}: it has no {MANIFEST}"
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return Manifest.read(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except OtherVersionError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{error}; {_AGAIN}") from None
+
+
+def record_files(folder: Path) -> list[Path]:
+    """The files of commit records, in order."""
+    found = [path for path in (folder / RECORDS).glob("part-*.json") if _RECORD.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
+def read_record(path: Path) -> PartRecord:
+    """Read a commit record.
+
+    Raises:
+        ValueError: If it cannot be read, is damaged, or is of another part than its name says.
+    """
+    try:
+        record = PartRecord.read(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if path.stem != record.name:
+        raise ValueError(f"{path}: part must be that of the file's name, got {record.part}")
+    return record
+
+
+def disagreements(folder: Path, manifest: Manifest, records: Sequence[PartRecord]) -> Iterator[str]:
+    """Where manifest and commit records do not say the same."""
+    for record in records:
+        if record.run != manifest.run:
+            path = folder / RECORDS / f"{record.name}.json"
+            yield f"{path}: run must be {manifest.run[:12]}…, got {record.run[:12]}…: it is of another run"
+    for before, after in pairwise(records):
+        if before.stop > after.start:
+            yield f"{folder / RECORDS} has parts of the same samples: {before.name} and {after.name}"
+    if manifest.status == RUNNING:
+        return
+    counts, found = dict(manifest.counts), {**totals(records), "parts": len(records)}
+    for key in ("parts", "attributed", "failed", "rows"):
+        if counts[key] != found[key]:
+            yield (
+                f"{folder} must have {counts[key]:,} {key}, as its manifest says, got {found[key]:,}: parts were "
+                "removed or added"
+            )
+    planned = [{"part": r.part, "start": r.start, "stop": r.stop, "batches": r.batches} for r in records]
+    if planned != manifest.parts:
+        yield f"{folder / MANIFEST}: parts must be those of the commit records, got others"
+
+
+def own_names(folder: Path, manifest: Manifest) -> Names:
+    """The names in a run's folder; none if it has none.
+
+    Raises:
+        ValueError: If there are none where the manifest says so, or the file does not hold what was written.
+    """
+    path = folder / NAMES
+    if manifest.names is None and not path.is_file():
+        return {}
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}; {_AGAIN}") from None
+    if hashlib.sha256(content).hexdigest() != manifest.names:
         raise ValueError(
-            f"{path} is damaged ({_first_line(error)}); run the same attribution again on the folder"
-        ) from error
-    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if version is not None and version != SCHEMA_VERSION:
-        raise ValueError(
-            f"{path} must be of schema version {SCHEMA_VERSION}, got {version!r}: it was written by another version of "
-            "attention-rollout; read it with that one"
+            f"{path} does not hold what was written; remove it and run the same attribution again on the folder. Names "
+            "of your own are given apart from it"
         )
-    lacking = [key for key, kind in _MANIFEST.items() if version is None or not isinstance(manifest.get(key), kind)]
-    if lacking or manifest["status"] not in STATUSES:
-        what = f"no {', '.join(lacking)}" if lacking else f"status {manifest['status']!r}"
-        raise ValueError(f"{path} must be the manifest of a cohort run, got one with {what}; is it another file?")
-    if manifest["status"] != "running":
-        lacking = [key for key in ("granularity", "counts") if not isinstance(manifest.get(key), dict)]
-        if lacking:
-            raise ValueError(f"{path} is damaged: it has no {', '.join(lacking)}; run the same attribution again")
-    return {**manifest, "counts": manifest.get("counts") or {}}
+    return check_names(read_json(path), str(path))
 
 
-_MANIFEST = {"schema_version": int, "status": str, "identity": dict}
-
-
-def _parts(folder: Path, kind: str) -> list[Path]:
-    """The parts of a kind, without those a running or broken run has not committed yet."""
-    commits = folder / "parts"
-    done = {path.stem for path in commits.glob("part-*.json")} if commits.is_dir() else None
-    found = sorted((folder / kind).glob("part-*.parquet"))
-    return [path for path in found if done is None or path.stem in done]
-
-
-def _names(names: str | Path | Mapping[str, Mapping[str, str]] | None) -> Mapping[str, Mapping[str, str]]:
+def _given_names(names: str | Path | Mapping[str, Mapping[str, str]] | None) -> Names:
     if names is None:
         return {}
-    return _read_names(Path(names).expanduser()) if isinstance(names, str | Path) else _checked(names, "names")
-
-
-def _read_names(path: Path) -> Names:
+    if not isinstance(names, str | Path):
+        return check_names(names, "names")
+    path = usable_path(names, "names")
     try:
-        return _checked(json.loads(path.read_text(encoding="utf-8")), str(path))
+        return check_names(read_json(path), str(path))
     except OSError as error:
         raise ValueError(f"names must be a JSON file, got {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"names must be a JSON file, got {path}: {_first_line(error)}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"names must be a JSON file in UTF-8, got {path}: {_first_line(error)}") from error
-
-
-def _checked(names: Any, source: str) -> Names:
-    good = isinstance(names, Mapping) and all(
-        isinstance(codes, Mapping) and all(isinstance(name, str) for name in codes.values()) for codes in names.values()
-    )
-    if not good:
-        raise ValueError(f"{source} must be {{feature: {{code: name}}}}, every name a string; got something else")
-    return {
-        _text(feature): {_text(code): _text(name) for code, name in codes.items()} for feature, codes in names.items()
-    }
-
-
-def _text(value: Any) -> str:
-    """As UTF-8 can hold it: half of a surrogate pair, which JSON can say, becomes a question mark."""
-    return str(value).encode("utf-8", "replace").decode("utf-8")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

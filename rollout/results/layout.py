@@ -8,15 +8,22 @@ failures/part-00000.parquet      a row per sample that could not be attributed, 
 code_names.json                  feature → code → name, if they are known
 """
 
+from typing import Final
+
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
-"""Of the columns and of the manifest."""
+SCHEMA_VERSION = 2
+"""Of the columns, of the manifest and of the commit records."""
 
 WRITER = "rollout.attribute_cohort"
 KINDS = ("attributions", "predictions", "failures")
 MANIFEST, RECORDS, NAMES = "manifest.json", "parts", "code_names.json"
-STATUSES = ("running", "complete", "complete with failures")
+RUNNING: Final = "running"
+COMPLETE: Final = "complete"
+WITH_FAILURES: Final = "complete with failures"
+STAGES = ("collate", "forward", "chain", "write")
+"""What a run's seconds are counted by."""
+
 LOCK, SCRATCH = ".rollout.lock", ".workers"
 CACHE = ".pyhealth-cache"
 """Where a run file's samples are prepared within an output that does not say otherwise."""
@@ -41,11 +48,19 @@ PREDICTION_SCHEMA = pa.schema(
         ("visit_id", pa.string()),
         ("y_prob", pa.list_(pa.float32())),
         ("y_true", pa.list_(pa.float32())),
+        ("padding_share", pa.list_(pa.float32())),
     ]
 )
 FAILURE_SCHEMA = pa.schema([("sample", pa.int64()), ("error", pa.string())])
 TARGET = pa.field("target_class", pa.int32())
 """Column of the predictions of a class-specific method: the class its scores are for."""
+
+SCHEMAS = {"attributions": ATTRIBUTION_SCHEMA, "predictions": PREDICTION_SCHEMA, "failures": FAILURE_SCHEMA}
+
+
+def schemas(class_specific: bool) -> dict[str, pa.Schema]:
+    """Kind → the columns of its files, in order."""
+    return {**SCHEMAS, "predictions": PREDICTION_SCHEMA.append(TARGET)} if class_specific else SCHEMAS
 
 
 def part_name(number: int) -> str:

@@ -1,7 +1,7 @@
 """Pictures for notebooks and files: the leading codes of a cohort, one record, and relevance by place.
 
-Each function takes a ``CohortAttributions`` or a frame, returns a matplotlib ``Figure``, and writes a PNG when given a
-``path``. No figure is registered with pyplot, so none is left open.
+Each function takes a `CohortAttributions` or a frame, returns a matplotlib `Figure`, and writes a PNG when given a
+`path`. No figure is registered with pyplot, so none is left open.
 """
 
 import textwrap
@@ -14,6 +14,7 @@ import polars as pl
 
 from rollout.errors import require
 from rollout.results.attributions import CohortAttributions
+from rollout.results.places import find_places
 
 PLAIN, PLANTED, READ = "#4878a8", "#d1603d", "#b8b8b8"
 DPI = 150
@@ -41,17 +42,17 @@ def plot_top_codes(
     """Draw the leading codes of each feature, planted ones marked.
 
     Args:
-        source: A cohort, or a frame from ``rank_codes`` (effects with 2-standard-error bars) or from ``top_codes``.
-        names: Feature → code → name; None: the cohort's, or the frame's column ``name``. A code without one is shown
+        source: A cohort, or a frame from `rank_codes` (effects with 2-standard-error bars) or from `top_codes`.
+        names: Feature → code → name; None: the cohort's, or the frame's column `name`. A code without one is shown
             as it is.
         planted: Feature → planted codes, when the truth is known.
         path: PNG to write.
         top: Codes per feature.
-        by: For a cohort, or a frame without effects: ``lift``, ``relevance`` or ``prevalence``.
-        **options: For a cohort: further arguments of ``top_codes``, such as ``label`` or ``minimum_records``.
+        by: For a cohort, or a frame without effects: `lift`, `relevance` or `prevalence`.
+        **options: For a cohort: further arguments of `top_codes`, such as `label` or `minimum_records`.
 
     Returns:
-        The ``Figure``.
+        The `Figure`.
 
     Raises:
         ValueError: If there is no code to draw, or the columns needed are not there.
@@ -108,17 +109,17 @@ def plot_record(
 
     Args:
         source: The attribution rows of one sample, or a cohort.
-        names: As in ``plot_top_codes``.
-        planted: As in ``plot_top_codes``.
+        names: As in `plot_top_codes`.
+        planted: As in `plot_top_codes`.
         title: Of the figure; None: patient, visit and sample.
         path: PNG to write.
         listed: Entries named per feature.
         sample: Of a cohort, which sample.
         read_position: The place the model reads, drawn in grey: 0 the first, −1 the last, None: none. Of a cohort, its
-            own ``read_position`` is taken.
+            own `read_position` is taken.
 
     Returns:
-        The ``Figure``.
+        The `Figure`.
 
     Raises:
         ValueError: If a cohort comes without a sample, or the rows are none or of several samples.
@@ -156,18 +157,18 @@ def plot_positions(
     """Draw mean lift or relevance by position, and by visit of nested features, with the records that reach each place.
 
     Args:
-        source: A cohort, or a frame from ``by_position`` or ``by_visit``.
+        source: A cohort, or a frame from `by_position` or `by_visit`.
         path: PNG to write.
         feature: One feature; None: each of them.
-        value: ``lift`` or ``relevance``.
+        value: `lift` or `relevance`.
         places: Places drawn of each feature.
         from_end: Of a cohort: count from the last place of each record. The place the model reads is left out.
 
     Returns:
-        The ``Figure``.
+        The `Figure`.
 
     Raises:
-        ValueError: If there is nothing to draw, or ``value`` is another.
+        ValueError: If there is nothing to draw, or `value` is another.
     """
     _check_top(places, "places")
     if value not in ("lift", "relevance"):
@@ -183,7 +184,8 @@ def plot_positions(
     figure = _figure((9.5, 2.6 * len(features) + 0.6))
     axes = figure.subplots(len(features), 1, squeeze=False)[:, 0]
     for axis, one in zip(axes, features, strict=True):
-        part = table.filter(pl.col("feature") == one).head(places)
+        part = table.filter(pl.col("feature") == one)
+        part = part.filter(pl.col("place") < pl.col("place").min() + places)
         axis.bar(part["place"].to_numpy(), part[value].to_numpy(), width=0.85, color=PLAIN)
         if value == "lift":
             axis.axhline(1, color="#404040", lw=0.7, ls=":")
@@ -228,11 +230,12 @@ def _sample_rows(source: CohortAttributions | pl.DataFrame, sample: int | None) 
 
 
 def _marked(rows: pl.DataFrame, read: int | None, planted: set[str]) -> pl.DataFrame:
-    """Rows in record order with their ``colour``, and ``read``: whether they stand at the place the model reads."""
-    ordered = rows.sort(pl.coalesce("visit", "position"), "position")
-    place = pl.coalesce("visit", "position")
-    where = pl.lit(read) if read is None or read >= 0 else place.max() + 1 + read
-    flagged = ordered.with_columns(read=(place == where).fill_null(False))
+    """Rows in record order with their `colour`, whether the model reads at their place, and what `even` there is."""
+    places = find_places(rows, read).select("place", "read", "even").collect()
+    ordered = rows.with_columns(pl.coalesce("visit", "position").cast(pl.Int64).alias("place")).sort(
+        "place", "position"
+    )
+    flagged = ordered.join(places, on="place", how="left", maintain_order="left")
     plain = pl.when("read").then(pl.lit(READ)).otherwise(pl.lit(PLAIN))
     hit = pl.col("code").is_in(list(planted)).fill_null(False)
     return flagged.with_columns(planted=hit, colour=pl.when(hit).then(pl.lit(PLANTED)).otherwise(plain))
@@ -241,25 +244,16 @@ def _marked(rows: pl.DataFrame, read: int | None, planted: set[str]) -> pl.DataF
 def _draw_sequence(axis: Any, part: pl.DataFrame, feature: str) -> None:
     percent, count = 100 * part["attribution"].to_numpy(), len(part)
     nested = part["visit"].null_count() < count
-    even = 100 / (part["visit"].n_unique() if nested else count)
     place, read = np.arange(count), part["read"].to_numpy()
     axis.bar(place, percent, width=0.9, color=part["colour"].to_list())
     others = percent[~read] if not read.all() else percent
-    ceiling = 1.25 * max(float(others.max()), even)
-    axis.set_ylim(0, ceiling)
+    even = 100 * (part.select(pl.col("even").max()).item() or 0.0)
+    ceiling = 1.25 * max(float(others.max()), even, 0.0) or 1.0
+    axis.set_ylim(min(1.25 * float(others.min()), 0.0), ceiling)
     for at in np.flatnonzero(read & (percent > ceiling))[:1]:
         axis.text(at + 0.5, 0.97 * ceiling, f"↑ {percent[at]:.0f} %", va="top", fontsize=8, color="#707070")
-    axis.axhline(even, color="#404040", lw=0.7, ls=":")
-    axis.text(
-        max(count - 0.5, 11.5),
-        even,
-        "even spread",
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
-        ha="right",
-        va="bottom",
-        fontsize=7,
-        color="#404040",
-    )
+    if even:
+        _draw_even(axis, even, max(count - 0.5, 11.5))
     if nested:
         for at in np.flatnonzero(np.diff(part["visit"].to_numpy())):
             axis.axvline(at + 0.5, color="#909090", lw=0.6)
@@ -270,6 +264,13 @@ def _draw_sequence(axis: Any, part: pl.DataFrame, feature: str) -> None:
     size = f"{count} {kind} in {part['visit'].n_unique()} visits" if nested else f"{count} {kind}"
     axis.set_title(_plain(f"{feature} ({size})"), loc="left", fontsize=10, fontweight="bold")
     _tidy(axis)
+
+
+def _draw_even(axis: Any, even: float, right: float) -> None:
+    """A line where the lift is 1."""
+    axis.axhline(even, color="#404040", lw=0.7, ls=":")
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+    axis.text(right, even, "even spread", bbox=box, ha="right", va="bottom", fontsize=7, color="#404040")
 
 
 def _draw_leaders(axis: Any, part: pl.DataFrame, names: Mapping[str, str], listed: int) -> None:

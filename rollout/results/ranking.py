@@ -4,12 +4,13 @@ Relevance cannot be averaged as it stands. Each record's relevance sums to 1, so
 thinner; the position the model reads keeps the residual's share whatever code stands there; and a code looks relevant
 when the codes beside it happen to be dull. So, per feature:
 
-1. the entry at the position read (0, for PyHealth's Transformer) is left out;
-2. ``lift`` = relevance × number of the other entries / their total: 1 is what an even spread would give;
-3. ``effect`` of a code = its term in  log lift = record + code,  fitted by least squares over all entries: how much
+1. the place the model reads (0, for PyHealth's Transformer) is left out;
+2. an entry is a code at a place, and has the place's `lift` (see `rollout.results.places`): 1 is what an even spread
+   over the other places would give;
+3. `effect` of a code = its term in  log lift = record + code,  fitted by least squares over all entries: how much
    more relevance it draws than the average code *of the same records*, on a log scale. Where attention is a softmax
    over the codes of one record, this term is the code's attention logit;
-4. codes in few records are left out, and ``score`` = effect − 2 standard errors, so that a chance finding in a few
+4. codes in few records are left out, and `score` = effect − 2 standard errors, so that a chance finding in a few
    records does not lead;
 5. features are ranked apart: each has attention of its own that sums to 1, so their sizes do not compare.
 """
@@ -20,6 +21,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from rollout.results.places import RECORD, find_cells
+
 FLOOR = 1e-4
 """Lift below which an entry counts as drawing nothing: keeps the logarithm finite."""
 
@@ -28,18 +31,22 @@ def rank_codes(rows: pl.DataFrame, minimum_share: float = 0.01, read_position: i
     """Rank the codes of each feature by the relevance they draw, net of the record they stand in.
 
     Args:
-        rows: Attribution rows: ``sample``, ``feature``, ``visit``, ``position``, ``code``, ``attribution``.
+        rows: Attribution rows: `sample`, `feature`, `visit`, `position`, `code`, `attribution`.
         minimum_share: Codes in fewer than this share of the records of their feature, or in fewer than 5, are left
             out.
-        read_position: The place left out of every record, or None to leave out none.
+        read_position: The place left out of every record; negative: counted from its end; None: none.
 
     Returns:
-        One row per code, best first within its feature: ``feature``, ``rank`` (from 1), ``code``, ``score``,
-        ``effect``, ``error`` (standard error), ``lift`` (mean), ``entries`` and ``records``.
+        One row per code, best first within its feature: `feature`, `rank` (from 1), `code`, `score`,
+        `effect`, `error` (standard error), `lift` (mean), `entries` and `records`. Features in the order of the rows.
+
+    Raises:
+        ValueError: If a row has no feature, no place from 0 on, or no finite attribution.
     """
-    place = pl.coalesce("visit", "position")
-    rows = rows.filter(pl.col("code").is_not_null() & (True if read_position is None else place != read_position))
-    parts = [_rank_feature(part, minimum_share) for part in rows.partition_by("feature", maintain_order=True)]
+    entries = find_cells(rows, read_position).drop_nulls("lift").sort(*RECORD, "place", "code").collect()
+    of_feature = entries.partition_by("feature", as_dict=True)
+    features = rows["feature"].unique(maintain_order=True)
+    parts = [_rank_feature(of_feature[feature,], minimum_share) for feature in features if (feature,) in of_feature]
     return pl.concat(parts) if parts else pl.DataFrame(schema=_SCHEMA)
 
 
@@ -56,25 +63,20 @@ _SCHEMA = {
 }
 
 
-def _rank_feature(rows: pl.DataFrame, minimum_share: float) -> pl.DataFrame:
-    names = rows["code"].unique().sort()
-    code = rows["code"].cast(pl.Enum(names)).to_physical().to_numpy().astype(np.int64)
-    _, record = np.unique(rows["sample"].to_numpy(), return_inverse=True)
-    relevance = rows["attribution"].to_numpy().astype(np.float64)
-    size = np.bincount(record)
-    total = np.bincount(record, relevance)
-    lift = relevance * np.divide(size, total, out=np.zeros_like(total), where=total > 0)[record]
-    effect, error = _code_effects(np.log(np.maximum(lift, FLOOR)), record, code)
-    table = pl.DataFrame({"code": names[code], "sample": record, "lift": lift})
-    counted = table.group_by("code").agg(
+def _rank_feature(entries: pl.DataFrame, minimum_share: float) -> pl.DataFrame:
+    names = entries["code"].unique().sort()
+    code = entries["code"].cast(pl.Enum(names)).to_physical().to_numpy().astype(np.int64)
+    _, record = np.unique(entries["sample"].to_numpy(), return_inverse=True)
+    effect, error = _code_effects(np.log(np.maximum(entries["lift"].to_numpy(), FLOOR)), record, code)
+    counted = entries.group_by("code").agg(
         pl.col("lift").mean(), pl.len().alias("entries"), pl.col("sample").n_unique().alias("records")
     )
     fitted = pl.DataFrame({"code": names, "effect": effect, "error": error, "score": effect - 2.0 * error})
     ranked = (
         fitted.join(counted, on="code")
-        .filter(pl.col("records") >= max(5.0, minimum_share * len(size)))
+        .filter(pl.col("records") >= max(5.0, minimum_share * entries["sample"].n_unique()))
         .sort(["score", "code"], descending=[True, False])
-        .with_columns(feature=pl.lit(rows["feature"][0]), rank=1 + pl.int_range(pl.len(), dtype=pl.UInt32))
+        .with_columns(feature=pl.lit(entries["feature"][0]), rank=1 + pl.int_range(pl.len(), dtype=pl.UInt32))
     )
     return ranked.select(pl.col(name).cast(kind) for name, kind in _SCHEMA.items())
 
@@ -114,5 +116,5 @@ def planted_found(ranking: pl.DataFrame, planted: Mapping[str, Iterable[str]]) -
 
 
 def planted_codes(truth: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return feature → planted codes of a ``truth.json``."""
+    """Return feature → planted codes of a `truth.json`."""
     return {feature: [row["code"] for row in rows] for feature, rows in truth["planted"].items()}

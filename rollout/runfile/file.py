@@ -23,10 +23,10 @@
     batch_tokens = 8192
 
 Paths are relative to the file. Only classes of PyHealth can be named; nothing else is imported, and nothing is
-unpickled but PyHealth's own cache. ``save_model`` writes such a file beside a model trained in Python.
+unpickled but a cache that you prepared yourself (no key here can say otherwise: `rollout.data.cache`). `save_model`
+writes such a file beside a model trained in Python.
 """
 
-import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -36,12 +36,20 @@ from typing import Any
 
 from rollout.data.classes import did_you_mean
 from rollout.data.samples import SampleSource, prepare_samples
-from rollout.data.vocabulary import Vocabulary, read_vocabulary, vocabulary_of
-from rollout.files import write_json
+from rollout.data.vocabulary import Vocabulary, read_vocabulary, vocabulary_of, write_vocabulary
+from rollout.files import parse_json, usable_path
 from rollout.results.layout import CACHE
 from rollout.runfile.settings import SETTINGS, check_settings
 from rollout.runfile.toml import write_toml
-from rollout.runfile.weights import build_model, check_model, differences, load_weights, read_weights, write_weights
+from rollout.runfile.weights import (
+    build_model,
+    check_model,
+    differences,
+    load_model,
+    read_weights,
+    weights_digest,
+    write_weights,
+)
 
 REFIT = "refit"
 WEIGHTS, VOCABULARY, RUN = "weights.pt", "vocabulary.json", "run.toml"
@@ -56,6 +64,8 @@ _VOCABULARY_HINT = (
     f', the file save_model wrote, or "{REFIT}" to fit the processors on the tables read, which is right only if these '
     "are the ones the model was trained on"
 )
+MOST_BYTES = 2**20
+"""Of a run file."""
 _TYPES = {str: "text", dict: "a table", int: "a whole number"}
 
 
@@ -85,18 +95,32 @@ class RunFile:
     output: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def load(self, output: str | Path) -> tuple[Any, Any]:
-        """Return the model with its weights, and the samples, prepared in ``output`` unless the file names a cache.
+    def load(self, output: str | Path, *, trust_cache: bool = False) -> tuple[Any, Any]:
+        """Return the model with its weights, and the samples, prepared in `output` unless the file names a cache.
+
+        Args:
+            output: Folder of the results.
+            trust_cache: Whether to open samples that somebody else prepared; PyHealth unpickles them.
 
         Raises:
-            ValueError: If the samples cannot be prepared or the weights do not fit.
+            ValueError: If the samples cannot be prepared, or weights, vocabulary and model do not fit each other.
         """
         state = read_weights(self.weights)
-        cache = self.cache or Path(output).expanduser() / CACHE
-        dataset = prepare_samples(self.source, cache, self.vocabulary)
-        model = build_model(self.model, self.arguments, dataset)
-        load_weights(model, state, str(self.weights))
-        return model, dataset
+        self._check_tie(state)
+        cache = self.cache or usable_path(output, "output") / CACHE
+        if self.cache is None and cache.is_symlink():
+            raise ValueError(f"{cache} must be a folder in the output, not a link; name another with [dataset] cache")
+        dataset = prepare_samples(self.source, cache, self.vocabulary, trust_cache=trust_cache)
+        return load_model(self.model, self.arguments, dataset, state, str(self.weights)), dataset
+
+    def _check_tie(self, state: Mapping[str, Any]) -> None:
+        tied = None if self.vocabulary is None else self.vocabulary.weights
+        if tied is not None and tied != weights_digest(state):
+            raise ValueError(
+                f"{self.path}: [model] vocabulary was written with other weights than {self.weights}, so its ids may "
+                "be those of another model: write both with save_model (or, if the weights were trained with this "
+                "vocabulary, delete weights_sha256 from it)"
+            )
 
 
 def read_run_file(path: str | Path) -> RunFile:
@@ -105,25 +129,27 @@ def read_run_file(path: str | Path) -> RunFile:
     Raises:
         ValueError: naming the first thing that is wrong, and what it should be.
     """
-    path = Path(path).expanduser()
+    path = usable_path(path, "a run file")
     tables = _checked_tables(path, _parsed(path))
     model, dataset, task, run = (tables[name] for name in _KEYS)
     folder = path.parent
 
-    def below(text: str) -> Path:
-        return folder / Path(text).expanduser()
+    def below(table: str, key: str) -> Path:
+        return _below(folder, tables[table][key], f"{path}: [{table}] {key}")
 
     for name in ("weights", "vocabulary"):
-        if not (name == "vocabulary" and model[name] == REFIT) and not below(model[name]).is_file():
-            raise ValueError(f"{path}: [model] {name} must be a file, got {below(model[name])}: no such file")
+        if not (name == "vocabulary" and model[name] == REFIT) and not below("model", name).is_file():
+            raise ValueError(f"{path}: [model] {name} must be a file, got {below('model', name)}: no such file")
     settings = {key: value for key, value in run.items() if key != "output"}
     check_settings(settings, lambda key: f"{path}: [run] {key}")
-    vocabulary = None if model["vocabulary"] == REFIT else read_vocabulary(below(model["vocabulary"]))
+    vocabulary = None if model["vocabulary"] == REFIT else read_vocabulary(below("model", "vocabulary"))
     source = SampleSource(
         dataset=dataset["class"],
-        root=below(dataset["root"]),
+        root=below("dataset", "root"),
         task=task["class"],
-        dataset_arguments={key: _located(key, value, folder) for key, value in dataset.get("arguments", {}).items()},
+        dataset_arguments={
+            key: _located(key, value, folder, str(path)) for key, value in dataset.get("arguments", {}).items()
+        },
         task_arguments=task.get("arguments", {}),
         workers=dataset.get("workers", 1),
     )
@@ -135,24 +161,32 @@ def read_run_file(path: str | Path) -> RunFile:
     return RunFile(
         path=path,
         model=model["class"],
-        weights=below(model["weights"]),
+        weights=below("model", "weights"),
         vocabulary=vocabulary,
         source=source,
         arguments=model.get("arguments", {}),
-        cache=below(dataset["cache"]) if "cache" in dataset else None,
-        output=below(run["output"]) if "output" in run else None,
+        cache=below("dataset", "cache") if "cache" in dataset else None,
+        output=below("run", "output") if "output" in run else None,
         settings=settings,
     )
 
 
 def _parsed(path: Path) -> dict[str, Any]:
     try:
-        content = path.read_bytes().decode()
-        tables = json.loads(content) if path.suffix.lower() == ".json" else tomllib.loads(content)
+        if path.exists() and not path.is_file():
+            raise ValueError(f"a run file must be a TOML or JSON file, got {path}: that is a folder or a device")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise ValueError(f"a run file must be a TOML or JSON file, got {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"a run file must be TOML, or JSON if its name ends so; {path} is not: {error}") from error
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"a run file must be of at most {MOST_BYTES:,} bytes; {path} is larger")
+    try:
+        text = content.decode("utf-8-sig")
+        tables = parse_json(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise ValueError(f"a run file must be TOML, or JSON if its name ends so; {path} is not: {reason}") from error
     if not isinstance(tables, dict):
         raise ValueError(f"{path} must be an object with {', '.join(_KEYS)}, got {type(tables).__name__}")
     return tables
@@ -181,15 +215,17 @@ def _checked_tables(path: Path, tables: dict[str, Any]) -> dict[str, dict[str, A
             if key not in table:
                 hint = _VOCABULARY_HINT if key == "vocabulary" else ""
                 raise ValueError(f"{path}: [{name}] needs {key}{hint}")
-    if tables.get("dataset", {}).get("workers", 1) < 1:
-        raise ValueError(f"{path}: [dataset] workers must be at least 1, got {tables['dataset']['workers']}")
     return {name: tables.get(name, {}) for name in _KEYS}
 
 
-def _located(key: str, value: Any, folder: Path) -> Any:
+def _below(folder: Path, text: str, name: str) -> Path:
+    return usable_path(text if text.startswith("~") else folder / text, name)
+
+
+def _located(key: str, value: Any, folder: Path, path: str) -> Any:
     """An argument that names a path (…root, …path), seen from the run file."""
     named = isinstance(value, str) and key.endswith(("root", "path"))
-    return str((folder / Path(value).expanduser()).absolute()) if named else value
+    return str(_below(folder, value, f"{path}: [dataset] arguments.{key}").absolute()) if named else value
 
 
 def save_model(
@@ -204,8 +240,9 @@ def save_model(
 ) -> Path:
     """Write a model trained in Python so that ``rollout attribute <folder>/run.toml`` attributes with it.
 
-    Writes ``weights.pt`` (the state_dict), ``vocabulary.json`` (the fitted processors of ``dataset``) and, given a
-    ``source``, ``run.toml``; each whole or not at all, ``run.toml`` last.
+    Writes `weights.pt` (the state_dict), `vocabulary.json` (the fitted processors of `dataset`, with a digest of these
+    weights) and, given a `source`, `run.toml`; each whole or not at all, `run.toml` last, in place of files of these
+    names.
 
     Args:
         model: A model of ``pyhealth.models``; of any class without ``source``.
@@ -224,7 +261,7 @@ def save_model(
             ``arguments`` has other weights.
     """
     folder = Path(folder).expanduser()
-    vocabulary = vocabulary_of(dataset)
+    vocabulary_of(dataset)  # first: it refuses what cannot be saved
     name, arguments, run = type(model).__name__, dict(arguments or {}), dict(run or {})
     if source is not None:
         source.check()
@@ -234,8 +271,7 @@ def save_model(
         if differ:
             raise ValueError(f"save_model: arguments must be those {name} was built with: {'; '.join(differ[:3])}")
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(model, folder / WEIGHTS)
-    write_json(vocabulary.described(), folder / VOCABULARY)
+    write_vocabulary(dataset, folder / VOCABULARY, write_weights(model, folder / WEIGHTS))
     if source is None:
         return folder
     tables: dict[str, dict[str, Any]] = {

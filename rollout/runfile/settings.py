@@ -3,20 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
+from rollout.cohort import settings as cohort
+from rollout.cohort.settings import SETTINGS
 
-from rollout.data.classes import did_you_mean
-from rollout.method import METHODS
-from rollout_kernels._dispatch import BACKENDS
-
-COUNTS = ("batch_tokens", "batch_samples", "part_samples", "workers")
-WORDS = {
-    "method": tuple(name for name, method in METHODS.items() if not method.matrices),
-    "readout": ("model", "forward"),
-    "backend": tuple(BACKENDS),
-}
-SETTINGS = ("method", "batch_tokens", "batch_samples", "part_samples", "device", "workers", "readout", "backend",
-            "target_class")  # fmt: skip
+__all__ = ["SETTINGS", "check_device", "check_settings"]
 
 
 def check_settings(settings: Mapping[str, Any], named: Callable[[str], str]) -> None:
@@ -29,38 +19,16 @@ def check_settings(settings: Mapping[str, Any], named: Callable[[str], str]) -> 
     Raises:
         ValueError: naming the setting, what it may be and what was given.
     """
-    for key, value in settings.items():
-        if key in COUNTS or key == "target_class":
-            least = 0 if key == "target_class" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{named(key)} must be a whole number of at least {least}, got {value!r}")
-        elif key == "device":
-            check_device(value, named(key))
-        elif value not in WORDS[key]:
-            raise ValueError(
-                f"{named(key)} must be one of {', '.join(WORDS[key])}, got {value!r}{did_you_mean(value, WORDS[key])}"
-            )
-    gradients = METHODS[settings.get("method", "rollout")].gradients
-    if "target_class" in settings and gradients is None:
-        raise ValueError(
-            f"{named('target_class')} is for class-specific methods, "
-            f"{', '.join(name for name in WORDS['method'] if METHODS[name].gradients is not None)}; "
-            f"got the method {settings.get('method', 'rollout')}"
-        )
-    if gradients is not None and settings.get("readout", "model") != "model":
-        raise ValueError(f"{named('readout')} must be model for a class-specific method, got {settings['readout']!r}")
+    try:
+        cohort.check_settings(settings, named)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def check_device(device: Any, name: str) -> str:
     """Return a device as torch writes it.
 
     Raises:
-        ValueError: If torch has no such device, or sees no GPU for it.
+        ValueError: If torch has no such device, or does not see it on this machine.
     """
-    try:
-        wanted = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{name} must be a torch device such as cpu or cuda, got {device!r}") from error
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{name} {device!r} asked for, but torch sees no CUDA device; use cpu")
-    return str(wanted)
+    return str(cohort.check_device(device, name))

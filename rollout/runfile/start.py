@@ -1,5 +1,6 @@
 """What `rollout attribute` does: a run file or a function gives model and samples, and the cohort is attributed."""
 
+import inspect
 import os
 import re
 import sys
@@ -11,29 +12,39 @@ from typing import Any
 
 from rollout.cohort.run import CohortRun, attribute_cohort
 from rollout.cohort.store import run_folder
-from rollout.data.mimic import names_for
+from rollout.data.classes import did_you_mean
+from rollout.data.names import names_for
 from rollout.errors import require
+from rollout.files import usable_path
 from rollout.results.layout import NAMES
 from rollout.runfile.file import RunFile, read_run_file
 from rollout.runfile.settings import check_settings
 
 MIMIC = ("MIMIC4Dataset", "MIMIC4EHRDataset")
+OURS = ("model", "dataset", "out", "client", "resume", "retry_failures", "progress")
+"""Arguments of `attribute_cohort` that an entry point does not return among the further ones."""
 
 
 def attribute_run_file(
-    path: str | Path, output: str | Path | None = None, settings: Mapping[str, Any] | None = None, **options: Any
+    path: str | Path,
+    output: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    trust_cache: bool = False,
+    **options: Any,
 ) -> CohortRun:
     """Attribute the cohort of a run file.
 
     Args:
         path: The run file.
-        output: Instead of its ``[run] output``.
-        settings: Go before those of its ``[run]``.
-        **options: Further arguments of ``attribute_cohort``: ``client``, ``resume``, ``retry_failures``, ``progress``.
+        output: Instead of its `[run] output`.
+        settings: Go before those of its `[run]`.
+        trust_cache: Whether to open samples that somebody else prepared. Whoever did can run anything as you.
+        **options: Further arguments of `attribute_cohort`: `client`, `resume`, `retry_failures`, `progress`.
 
     Raises:
         ValueError: If anything in it is wrong, before any table is read; if samples or weights do not fit.
-        CohortError: As ``attribute_cohort``.
+        CohortError: As `attribute_cohort`.
     """
     run = read_run_file(path)
     chosen = {**run.settings, **(settings or {})}
@@ -43,8 +54,8 @@ def attribute_run_file(
     folder = output if output is not None else run.output
     if folder is None:
         raise ValueError(f"{run.path}: [run] needs output, or give --output")
-    folder = run_folder(folder)
-    model, dataset = run.load(folder)
+    folder = run_folder(usable_path(folder, "output"))
+    model, dataset = run.load(folder, trust_cache=trust_cache)
     return attribute_cohort(model, dataset, folder, **chosen, **options, code_names=_names(run, dataset, folder))
 
 
@@ -54,37 +65,64 @@ def attribute_entry(
     """Attribute the dataset a Python function returns with the model it returns.
 
     Args:
-        entry: ``package.module:function``; the current folder can be imported from. Called without arguments, it
-            returns ``(model, dataset)`` as ``attribute_cohort`` takes them.
+        entry: `package.module:function`; the current folder can be imported from. Called without arguments, it returns
+            `(model, dataset)` as `attribute_cohort` takes them, or `(model, dataset, arguments)`: a mapping of what
+            else it takes that says how this model and these data are attributed, such as
+            `{"collate": …, "vocabularies": …, "explain": …}`.
         output: Folder for the results.
-        settings: Of ``attribute_cohort``.
-        **options: As in ``attribute_run_file``.
+        settings: Of `attribute_cohort`; they go before the function's.
+        **options: As in `attribute_run_file`.
 
     Raises:
         ValueError: If there is no such function, or it returns something else.
-        RuntimeError: If it raises.
-        CohortError: As ``attribute_cohort``.
+        RuntimeError: If it, or importing it, raises.
+        ValueError, TypeError, CohortError: As `attribute_cohort`.
     """
     check_settings(settings or {}, _option)
     if output is None:
         raise ValueError("--entry needs --output, a folder for the results")
     function = find_entry(entry)
-    folder = run_folder(output)
+    folder = run_folder(usable_path(output, "output"))
     try:
         made = function()
     except Exception as error:
         raise RuntimeError(f"--entry {entry} raised {type(error).__name__}: {error}") from error
-    if not isinstance(made, tuple | list) or len(made) != 2:
-        raise ValueError(f"--entry {entry} must return (model, dataset), got {type(made).__name__}")
-    model, dataset = made
-    return attribute_cohort(model, dataset, folder, **(settings or {}), **options)
+    model, dataset, arguments = _returned(made, entry)
+    return attribute_cohort(model, dataset, folder, **{**arguments, **(settings or {})}, **options)
+
+
+def _returned(made: Any, entry: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, dataset and further arguments, as an entry point returned them."""
+    if not isinstance(made, tuple | list) or len(made) not in (2, 3):
+        raise ValueError(
+            f"--entry {entry} must return (model, dataset) or (model, dataset, arguments), got {_told(made)}"
+        )
+    model, dataset, arguments = made if len(made) == 3 else (*made, {})
+    if not isinstance(arguments, Mapping):
+        raise ValueError(
+            f"--entry {entry} must return as arguments a mapping such as {{'collate': …}}, got {_told(arguments)}"
+        )
+    allowed = [name for name in inspect.signature(attribute_cohort).parameters if name not in OURS]
+    for name in arguments:
+        if name not in allowed:
+            raise ValueError(
+                f"--entry {entry} returned the argument {name!r}{did_you_mean(name, allowed)} It may return "
+                f"{', '.join(allowed)}"
+            )
+    return model, dataset, dict(arguments)
+
+
+def _told(value: Any) -> str:
+    sized = isinstance(value, tuple | list)
+    return f"{type(value).__name__} of {len(value)}" if sized else type(value).__name__
 
 
 def find_entry(entry: str) -> Any:
-    """Return the function that ``package.module:function`` names.
+    """Return the function that `package.module:function` names.
 
     Raises:
         ValueError: If the text, the module or the function is not there.
+        RuntimeError: If the module cannot be imported.
     """
     if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", entry):
         raise ValueError(f"--entry must be package.module:function, got {entry!r}")
@@ -93,10 +131,11 @@ def find_entry(entry: str) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise ValueError(f"--entry {entry}: there is no module {error.name} to import from {os.getcwd()}") from error
+    except Exception as error:
+        lacking = error.name if isinstance(error, ModuleNotFoundError) else None
+        if lacking is None or not f"{module_name}.".startswith(f"{lacking}."):
+            raise RuntimeError(f"--entry {entry}: importing it raised {type(error).__name__}: {error}") from error
+        raise ValueError(f"--entry {entry}: there is no module {lacking} to import from {os.getcwd()}") from error
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found):
@@ -130,7 +169,7 @@ def _names(run: RunFile, dataset: Any, folder: Path) -> dict[str, dict[str, str]
     """The names of MIMIC-IV's codes, unless the folder has them already."""
     if run.source.dataset not in MIMIC or (folder / NAMES).is_file():
         return None
-    return names_for(run.source.root, dataset.input_schema) or None
+    return names_for(run.source.root, dataset.input_processors) or None
 
 
 def _option(key: str) -> str:

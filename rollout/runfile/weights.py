@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rollout.cohort.digest import digest_of
 from rollout.data.classes import check_arguments, check_model_class, named_class
 from rollout.data.quiet import quiet_pyhealth
 from rollout.files import write_whole
 
 SHOWN = 4
 """Differences between weights and model that an error lists."""
+MOST_SIZE, MOST_LAYERS = 65_536, 1_024
+"""What a whole number among a model's arguments may be at most, and one that counts layers."""
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -38,11 +41,18 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def write_weights(model: torch.nn.Module, path: str | Path) -> Path:
-    """Write a model's state_dict, whole or not at all."""
+def write_weights(model: torch.nn.Module, path: str | Path) -> str:
+    """Write a model's state_dict, whole or not at all; return its `weights_digest`."""
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     buffer = io.BytesIO()
-    torch.save({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, buffer)
-    return write_whole(Path(path), buffer.getvalue())
+    torch.save(state, buffer)
+    write_whole(Path(path), buffer.getvalue())
+    return weights_digest(state)
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """A digest of names, types, shapes and values, however they were saved."""
+    return digest_of(dict(state))
 
 
 def check_model(name: str, arguments: Mapping[str, Any]) -> None:
@@ -54,27 +64,61 @@ def check_model(name: str, arguments: Mapping[str, Any]) -> None:
     model = named_class("model", name, "[model] class")
     check_model_class(model, "[model] class")
     check_arguments(model, arguments, ("dataset",), "[model] arguments")
+    for key, value in arguments.items():
+        most = MOST_LAYERS if key.endswith("layers") else MOST_SIZE
+        if type(value) is int and not 0 <= value <= most:
+            raise ValueError(f"[model] arguments: {key} must be from 0 to {most:,}, got {value}")
 
 
-def build_model(name: str, arguments: Mapping[str, Any], dataset: Any) -> Any:
-    """Build a model of ``pyhealth.models`` for a dataset; torch's random numbers are left as they were.
+def build_model(name: str, arguments: Mapping[str, Any], dataset: Any, device: str = "cpu") -> Any:
+    """Build a model of `pyhealth.models` for a dataset; torch's random numbers are left as they were.
+
+    Args:
+        name: Of its class.
+        arguments: Beside the dataset.
+        dataset: That it is for.
+        device: `"meta"` for its names and shapes alone, which take no memory.
 
     Raises:
         ValueError: If it does not take its arguments.
     """
     model = named_class("model", name, "[model] class")
-    with quiet_pyhealth(), torch.random.fork_rng(devices=[]):
+    with quiet_pyhealth(), torch.random.fork_rng(devices=[]), torch.device(device):
         try:
             return model(dataset=dataset, **arguments)
-        except (TypeError, ValueError, AssertionError, KeyError, RuntimeError) as error:
-            raise ValueError(f"[model]: {name} did not take its arguments: {error}") from error
+        except Exception as error:
+            raise ValueError(f"[model]: {name} did not take its arguments: {type(error).__name__}: {error}") from error
 
 
-def load_weights(model: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Put weights into a model.
+def load_model(name: str, arguments: Mapping[str, Any], dataset: Any, state: Mapping[str, Tensor], source: str) -> Any:
+    """Build a model with its weights. That they fit is seen from its shapes, before it takes memory.
 
     Args:
-        model: That they were trained as.
+        name: Of its class.
+        arguments: Beside the dataset.
+        dataset: That it is for.
+        state: Parameter name → tensor.
+        source: What to call the weights in an error.
+
+    Raises:
+        ValueError: If it does not take its arguments, or weights do not fit.
+    """
+    try:
+        check_weights(build_model(name, arguments, dataset, "meta"), state, source)
+    except ValueError as error:
+        if not isinstance(error.__cause__, RuntimeError | NotImplementedError):
+            raise  # otherwise it has a part that cannot be made without memory, such as a pretrained one
+    model = build_model(name, arguments, dataset)
+    check_weights(model, state, source)
+    model.load_state_dict(dict(state))
+    return model
+
+
+def check_weights(model: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that do not fit a model.
+
+    Args:
+        model: That they were trained as, on any device.
         state: Parameter name → tensor.
         source: What to call them in an error.
 
@@ -88,7 +132,6 @@ def load_weights(model: torch.nn.Module, state: Mapping[str, Tensor], source: st
             f"{source} does not fit the model: {'; '.join(differ[:SHOWN])}{more}. Embeddings of other sizes come from "
             "another vocabulary than the weights were trained with, other sizes and names from other [model] arguments"
         )
-    model.load_state_dict(dict(state))
 
 
 def differences(model: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:

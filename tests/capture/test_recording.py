@@ -37,7 +37,8 @@ def test_numbers_of_every_form():
         for query in (None, 0, -1, torch.tensor([2, 0, 1]), random_weights(B, S), random_weights(B, 2, S)):
             result = tape.rollout(query)
             assert list(result) == ["blocks"]
-            assert_close(result["blocks"], take_rows(full, query), "qk")
+            ends = [6, 4, 3] if given is mask and isinstance(query, int) else None
+            assert_close(result["blocks"], take_rows(full, query, ends), "qk")
         for method in ("pyhealth", "chefer_rollout", Method(head_fusion="max"), Method(start_layer=2)):
             matrices = rollout_matrices([b.maps[0] for b in model.blocks], rollout.method.get_method(method))
             for backend in ("torch", "reference"):
@@ -246,14 +247,9 @@ def test_a_thread_that_does_not_capture_is_not_recorded():
 def test_registered_function():
     model, x, _ = model_and_input()
     rollout.register_capture(Mixer, None)
-    with (
-        pytest.raises(
-            rollout.CaptureError,
-            match=r"Model has none: no module with attention in its name was found.*register_capture",
-        ),
-        rollout.capture(model),
-    ):
-        pass
+    with rollout.capture(model) as tape:  # it is written out with torch, so it is seen without a function
+        model(x)
+    assert_close(tape.rollout(0)["blocks"], expected(model)[:, 0], "qk")
     rollout.register_capture(Mixer, lambda module, x, mask=None: None)
     with rollout.capture(model) as tape:
         model(x)
@@ -280,18 +276,21 @@ def test_registered_function():
 
 def test_unknown_attention_is_named():
     class WindowAttention(nn.Module):
-        pass
+        def forward(self, x: Tensor) -> Tensor:
+            return x.roll(1, 1)
 
-    model = nn.Sequential(nn.Linear(3, 3), *[WindowAttention() for _ in range(10)])
+    model = nn.Sequential(nn.Linear(3, 3), *[WindowAttention() for _ in range(10)]).eval()
     with (
-        pytest.raises(
-            rollout.CaptureError, match=r"attention-like modules found: 1 \(WindowAttention\), .* and 2 more"
-        ),
+        pytest.raises(rollout.CaptureError, match=r"WindowAttention at 1 ran, and no softmax attention of it was seen"),
         rollout.capture(model),
     ):
-        pass
+        model(torch.ones(1, 2, 3))
+    with pytest.raises(rollout.CaptureError, match=r"none was seen: .*register_capture"), rollout.capture(model[0]):
+        model[0](torch.ones(1, 2, 3))
     with pytest.raises(TypeError, match=r"capture: model must be a torch.nn.Module, got function"):
         rollout.capture(expected)
+    with pytest.raises(ValueError, match=r"capture: allow must be None or 'attention_layers_only', got 'mixing'"):
+        rollout.capture(model, allow="mixing")
 
 
 def test_streams_of_mixed_attention_are_refused():
@@ -303,10 +302,7 @@ def test_streams_of_mixed_attention_are_refused():
     model.blocks.append(OtherAttention())
     before = quiet(model)
     with (
-        pytest.raises(
-            rollout.CaptureError,
-            match=r"stream 'blocks' must all be of a known kind, got Mixer and, at blocks.3, OtherAttention",
-        ),
+        pytest.raises(rollout.CaptureError, match=r"OtherAttention at blocks.3 ran, and no softmax attention of it"),
         rollout.capture(model),
     ):
         model(x)
@@ -344,9 +340,9 @@ def test_a_part_called_alone():
     model, x, _ = model_and_input()
     with rollout.capture(model) as tape:
         model.blocks[0](x)
-        with pytest.raises(rollout.CaptureError, match=r"call the model, not a part of it"):
-            model.blocks[0](x)
+        assert tape.streams == ()
         model(x)
+        model.blocks[0](x)
     assert_close(tape.rollout(0)["blocks"], expected(model)[:, 0], "qk")
 
 

@@ -65,7 +65,7 @@ def test_layers_may_differ_in_everything(case: str, groups: int):
         maps.append(alone[0])
         assert_close(tape.maps(layer), alone[0], "qk")
     full = rollout_matrices(maps, ROLLOUT)
-    for query in (None, 0, random_weights(2, 3, 5)):
+    for query in (None, torch.zeros(2, dtype=torch.long), random_weights(2, 3, 5)):
         for backend in ("torch", "reference"):
             assert_close(tape.rollout(query, backend=backend)["a"], take_rows(full, query), "qk")
 

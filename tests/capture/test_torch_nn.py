@@ -101,7 +101,7 @@ def test_encoder(name: str, layout: str):
                 output = model(x, **masks)
         assert same_bits(output.detach().clone(), plain.detach().clone())
         assert tape.modules("layers") == tuple(f"layers.{i}.self_attn" for i in range(3))
-        for query in (None, 0):
+        for query in (None, torch.zeros(B, dtype=torch.long)):
             result, wanted = tape.rollout(query)["layers"], take_rows(full, query)
             if query is None and "src_key_padding_mask" in masks:  # nested layers do not compute padded rows
                 padded = masks["src_key_padding_mask"]
@@ -291,17 +291,38 @@ def test_calls_that_cannot_be_recorded_are_refused_by_name():
     torch.manual_seed(0)
     model, x = Direct(batch_first=True).double().eval(), inputs()
     before = state(model)
-    with rollout.capture(model):
-        with pytest.raises(
+    with (
+        rollout.capture(model),
+        pytest.raises(
             rollout.CaptureError,
             match=r"MultiheadAttention at attention was called with is_causal=True and an attn_mask that is not causal",
-        ):
-            model(x, attn_mask=HOLES, is_causal=True)
-        with pytest.raises(
-            rollout.CaptureError, match=r"MultiheadAttention at attention must be called with its query as key"
-        ):
-            model.attention(x, x.clone(), x)
+        ),
+    ):
+        model(x, attn_mask=HOLES, is_causal=True)
     assert_nothing_left(model, before)
+
+
+def test_what_is_one_sequence_is_seen_by_where_it_comes_from():
+    """Three tensors made of one are self-attention; a sequence of another input is not, of whatever length."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.attention = nn.LayerNorm(E), nn.MultiheadAttention(E, H, batch_first=True)
+
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+            x = x + self.attention(self.norm(x), self.norm(x), self.norm(x))[0]
+            return x + self.attention(x, other, other)[0]
+
+    torch.manual_seed(0)
+    model, x = Normed().double().eval(), inputs()
+    maps = model.attention(model.norm(x), model.norm(x), model.norm(x), average_attn_weights=False)[1]
+    for other in (x.flip(1).clone(), x[:, :4].clone()):
+        with torch.inference_mode(), rollout.capture(model) as tape:
+            model(x, other)
+            model(x, other)
+        assert len(tape.layers()) == 1
+        assert_close(tape.maps(0), maps, "qk")
 
 
 def test_decoder_leaves_cross_attention_out():

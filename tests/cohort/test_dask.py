@@ -1,23 +1,45 @@
-"""Workers in processes of their own: the same rows as one, also when one of them is killed on the way."""
+"""Dask clusters: the same rows as without, whoever is killed on the way; and every wait for one that is gone ends."""
 
+import _thread
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
-from rollout.cohort import CohortError
-from rollout.cohort.cluster import do_part
-from rollout.cohort.plan import Plan
-from rollout.cohort.source import open_source
-from rollout.cohort.work import Work
-from tests.support.toy_cohort import VOCABULARIES, Attention, Records, attribute, collate, contents, explain, rows
+from rollout.cohort import CohortError, cluster
+from rollout.cohort.store import Store
+from tests.support import deadly, toy_cohort
+from tests.support.deadly import Deadly, wait_until, within
+from tests.support.toy_cohort import Attention, contents, explain, rows
 
+dask = pytest.importorskip("dask")
 distributed = pytest.importorskip("distributed")
+
+LIMIT = 240
+"""Seconds after which a run hangs: far more than one takes."""
+
+
+def attribute(out: Path, count: int = 90, **settings):
+    return within(LIMIT, partial(toy_cohort.attribute, out, count, **settings))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scratch(tmp_path_factory):
+    """Where Dask's processes write."""
+    folder = str(tmp_path_factory.mktemp("dask"))
+    with pytest.MonkeyPatch.context() as patch, dask.config.set(temporary_directory=folder):
+        patch.setenv("DASK_TEMPORARY_DIRECTORY", folder)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +50,20 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def nannies():
     """Two worker processes that are started again when they die."""
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None, memory_limit=0,
-        local_directory=str(tmp_path_factory.mktemp("dask")), silence_logs=50,
+        n_workers=2, threads_per_worker=2, processes=True, dashboard_address=":0", memory_limit=0,
+        silence_logs=50,
+    ) as running, distributed.Client(running) as client:  # fmt: skip
+        yield client
+
+
+@pytest.fixture
+def threaded():
+    """A cluster in this process, with one worker."""
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0", silence_logs=50
     ) as running, distributed.Client(running) as client:  # fmt: skip
         yield client
 
@@ -53,11 +84,8 @@ def slow(model, batch):
     return explain(model, batch)
 
 
-def deadly(model, batch):
-    """Kill the worker at one part's batch, whichever worker it is."""
-    if int((batch["lengths"]["codes"] == 9).sum()) and float(batch["label"].sum()) >= 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return explain(model, batch)
+def parts_done(out: Path) -> int:
+    return len(list(out.glob("parts/*.json")))
 
 
 def test_workers_of_this_machine(whole, tmp_path) -> None:
@@ -74,58 +102,221 @@ def test_workers_of_this_machine(whole, tmp_path) -> None:
     assert attribute(out).kept == 5
 
 
-def test_a_cluster_there_is_already(whole, tmp_path, cluster) -> None:
-    run = attribute(tmp_path / "out", client=cluster)
+def test_a_cluster_there_is_already(whole, tmp_path, nannies) -> None:
+    run = attribute(tmp_path / "out", client=nannies)
     assert (run.attributed, run.parts) == (90, 5)
+    assert run.peak_bytes > 50 * 2**20
     assert_equal_rows(tmp_path / "out", whole)
 
 
-def test_failures_come_back_from_workers(tmp_path, cluster) -> None:
-    spoiled = {5: "nan", 21: "unreadable", 46: "unknown code"}
-    run = attribute(tmp_path / "out", client=cluster, dataset=Records(90, spoiled))
-    assert run.failed == 3
-    assert rows(tmp_path / "out", "failures")["sample"].to_list() == [5, 21, 46]
+def test_failures_and_poison_come_back_from_workers(tmp_path, nannies) -> None:
+    """A sample that kills its process kills no worker."""
+    before = nannies.run(os.getpid)
+    data = Deadly(90, {24: ("explain", "killed")}, {5: "nan", 21: "unreadable", 46: "unknown code"})
+    run = attribute(tmp_path / "out", client=nannies, dataset=data, collate=deadly.collate, explain=deadly.explain)
+    assert run.failed == 4
+    failures = rows(tmp_path / "out", "failures")
+    assert failures["sample"].to_list() == [5, 21, 24, 46]
+    assert failures["error"][2] == "its process was killed (signal 9, SIGKILL), twice, with this sample alone"
+    assert nannies.run(os.getpid) == before
+    (note,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["notes"]
+    assert note.endswith("without them: 24")
 
 
-@pytest.mark.parametrize("victims", [1, 2])
-def test_killed_workers_lose_nothing(whole, tmp_path, cluster, victims: int) -> None:
+@pytest.mark.parametrize("victims", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_killed_workers_lose_nothing(whole, tmp_path, nannies, victims: int) -> None:
     """One worker killed at work; and all of them, with the only copies of the model."""
     out = tmp_path / "out"
     killed = []
 
     def kill() -> None:
-        while not (out / "parts").is_dir() or len(list((out / "parts").glob("*.json"))) < 2:
-            time.sleep(0.01)
-        for pid in list(cluster.run(os.getpid).values())[:victims]:
+        wait_until(lambda: parts_done(out) >= 2, LIMIT)
+        for pid in list(nannies.run(os.getpid).values())[:victims]:
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    run = attribute(out, client=cluster, explain=slow, part_samples=10)
+    run = attribute(out, client=nannies, explain=slow, part_samples=10)
     killer.join()
     assert len(killed) == victims
     assert (run.attributed, run.failed, run.parts) == (90, 0, 9)
     assert_equal_rows(out, whole)
 
 
-def test_a_part_that_kills_its_workers_is_named(tmp_path, cluster) -> None:
-    with pytest.raises(CohortError, match="workers keep dying"):
-        attribute(tmp_path / "out", client=cluster, explain=deadly)
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["status"] == "running"
+def processes() -> list[psutil.Process]:
+    """Those of this process that do parts."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it has just died
+            if "rollout.cohort.child" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
-def test_what_dask_may_be_sending_on_is_not_run() -> None:
-    """A model at work is patched: a copy of it taken then would run otherwise on the worker that gets it."""
-    ran = []
+def broken(model, batch):
+    raise ValueError("no such thing")
 
-    def noting(model, batch):
-        ran.append(model)
-        return explain(model, batch)
 
-    source = open_source(Records(40), collate, VOCABULARIES)
-    work = Work(Attention(), source, noting, Plan(part_samples=20))
-    parts = [do_part(work, number, None, threads=None, gpu_by_name=False) for number in (0, 1)]
-    assert [part.record["attributed"] for part in parts] == [20, 20]
-    assert all(model is ran[0] and model is not work.model for model in ran)
-    assert ran[0].head.weight.equal(work.model.head.weight)
+@pytest.mark.parametrize("good", [True, False], ids=["done", "error"])
+def test_the_process_of_a_worker_ends_with_the_run(tmp_path, threaded, good: bool) -> None:
+    seen = []
+    watcher = threading.Thread(target=lambda: wait_until(lambda: seen.extend(processes()) or seen), daemon=True)
+    watcher.start()
+    if good:
+        attribute(tmp_path / "out", client=threaded)
+    else:
+        with pytest.raises(CohortError, match="none of the first 40"):
+            attribute(tmp_path / "out", client=threaded, explain=broken, part_samples=40)
+    watcher.join()
+    assert seen
+    wait_until(lambda: not processes())
+
+
+def hanging(folder: Path, model, batch) -> None:
+    (folder / f"pid-{os.getpid()}").touch()
+    deadly.die("hangs")
+
+
+def test_an_interrupt_ends_a_part_that_hangs(tmp_path, threaded) -> None:
+    """The worker is free again."""
+    found = []
+
+    def interrupt() -> None:
+        wait_until(lambda: list(tmp_path.glob("pid-*")), LIMIT)
+        found.extend(int(path.name.removeprefix("pid-")) for path in tmp_path.glob("pid-*"))
+        _thread.interrupt_main()
+
+    killer = threading.Thread(target=interrupt, daemon=True)
+    killer.start()
+    with pytest.raises(KeyboardInterrupt):
+        toy_cohort.attribute(tmp_path / "out", client=threaded, explain=partial(hanging, tmp_path))
+    killer.join()
+    wait_until(lambda: not psutil.pid_exists(found[0]))
+    assert threaded.submit(sum, [1, 2]).result(timeout=30) == 3
+
+
+# Workers that do not come back
+
+
+@contextmanager
+def lone_workers(count: int):
+    """A cluster in this process of workers without a nanny, each a process; gives the client and them."""
+    with distributed.LocalCluster(
+        n_workers=0, processes=False, dashboard_address=":0", protocol="tcp", silence_logs=50
+    ) as running, distributed.Client(running) as client:  # fmt: skip
+        command = [sys.executable, "-m", "distributed.cli.dask_worker", running.scheduler_address, "--no-nanny"]
+        command += ["--nthreads", "1", "--no-dashboard"]
+        workers = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(count)]
+        try:
+            wait_until(lambda: len(client.nthreads()) == count, 120)
+            yield client, workers
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+
+
+def test_the_run_goes_on_with_the_workers_that_are_left(whole, tmp_path, monkeypatch) -> None:
+    """And ends when none is: within the limit, and what is written counts."""
+    monkeypatch.setattr(cluster, "WAIT", 2)
+    out, moments = tmp_path / "out", iter([1, 5])
+    with lone_workers(2) as (client, workers):
+
+        def kill() -> None:
+            for worker in workers:
+                moment = next(moments)
+                wait_until(lambda moment=moment: parts_done(out) >= moment, LIMIT)
+                worker.kill()
+
+        killer = threading.Thread(target=kill, daemon=True)
+        killer.start()
+        with pytest.raises(CohortError, match="no Dask worker for 2 s"):
+            attribute(out, client=client, explain=slow, part_samples=10)
+        killer.join()
+    assert 5 <= parts_done(out) < 9
+    attribute(out, explain=slow, part_samples=10)
+    assert_equal_rows(out, whole)
+
+
+def test_a_worker_that_dies_with_the_result(tmp_path, monkeypatch) -> None:
+    """Done, but not fetched: it would have to be done again, and there is nobody."""
+    monkeypatch.setattr(cluster, "WAIT", 2)
+    gather = cluster._Watch.gather
+    with lone_workers(1) as (client, workers):
+
+        def kill_first(watch, future):
+            workers[0].kill()
+            workers[0].wait()
+            return gather(watch, future)
+
+        monkeypatch.setattr(cluster._Watch, "gather", kill_first)
+        with pytest.raises(CohortError, match="no Dask worker for 2 s"):
+            attribute(tmp_path / "out", client=client)
+
+
+def test_no_worker_at_all(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(cluster, "WAIT", 1)
+    with lone_workers(0) as (client, _), pytest.raises(CohortError, match="no Dask worker for 1 s"):
+        attribute(tmp_path / "out", client=client)
+
+
+# A scheduler that is killed
+
+
+@pytest.fixture
+def scheduler():
+    """A process of a scheduler and its worker, and a client of it."""
+    command = [sys.executable, "-m", "tests.support.dask_process"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        try:
+            with distributed.Client(process.stdout.readline().strip(), timeout=60) as client:
+                yield process, client
+        finally:
+            process.kill()
+
+
+class Telling(Attention):
+    """Calls back when it is copied, which is when it is sent."""
+
+    def __deepcopy__(self, memo):
+        self.tell()
+        return Attention()
+
+
+@pytest.mark.parametrize("moment", ["before", "sending", "at work", "fetching", "writing", "closed"])
+def test_a_killed_scheduler_is_said(tmp_path, scheduler, monkeypatch, moment: str) -> None:
+    process, client = scheduler
+    out, settings = tmp_path / "out", {}
+
+    def kill(*_) -> None:
+        process.kill()
+        process.wait()
+
+    def kill_first(function):
+        return lambda *given: (kill(), function(*given))[1]
+
+    if moment == "before":
+        kill()
+    elif moment == "sending":
+        settings["model"] = Telling()
+        settings["model"].tell = kill
+    elif moment == "at work":
+        settings["explain"] = partial(hanging, tmp_path)
+        threading.Thread(target=lambda: (wait_until(lambda: list(tmp_path.glob("pid-*")), LIMIT), kill())).start()
+    elif moment == "fetching":
+        monkeypatch.setattr(cluster._Watch, "gather", kill_first(cluster._Watch.gather))
+    elif moment == "writing":
+        monkeypatch.setattr(Store, "commit", kill_first(Store.commit))
+    else:
+        client.close()
+    begun = time.monotonic()
+    with pytest.raises(CohortError, match="the Dask scheduler"):
+        attribute(out, client=client, **settings)
+    assert time.monotonic() - begun < 100
+    assert parts_done(out) == (moment == "writing")
+    for path in tmp_path.glob("pid-*"):  # the process of the worker that was killed with the scheduler
+        wait_until(lambda path=path: not psutil.pid_exists(int(path.name.removeprefix("pid-"))))
+    assert json.loads((out / "manifest.json").read_text())["status"] == "running"

@@ -36,6 +36,38 @@ def test_a_batch_is_not_cut_sooner_than_it_must(lengths, tokens, most) -> None:
         assert len(joined) > most or len(joined) * sizes[joined].max(0).sum() > tokens
 
 
+@given(LENGTHS, st.integers(1, 400), st.integers(1, 20))
+def test_equal_lengths_share_a_batch_and_no_others(lengths, tokens, most) -> None:
+    sizes = np.array(lengths)
+    plan = Plan(batch_tokens=tokens, batch_samples=most, equal_lengths=True)
+    samples = [{"a": torch.ones(a), "b": (torch.ones(b), torch.ones(b, 3)), "id": "p"} for a, b in lengths]
+    batches = plan.batches(sizes, [plan.group_of(sample) for sample in samples])
+    assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(np.unique(sizes[batch], axis=0)) == 1
+        assert len(batch) == 1 or (len(batch) * sizes[batch[0]].sum() <= tokens and len(batch) <= most)
+    for batch, after in pairwise(batches):
+        joined = [*batch, after[0]]
+        differ = (sizes[after[0]] != sizes[batch[0]]).any()
+        assert differ or len(joined) > most or len(joined) * sizes[batch[0]].sum() > tokens
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ({"f": torch.ones(2, 3)}, {"f": torch.ones(2, 4)}),
+    ({"f": (torch.ones(2), torch.ones(2))}, {"f": (None, torch.ones(2))}),
+    ({"f": {"ids": torch.ones(2)}}, {"f": {"ids": torch.ones(3)}}),
+    ({"f": [[1, 2], [3]]}, {"f": [[1], [2, 3]]}),
+    ({"f": [1, 2]}, {"f": [1]}),
+    ({"f": np.ones(2)}, {"f": np.ones(3)}),
+])  # fmt: skip
+def test_what_a_batch_could_pad_is_not_equal(one, other) -> None:
+    plan = Plan(equal_lengths=True)
+    assert plan.group_of(one) != plan.group_of(other)
+    assert plan.group_of(one) == plan.group_of({"f": one["f"]})
+    missing = isinstance(one["f"], tuple)
+    assert (Plan().group_of(one) != Plan().group_of(other)) == missing
+
+
 def test_sorting_saves_padding() -> None:
     sizes = np.random.default_rng(0).lognormal(3.9, 0.85, (2048, 1)).astype(int) + 1
     batches = Plan(batch_tokens=8192).batches(sizes)
@@ -51,10 +83,12 @@ def test_parts_are_runs_of_samples() -> None:
 
 @pytest.mark.parametrize("name", ["batch_tokens", "batch_samples", "part_samples"])
 def test_settings_are_checked(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number from 1 to .*, got 0"):
         Plan(**{name: 0})
-    with pytest.raises(TypeError, match=f"{name} must be an int, got 2.5"):
+    with pytest.raises(TypeError, match=f"{name} must be a whole number from 1 to .*, got 2.5"):
         Plan(**{name: 2.5})
+    with pytest.raises(TypeError, match="equal_lengths must be true or false, got 1"):
+        Plan(equal_lengths=1)
 
 
 def test_lengths_count_what_attention_runs_over() -> None:

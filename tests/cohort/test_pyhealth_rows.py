@@ -114,7 +114,7 @@ def test_wrong_settings_are_refused(three_classes, tmp_path) -> None:
     out = tmp_path / "out"
     for settings, error, message in [
         ({"target_class": 1}, ValueError, "target_class is for class-specific methods"),
-        ({"method": "chefer", "readout": "forward"}, ValueError, "needs readout='model'"),
+        ({"method": "chefer", "readout": "forward"}, ValueError, "readout must be model for a class-specific method"),
         ({"method": "product"}, ValueError, "product|matrices"),
     ]:
         with pytest.raises(error, match=message):

@@ -2,13 +2,17 @@
 
 import errno
 import json
+import re
 import shutil
 
 import pytest
 
 from rollout.cohort import CohortError, store
 from rollout.cohort.store import Store
+from rollout.results.attributions import CohortAttributions
+from rollout.results.manifest import Manifest
 from tests.support.toy_cohort import Records, assert_same, attribute, rows
+from tests.support.written_run import edit
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def test_a_damaged_part_is_done_again(copy, whole, path: str, damage: str) -> No
     assert_same(copy, whole)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema_version": 1}', b"\xff\xfe", b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema_version": 2}', b"\xff\xfe", b"null"])
 def test_a_damaged_manifest_is_made_anew_from_the_parts(copy, whole, content: bytes) -> None:
     (copy / "manifest.json").write_bytes(content)
     (copy / "parts" / "part-00004.json").unlink()
@@ -64,7 +68,7 @@ def test_a_damaged_manifest_does_not_let_another_run_in(copy) -> None:
 def test_a_manifest_of_another_version_is_refused(copy) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
-    with pytest.raises(ValueError, match="schema_version 99, this version of rollout writes 1"):
+    with pytest.raises(ValueError, match="schema_version must be 2, got 99"):
         attribute(copy)
 
 
@@ -89,8 +93,7 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path) -> None:
 
 
 def test_the_second_process_on_a_folder_is_refused(copy) -> None:
-    identity = json.loads((copy / "manifest.json").read_text())["identity"]
-    held = Store(copy, identity, 5, resume=True, retry_failures=False)
+    held = Store(copy, Manifest.read(copy / "manifest.json"), 5, Records(90), resume=True, retry_failures=False)
     try:
         with pytest.raises(CohortError, match="another process is writing to"):
             attribute(copy)
@@ -147,7 +150,7 @@ def test_parts_are_sorted_by_sample_and_feature(whole) -> None:
 
 def test_a_record_of_another_run_is_not_taken(copy, whole) -> None:
     path = copy / "parts/part-00001.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"run": "0" * 64}))
+    edit(path, run="0" * 64)
     assert attribute(copy).done == 20
     assert_same(copy, whole)
 
@@ -179,3 +182,96 @@ def test_a_sample_unreadable_for_a_while_is_still_known(copy) -> None:
     attribute(copy, dataset=Records(90, {88: "unreadable"}))
     with pytest.raises(ValueError, match=r"samples 88 hold other values"):
         attribute(copy, dataset=Records(90, {88: "nan"}))
+
+
+OURS = [
+    "attributions", "predictions", "failures", "parts", ".workers", ".pyhealth-cache", ".rollout.lock", "manifest.json",
+    "code_names.json", "attributions/part-00001.parquet", "predictions/part-00000.parquet", "parts/part-00002.json",
+    "failures/part-00000.parquet", ".manifest.json.1.partial", "parts/.part-00001.json.1.partial",
+    "attributions/part-00077.parquet",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("started", [False, True])
+def test_a_link_out_of_the_folder_is_refused_before_anything_is_written(
+    whole, tmp_path, name: str, started: bool
+) -> None:
+    """New or begun, a folder in which something of ours leads elsewhere: to a file, a folder, or nothing."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    if started:
+        shutil.copytree(whole, out)
+        (out / "parts" / "part-00003.json").unlink()
+    link = out / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    folder = "." not in name or name in (".workers", ".pyhealth-cache")
+    if folder:
+        elsewhere.mkdir()
+        for kept in ("part-00001.parquet", "part-00001.json", "part-00099.parquet", ".x.partial", "thesis.tex"):
+            (elsewhere / kept).write_text("mine")
+    else:
+        elsewhere.write_text("mine")
+    if link.is_dir():
+        shutil.rmtree(link)
+    link.unlink(missing_ok=True)
+    link.symlink_to(elsewhere)
+
+    def state() -> dict:
+        return {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")}
+
+    before = state()
+    with pytest.raises(ValueError, match=rf"{re.escape(str(link))} must not be a link \(.* → {elsewhere}\)"):
+        attribute(out, workers=2 if name == ".workers" else 1)
+    assert state() == before
+    elsewhere.unlink() if elsewhere.is_file() else shutil.rmtree(elsewhere)
+    with pytest.raises(ValueError, match="must not be a link"):
+        attribute(out)
+    assert not elsewhere.exists()
+
+
+def test_a_link_to_the_folder_itself_and_links_of_others_are_left(whole, tmp_path) -> None:
+    (tmp_path / "real" / "attributions").mkdir(parents=True)
+    (tmp_path / "real" / ".rollout.lock").touch()
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "real" / "attributions" / "notes").symlink_to(tmp_path / "mine.txt")
+    attribute(tmp_path / "out")
+    assert_same(tmp_path / "real", whole)
+    assert (tmp_path / "real" / "attributions" / "notes").read_text() == "mine"
+
+
+def test_paths_that_are_none_are_refused_in_a_line(tmp_path) -> None:
+    for path, match in (("~nouser/x", "home directory"), ("x" * 300, "too long"), (tmp_path / "a\0b", "null")):
+        with pytest.raises(ValueError, match=rf"out must be a path, got .*{match}") as error:
+            attribute(path)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["x[et]*", "a=b?", "~"])
+def test_a_folder_of_any_name_is_written_resumed_and_read(whole, tmp_path, name: str) -> None:
+    out = tmp_path / name
+    attribute(out)
+    (out / "parts" / "part-00003.json").unlink()
+    assert attribute(out).done == 20
+    found = CohortAttributions(out).attributions.collect()
+    assert found.equals(rows(whole), null_equal=True)
+
+
+def test_names_written_before_a_kill_are_taken_and_damaged_ones_made_anew(tmp_path) -> None:
+    out, names = tmp_path / "out", {"codes": {"c9": "Heart failure"}}
+    attribute(out)
+    before = (out / "manifest.json").read_bytes()
+    attribute(out, code_names=names)
+    assert CohortAttributions(out).names == names
+    (out / "manifest.json").write_bytes(before)  # as if killed between the two files
+    (out / "parts" / "part-00003.json").unlink()
+    attribute(out)
+    assert CohortAttributions(out).names == names
+    (out / "code_names.json").write_text("{}")
+    (out / "parts" / "part-00003.json").unlink()
+    attribute(out)
+    assert CohortAttributions(out).names == {}
+    attribute(out, code_names=names)
+    assert CohortAttributions(out).names == names
+    with pytest.raises(ValueError, match="code_names must be"):
+        attribute(out, code_names={"codes": {"c9": 3}})

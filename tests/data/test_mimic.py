@@ -1,4 +1,4 @@
-"""Folders that are no MIMIC-IV are refused by name, and codes get the names of their tables."""
+"""Folders that are no MIMIC-IV are refused by name."""
 
 import gzip
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from rollout.data.mimic import NO_NDC, check_mimic_root, code_names, mimic_source, names_for
+from rollout.data.mimic import check_mimic_root, mimic_source
 from rollout.data.synthetic import write_synthetic_cohort
 
 
@@ -60,47 +60,8 @@ def test_a_file_that_is_no_gzip_is_named(root: Path) -> None:
         check_mimic_root(root)
 
 
-def test_plain_csv_serves_as_well(root: Path) -> None:
-    before = code_names(root)
-    for path in list(root.rglob("*.csv.gz")):
-        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
-        path.unlink()
-    assert check_mimic_root(root) == root
-    assert code_names(root) == before
-
-
-def write(root: Path, name: str, rows: list[tuple], columns: list[str]) -> None:
-    path = root / f"{name}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pl.DataFrame(rows, schema=columns, orient="row").write_csv(path)
-
-
-def test_names_come_from_the_version_in_use_and_the_commonest_drug(tmp_path: Path) -> None:
-    key = ["icd_code", "icd_version"]
-    write(tmp_path, "hosp/diagnoses_icd", [("V100", 9), ("V100", 10), ("V100", 10), ("A1", 10)], key)
-    titles = [("V100", 9, "old"), ("V100", 10, "new"), ("A1", 9, "of the other version")]
-    write(tmp_path, "hosp/d_icd_diagnoses", titles, [*key, "long_title"])
-    write(tmp_path, "hosp/procedures_icd", [("P1", 9)], key)
-    drugs = [("00123", "Right"), ("00123", "Right"), ("00123", "Wrong"), ("0", "Saline"), (None, "Left out")]
-    write(tmp_path, "hosp/prescriptions", drugs, ["ndc", "drug"])
-    assert code_names(tmp_path) == {
-        "conditions": {"V100": "new"},
-        "procedures": {},
-        "drugs": {"00123": "Right", "0": NO_NDC},
-    }
-
-
 def test_a_synthetic_cohort_without_its_truth_is_still_a_cohort(root: Path) -> None:
     (root / "truth.json").unlink()
     shutil.rmtree(root / "icu")
     with pytest.raises(ValueError, match=r"missing icu/icustays\.csv\[\.gz\]$"):
         check_mimic_root(root)
-
-
-def test_names_are_those_of_the_features_and_of_the_tables_there_are(root: Path) -> None:
-    names = code_names(root)
-    assert names_for(root, ("drugs", "labs")) == {"drugs": names["drugs"]}
-    assert names_for(root, ("icd_codes",)) == {"icd_codes": {**names["procedures"], **names["conditions"]}}
-    (root / "hosp" / "prescriptions.csv.gz").unlink()
-    (root / "hosp" / "procedures_icd.csv.gz").unlink()
-    assert names_for(root, ("conditions", "procedures", "drugs")) == {"conditions": names["conditions"]}

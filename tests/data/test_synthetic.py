@@ -8,7 +8,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from rollout.data.mimic import REQUIRED, check_mimic_root, code_names
+from rollout.data.mimic import REQUIRED, check_mimic_root
+from rollout.data.names import code_names
 from rollout.data.synthetic import BLOCK_PATIENTS, write_synthetic_cohort
 from rollout.results.ranking import planted_codes
 
@@ -151,16 +152,19 @@ def test_admissions_of_a_patient_do_not_overlap(admissions: pl.DataFrame) -> Non
     assert (admissions["dischtime"] > admissions["admittime"]).all()
 
 
+def used_codes(cohort: Path) -> dict[str, set[str]]:
+    return {feature: set(table(cohort, f"hosp/{name}")[column]) for feature, (name, column) in EVENTS.items()}
+
+
 def test_codes_and_names_are_distinct_and_every_code_has_a_name(cohort: Path) -> None:
-    names = code_names(cohort)
-    for feature, (name, column) in EVENTS.items():
-        used = set(table(cohort, f"hosp/{name}")[column])
+    names = code_names(cohort, used_codes(cohort))
+    for feature, used in used_codes(cohort).items():
         assert used <= set(names[feature])
         assert len(set(names[feature].values())) == len(names[feature])
 
 
 def test_truth_lists_each_planted_code_with_its_name(cohort: Path) -> None:
-    truth, names = json.loads((cohort / "truth.json").read_text()), code_names(cohort)
+    truth, names = json.loads((cohort / "truth.json").read_text()), code_names(cohort, used_codes(cohort))
     assert {feature: len(rows) for feature, rows in truth["planted"].items()} == {
         "conditions": 4,
         "procedures": 3,

@@ -71,7 +71,47 @@ def test_a_processor_comes_back_and_gives_the_same_tensors(case: str, tmp_path: 
     assert type(after) is type(before)
     assert vars(after) == vars(before)
     assert same(after.process(CASES[case][2]), before.process(CASES[case][2]))
-    assert read_vocabulary(path).described() == json.loads(path.read_bytes())
+    said = json.loads(path.read_bytes())
+    assert len(said.pop("sha256")) == 64
+    assert read_vocabulary(path).described() == said
+
+
+def permuted(content: dict[str, Any]) -> dict[str, Any]:
+    codes = content["inputs"]["codes"]["state"]["code_vocab"]
+    codes[2], codes[3] = codes[3], codes[2]
+    return content
+
+
+def test_a_permuted_vocabulary_is_refused_and_one_from_elsewhere_is_read(tmp_path: Path) -> None:
+    path = write_vocabulary(dataset(codes=fitted("sequence")), tmp_path / "v.json", weights="ab")
+    content = json.loads(path.read_bytes())
+    assert read_vocabulary(path).weights == "ab"
+    path.write_text(json.dumps(dict(sorted(content.items())), indent=4))  # laid out anew, it says the same
+    assert read_vocabulary(path).weights == "ab"
+    path.write_text(json.dumps(permuted(content)))
+    with pytest.raises(
+        ValueError, match=r"v\.json was changed since it was written: its content is not that of its sha"
+    ):
+        read_vocabulary(path)
+    del content["sha256"], content["weights_sha256"]
+    path.write_text(json.dumps(content))
+    assert read_vocabulary(path).weights is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"schema_version": 1, "schema_version": 1}', "the key 'schema_version' is there twice"),
+        ('{"schema_version": NaN}', "NaN is no number of JSON"),
+        ("[" * 200_000, "it is nested too deep"),
+        ('{"a":' * 100_000, "it is nested too deep"),
+    ],
+)
+def test_json_that_says_two_things_or_cannot_be_read_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "v.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"vocabulary .* cannot be read: {message}"):
+        read_vocabulary(path)
 
 
 def test_features_and_labels_keep_their_order_and_their_side(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_auto_is_torch_on_the_cpu():
     maps, method = random_maps(2, 3, 8), rollout.METHODS["rollout"]
-    problem = ops.maps_problem(maps, 0, None, None, method, True)
+    problem = ops.maps_problem(maps, query=0, method=method)
     assert _dispatch.choose(problem, "auto").name == "torch"
     auto = rollout.attention_rollout(maps, query=0)
     assert same_bits(auto, rollout.attention_rollout(maps, query=0, backend="torch"))

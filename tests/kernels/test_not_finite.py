@@ -97,13 +97,13 @@ def test_validate_false_asks_the_device_nothing():
 
     maps, lengths = random_maps(B, H, S), torch.tensor([5, 3])
     for query in (None, 1, torch.tensor([-1, 2]), random_weights(B, S)):
-        arguments = (maps, query, lengths, None, rollout.METHODS["rollout"])
+        call = {"query": query, "lengths": lengths}
         with NoReads():
-            problem = ops.maps_problem(*arguments, False)
+            problem = ops.maps_problem(maps, **call, validate=False)
         if problem.rows is not None:
             assert problem.rows.tolist() == ([1, 1] if isinstance(query, int) else [4, 2])
         with NoReads(), pytest.raises(AssertionError, match="_local_scalar_dense"):
-            ops.maps_problem(*arguments, True)
+            ops.maps_problem(maps, **call)
 
 
 def test_numbers_of_numpy_are_refused_or_read_right():

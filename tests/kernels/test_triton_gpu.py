@@ -45,17 +45,14 @@ def maps_problem(
     maps = [torch.randn(batch, 3, seq, seq, device="cuda").mul(2).softmax(-1).to(dtype) for _ in range(3)]
     grads = [torch.randn(m.shape, device="cuda") for m in maps] if method.gradients else None
     lengths = torch.arange(batch, device="cuda").mul(-13).add(seq).clamp(min=1) if ragged else None
-    return ops.maps_problem(maps, query, lengths, grads, method, True)
+    return ops.maps_problem(maps, query=query, lengths=lengths, gradients=grads, method=method)
 
 
 def qk_problem(batch: int, seq: int, size: int, dtype: torch.dtype, **options: object) -> _problem.QKProblem:
     torch.manual_seed(0)
     queries = [torch.randn(batch, 4, seq, size, device="cuda").to(dtype) for _ in range(3)]
     keys = [torch.randn(batch, 2, seq, size, device="cuda").to(dtype) for _ in range(3)]
-    nothing = dict.fromkeys(("lengths", "key_mask", "query_mask", "window", "bias", "scale", "logsumexp"))
-    return ops.qk_problem(
-        queries, keys, -1, **{**nothing, "causal": False, "method": Method(), "validate": True, **options}
-    )
+    return ops.qk_problem(queries, keys, query=-1, **options)
 
 
 def error(result: Tensor, problem: _problem.Problem) -> float:
@@ -97,7 +94,7 @@ def test_rows_from_qk(dtype: str, seq: int, size: int, options: dict) -> None:
 def test_a_sample_has_the_same_bits_in_any_batch_and_run(seq: int) -> None:
     problem = maps_problem(600, seq, torch.bfloat16, Method())
     whole = _triton.rows_from_maps(problem)
-    few = ops.maps_problem([m[7:9] for m in problem.maps], problem.rows[7:9], None, None, Method(), True)
+    few = ops.maps_problem([m[7:9] for m in problem.maps], query=problem.rows[7:9])
     for _ in range(50):
         assert torch.equal(_triton.rows_from_maps(few), whole[7:9])
         assert torch.equal(_triton.rows_from_maps(problem), whole)
@@ -107,7 +104,7 @@ def test_the_wait_between_programs_under_load() -> None:
     """Many chains, many layers, many runs, another stream busy meanwhile: the same bits every time."""
     torch.manual_seed(0)
     maps = [torch.rand(64, 2, 256, 256, device="cuda") for _ in range(16)]
-    problem = ops.maps_problem(maps, -1, None, None, Method(), False)
+    problem = ops.maps_problem(maps, query=-1, validate=False)
     wanted = _triton.rows_from_maps(problem, split=False)
     busy, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
     for _ in range(300):
@@ -124,7 +121,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     maps = [torch.rand(129, 16, 1024, 1024, device="cuda", dtype=torch.float16) for _ in range(2)]
     assert maps[0].numel() > 2**31
     whole = rollout.attention_rollout(maps, query=-1, backend="triton", validate=False)
-    problem = ops.maps_problem([m[-1:] for m in maps], -1, None, None, Method(), False)
+    problem = ops.maps_problem([m[-1:] for m in maps], query=-1, validate=False)
     assert torch.equal(whole[-1:], _triton.rows_from_maps(problem))
     assert error(whole[-1:], problem) <= MAPS_BOUND
 

@@ -107,7 +107,9 @@ def maps_case(
     grads = None
     if chosen.gradients is not None:
         grads = [torch.randn(m.shape) for m in maps]
-    return ops.maps_problem(maps, make_query(query, batch, seq, lengths), lengths, grads, chosen, True)
+    return ops.maps_problem(
+        maps, query=make_query(query, batch, seq, lengths), lengths=lengths, gradients=grads, method=chosen
+    )
 
 
 def check_rows(problem: _problem.MapsProblem) -> None:
@@ -159,7 +161,7 @@ def test_rows_from_maps_of_any_shape(data: st.DataObject) -> None:
     )
     query = data.draw(st.one_of(st.just(-1), st.just(0), st.integers(1, 3)), "query")
     start = torch.randn(batch, query, seq) if query > 0 else query
-    check_rows(ops.maps_problem(maps, start, lengths, None, method, True))
+    check_rows(ops.maps_problem(maps, query=start, lengths=lengths, method=method))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
@@ -168,7 +170,7 @@ def test_several_row_blocks_in_a_part(parts: int) -> None:
     config = replace(launch.rows_launch(64, torch.float32), parts=parts)
     lengths = torch.tensor([64, 33])
     maps = poison_padding(softmax_maps((2, 2, 64, 64), 3, seed=5), lengths)
-    problem = ops.maps_problem(maps, torch.randn(2, 2, 64), lengths, None, Method(), True)
+    problem = ops.maps_problem(maps, query=torch.randn(2, 2, 64), lengths=lengths)
     results = []
     for kernel in (rows_resident, rows_split):
         arguments = inputs.map_inputs(problem, problem.weights, 2)
@@ -187,9 +189,9 @@ def test_blocks_of_zero_weight_are_left_out(split: bool) -> None:
         m[:, :, 32:] = math.nan
     start = torch.zeros(1, 64)
     start[:, :16] = torch.rand(1, 16)
-    problem = ops.maps_problem(maps, start, None, None, Method(), False)
+    problem = ops.maps_problem(maps, query=start, validate=False)
     clean = [m.nan_to_num(0.25) for m in maps]
-    wanted = reference.rollout(ops.maps_problem(clean, start, None, None, Method(), False))
+    wanted = reference.rollout(ops.maps_problem(clean, query=start, validate=False))
     result = _triton.rows_from_maps(problem, split=split)
     assert float((result - wanted).abs().max() / wanted.abs().max()) <= MAPS_BOUND
 
@@ -198,7 +200,7 @@ def test_nan_in_a_map_shows() -> None:
     maps = softmax_maps((2, 2, 17, 17), 2, seed=4)
     maps[0][1, 0, 3, 5] = math.nan
     for method in ("mean", "max", "min"):
-        problem = ops.maps_problem(maps, 0, None, None, METHODS[method], False)
+        problem = ops.maps_problem(maps, query=0, method=METHODS[method], validate=False)
         for split in (False, True):
             result = _triton.rows_from_maps(problem, split=split)
             assert torch.isfinite(result[0]).all()
@@ -207,9 +209,9 @@ def test_nan_in_a_map_shows() -> None:
 
 def test_a_sample_has_the_same_bits_in_any_batch() -> None:
     maps = softmax_maps((5, 2, 40, 40), 3, seed=6)
-    whole = _triton.rows_from_maps(ops.maps_problem(maps, -1, None, None, Method(), True), split=False)
+    whole = _triton.rows_from_maps(ops.maps_problem(maps, query=-1), split=False)
     for b in range(5):
-        one = ops.maps_problem([m[b : b + 1] for m in maps], -1, None, None, Method(), True)
+        one = ops.maps_problem([m[b : b + 1] for m in maps], query=-1)
         assert torch.equal(_triton.rows_from_maps(one, split=True)[0], whole[b])
 
 
@@ -217,7 +219,7 @@ def test_a_regime_the_device_cannot_hold_gives_way_to_the_other(monkeypatch: pyt
     def rows_split(*arguments: object) -> None:
         raise OutOfResources(300_000, 232_448, "shared memory")
 
-    problem = ops.maps_problem(softmax_maps((1, 2, 17, 17), 2, seed=7), 0, None, None, Method(), True)
+    problem = ops.maps_problem(softmax_maps((1, 2, 17, 17), 2, seed=7), query=0)
     wanted = _triton.rows_from_maps(problem, split=True)
     monkeypatch.setattr(_triton, "rows_split", rows_split)
     with pytest.warns(RuntimeWarning, match="rows_split cannot run on this device.*shared memory.*rows_resident"):
@@ -232,7 +234,7 @@ def test_a_batch_is_split_when_its_chains_do_not_fill_the_device() -> None:
 
 
 def test_empty_batch() -> None:
-    problem = ops.maps_problem([torch.ones(0, 2, 4, 4)], 0, None, None, Method(), True)
+    problem = ops.maps_problem([torch.ones(0, 2, 4, 4)], query=0)
     assert _triton.rows_from_maps(problem).shape == (0, 4)
 
 
@@ -247,7 +249,7 @@ def test_empty_batch() -> None:
     ids=["float64", "mixed", "function", "long"],
 )
 def test_refusals_give_a_reason(maps: list[Tensor], method: Method, reason: str) -> None:
-    reasons = _triton.refusals_maps(ops.maps_problem(maps, 0, None, None, method, False))
+    reasons = _triton.refusals_maps(ops.maps_problem(maps, query=0, method=method, validate=False))
     assert len(reasons) == 1
     assert reason in reasons[0]
 
@@ -270,6 +272,6 @@ def test_full_matrix_from_maps(method: str, dtype: str, shape: str, ragged: bool
 
 def test_rows_are_rows_of_the_full_matrix() -> None:
     maps = softmax_maps((2, 3, 70, 70), 4, seed=8)
-    full = _triton.full_from_maps(ops.maps_problem(maps, None, None, None, Method(), True))
-    rows = _triton.rows_from_maps(ops.maps_problem(maps, torch.tensor([5, 69]), None, None, Method(), True))
+    full = _triton.full_from_maps(ops.maps_problem(maps))
+    rows = _triton.rows_from_maps(ops.maps_problem(maps, query=torch.tensor([5, 69])))
     assert float((torch.stack([full[0, 5], full[1, 69]]) - rows).abs().max()) <= MAPS_BOUND

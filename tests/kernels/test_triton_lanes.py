@@ -1,14 +1,22 @@
-"""Runs the interpreter lane in a process of its own: TRITON_INTERPRET must be set before Triton is imported."""
+"""Lanes that need a process of their own: Triton's interpreter, which must be asked for before Triton is imported, and
+the compile lane over releases of Triton beside the one in use."""
 
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# What pip is asked for, one release each; TRITON_RELEASES, words as pip takes them (a wheel's path too), is tried
+# instead. The last is a release newer than any known here, where there is one.
+RELEASES = os.environ.get("TRITON_RELEASES", "").split() or [
+    "triton==3.6.*", "triton==3.7.*", "triton==3.8.*", "triton==3.9.*", "triton>=3.10",
+]  # fmt: skip
 
 
 def test_importing_rollout_kernels_does_not_import_triton_kernels() -> None:
@@ -34,3 +42,41 @@ def test_interpreter_lane(request: pytest.FixtureRequest) -> None:
     )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("release", RELEASES)
+def test_compile_lane_of_another_triton(release: str) -> None:
+    """The promises of test_triton_compile.py hold, and known numbers are met, on a Triton put before the one in use."""
+    with tempfile.TemporaryDirectory() as folder:  # of a gigabyte: it does not stay, as `tmp_path` does
+        version = unpack_triton(release, folder)
+        if version == importlib.metadata.version("triton"):
+            pytest.skip(f"Triton {version} is the one in use: test_triton_compile.py is its lane")
+        run = run_compile_lane(folder)
+    print(run.stdout)
+    assert f"\nTriton {version}\n" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+def run_compile_lane(folder: str) -> subprocess.CompletedProcess[str]:
+    """Every test of the compile lane, the exhaustive forms too, with the Triton of a folder."""
+    files = ["tests/kernels/test_triton_compile.py", "tests/kernels/test_triton_known.py"]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *files],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([folder, str(ROOT), str(ROOT / "kernels")])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def unpack_triton(release: str, folder: str) -> str:
+    """Installs a release of Triton alone, as a wheel, into a folder; its version. Skips where none can be had."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:"]
+    done = subprocess.run([*pip, "--target", folder, release], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"no wheel of {release}: {done.stderr.strip().splitlines()[-1:]}")
+    (found,) = importlib.metadata.distributions(name="triton", path=[folder])
+    return found.version

@@ -1,7 +1,6 @@
 """The report: its numbers against the frames, its strings against the data, and the page in a real browser."""
 
 import html
-import html.parser
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from rollout.report.page import render
 from rollout.report.sections.run import formula
 from rollout.report.sections.summary import summary
 from rollout.results.attributions import CohortAttributions
+from tests.support.pages import Parsed, text_of
 from tests.support.written_run import HOSTILE, NASTY, Record, Run, write_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -42,44 +42,13 @@ def records() -> list[Record]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = {"drugs": {"d1": "Metformin <b>500</b>", NASTY[0]: NASTY[1]}, "visits": {"I10": "Hypertension"}}
     run = Run(status="complete with failures", failures={5: f"ValueError: {HOSTILE}"}, names=names, dataset=HOSTILE,
-              notes=[f"note {HOSTILE}", {"halved": 3}])  # fmt: skip
+              notes=[f"note {HOSTILE}", "halved: 3"])  # fmt: skip
     return write_run(tmp_path_factory.mktemp("run") / "run", records(), run, part_samples=7)
 
 
 @pytest.fixture(scope="module")
 def page(folder: Path) -> str:
     return write_report(folder).read_text(encoding="utf-8")
-
-
-class Parsed(html.parser.HTMLParser):
-    """Tags with their attributes, the text, and the rows of the tables as texts."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.rows: list[list[str]] = []
-        self.inside: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.inside.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        while self.inside and self.inside.pop() != tag:
-            pass
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.inside:
-            return
-        self.text.append(data)
-        if "td" in self.inside or "th" in self.inside:
-            self.rows[-1][-1] += data
 
 
 def cells(page: str) -> list[list[str]]:
@@ -178,6 +147,8 @@ def test_a_patient_asked_for(folder: Path, tmp_path: Path) -> None:
     page = path.read_text(encoding="utf-8")
     assert page.count('<article class="panel">') == 2
     assert "Shown: 2 of the 2 samples of this patient." in " ".join(page.split())
+    assert "codes and positions of the whole cohort are in the report" in page  # no pass over every row for one patient
+    assert 'id="codes"' not in page
     nasty = write_report(folder, patient=NASTY[1])
     assert nasty.parent == folder
     assert re.fullmatch(r"report-[A-Za-z0-9_-]+\.html", nasty.name)
@@ -185,6 +156,34 @@ def test_a_patient_asked_for(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no attributed sample is of patient 'nobody'"):
         write_report(folder, output, patient="nobody")
     assert not output.exists()
+
+
+def test_both_titles_of_an_ambiguous_code_are_seen(tmp_path: Path) -> None:
+    named = f"either ICD-9 diagnosis “{'long ' * 16}” or ICD-9 procedure “{'stent ' * 12}”"
+    found = [Record(f"p{i}", {"icd_codes": [(["5187"], 0.5), (["I10"], 0.5)], "f": [("5187", 0.5), ("b", 0.5)]})
+             for i in range(8)]  # fmt: skip
+    names = {feature: {"5187": named} for feature in ("icd_codes", "f")}
+    page = render(CohortAttributions(write_run(tmp_path, found, Run(names=names))))
+    assert page.count("or ICD-9 procedure “stent") > 5
+    assert page.count("or ICD-9 procedure “stent") == page.count("either ICD-9 diagnosis “long")
+    assert "The features are measurements" not in page
+
+
+def test_labels_have_their_names_and_times_their_unit(tmp_path: Path) -> None:
+    timed, visits = [(None, 0.5, 1.0), (None, 0.2, 2.0), (None, 0.3, 4.0)], [(["I10"], 0.5, 2.0), (["N18"], 0.5, 3.0)]
+    found = [Record(f"p{i}", {"labs": timed, "visits": visits}, (0.5,), (float(i % 2),)) for i in range(8)]
+    run = Run(
+        labels={"mortality": ["survived", "died <b>"]}, time={"labs": "hours <i>", "visits": "hours since admission"}
+    )
+    page = render(CohortAttributions(write_run(tmp_path, found, run)))
+    assert ["1 died <b>", "4", "50.0 %"] in cells(page)
+    assert "label 0 survived" in text_of(page)
+    assert "time (hours &lt;i&gt;)" in page
+    assert "time 2 hours since admission" in text_of(page)
+    plain = Run(labels={"mortality": ["0", "1"]})
+    page = render(CohortAttributions(write_run(tmp_path / "plain", found, plain)))
+    assert ["1", "4", "50.0 %"] in cells(page)
+    assert "time (in the unit of the data)" in page
 
 
 def test_names_given_go_first(folder: Path, tmp_path: Path) -> None:
@@ -196,8 +195,8 @@ def test_names_given_go_first(folder: Path, tmp_path: Path) -> None:
 
 
 def test_written_whole_or_not_at_all(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = tmp_path / "report.html"
-    output.write_text("earlier")
+    output = write_report(folder, tmp_path / "report.html")
+    earlier = output.read_bytes()
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -206,7 +205,37 @@ def test_written_whole_or_not_at_all(folder: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(ValueError, match="No space left on device"):
         write_report(folder, output)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
-    assert output.read_text() == "earlier"
+    assert output.read_bytes() == earlier
+
+
+def test_only_a_report_is_replaced(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "thesis.html"
+    output.write_text("<!doctype html><p>Years of work")
+    with pytest.raises(ValueError, match=r"output must be a new file or an earlier report, got .*thesis\.html"):
+        write_report(folder, output)
+    assert output.read_text() == "<!doctype html><p>Years of work"
+    written = write_report(folder, output, overwrite=True).read_bytes()
+    assert b"Years" not in written
+    output.write_bytes(written[:5000])
+    assert write_report(folder, output).read_bytes() == written
+
+
+@pytest.mark.parametrize("content", ["", "<!doctype html><title>Attention rollout: mine</title>", "\0" * 9000])
+def test_a_file_that_is_no_report_is_not_replaced(folder: Path, tmp_path: Path, content: str) -> None:
+    output = tmp_path / "thesis.html"
+    output.write_text(content)
+    with pytest.raises(
+        ValueError, match=r"must be a new file or an earlier report, got .*thesis\.html, which is neither"
+    ):
+        write_report(folder, output)
+    assert output.read_text() == content
+    linked = tmp_path / "linked.html"
+    linked.symlink_to(output)
+    with pytest.raises(ValueError, match=r"linked\.html, which is neither"):
+        write_report(folder, linked)
+    page = write_report(folder, output, overwrite=True).read_bytes()
+    assert page == write_report(folder, output).read_bytes()  # an earlier report is
+    assert linked.is_symlink()
 
 
 def test_bad_paths_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -221,9 +250,6 @@ def test_bad_paths_are_refused(folder: Path, tmp_path: Path) -> None:
 def test_a_running_run_says_so(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     write_run(tmp_path, records(), Run(status="running"), part_samples=7)
     (tmp_path / "parts" / "part-00003.json").unlink()
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    del manifest["granularity"], manifest["counts"]  # a run writes them at its end
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "This run is not complete." in page
     assert "21 of 24 samples are in this page" in page
@@ -359,3 +385,17 @@ def test_rendering_is_the_same_every_time(folder: Path) -> None:
     cohort = CohortAttributions(folder)
     assert render(cohort) == render(cohort)
     assert isinstance(cohort.predictions, pl.LazyFrame)
+
+
+def test_what_would_turn_text_round_is_seen() -> None:
+    assert text.shown("a\u202eb\u2066\x9b\ufeff") == "a[U+202E]b[U+2066][U+009B][U+FEFF]"
+    assert text.shown("א ب e\u0301 👩\u200d⚕") == "א ب e\u0301 👩\u200d⚕"
+
+
+def test_numbers_that_are_none() -> None:
+    for form in (text.count, text.percent, text.times, text.number, text.seconds, text.size, text.chance):
+        assert [form(v) for v in (None, float("nan"), float("inf"), 10**400, "x", True, [])] == [text.DASH] * 7
+    assert (text.percent(-0.25), text.percent(-0.0001), text.times(-12.34)) == ("-25.0 %", ">−0.1 %", "-12.3×")
+    assert (text.count(1e30), text.percent(1e20), text.times(1e20)) == ("1e+30", "1e+22 %", "1e+20×")
+    assert [text.width(v) for v in (-1.0, 0.25, 7.0)] == ["0.0%", "25.0%", "100.0%"]
+    assert (text.chance(0.25), text.chance(1.5)) == ("25.0 %", "1.5")

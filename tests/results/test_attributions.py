@@ -1,5 +1,6 @@
 """A cohort read back: every number against one worked out by hand, and memory that does not follow the cohort."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -7,10 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from rollout.cohort.rows import parquet_bytes
 from rollout.results.attributions import CohortAttributions
-from tests.support.written_run import NASTY, Record, Run, write_run
+from rollout.results.layout import ATTRIBUTION_SCHEMA, PREDICTION_SCHEMA
+from rollout.results.manifest import Manifest, signed
+from tests.support.written_run import NASTY, Record, Run, edit, write_part, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = [
@@ -101,7 +107,7 @@ def test_orders_minimum_and_k(cohort: CohortAttributions) -> None:
 
 def test_by_label_and_split_by_label(cohort: CohortAttributions) -> None:
     assert cohort.label_kind == "binary"
-    assert cohort.labels().sort("label").rows() == [(0, 2), (1, 2)]
+    assert cohort.labels().sort("label").rows() == [(0, 2, None), (1, 2, None)]
     dead = cohort.top_codes("drugs", label=1, minimum_records=0, read_position=None)
     assert numbers(dead, "relevance", "prevalence", "records") == approx({"a": (0.35, 1.0, 2), "b": (0.15, 1.0, 2)})
     split = cohort.top_codes("drugs", per_label=True, minimum_records=0, read_position=None)
@@ -177,12 +183,12 @@ def test_kinds_of_labels(tmp_path: Path) -> None:
 
     multiclass = opened("multiclass", [(2.0,), (0.0,), (2.0,), None], (0.1, 0.2, 0.7))
     assert multiclass.label_kind == "multiclass"
-    assert multiclass.labels().rows() == [(2, 2), (0, 1)]
+    assert multiclass.labels().rows() == [(2, 2, None), (0, 1, None)]
     split = multiclass.top_codes(per_label=True, minimum_records=0, read_position=None)
     assert split.select("label", "records", "prevalence").rows() == [(0, 1, 1.0), (2, 2, 1.0)]
     multilabel = opened("multilabel", [(1.0, 0.0, 1.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0)], (0.1, 0.2, 0.7))
     assert multilabel.label_kind == "multilabel"
-    assert multilabel.labels().rows() == [(2, 2), (0, 1)]
+    assert multilabel.labels().rows() == [(2, 2, None), (0, 1, None)]
     either = multilabel.top_codes(label=[0, 2], minimum_records=0, read_position=None)
     assert either["records"].item() == 2
     assert either["prevalence"].item() == 1.0
@@ -194,6 +200,41 @@ def test_kinds_of_labels(tmp_path: Path) -> None:
             measured.top_codes(per_label=True)
     with pytest.raises(ValueError, match="have no labels"):
         opened("none", [None, None], (0.5,)).top_codes(label=1)
+
+
+def test_labels_have_the_names_of_the_dataset(tmp_path: Path) -> None:
+    records = [Record(f"p{i}", {"f": [("a", 1.0)]}, (0.1, 0.2, 0.7), (float(i % 3),)) for i in range(4)]
+    run = Run(labels={"stay": ["short", None, "long"]}, time={"f": "hours since admission", "g": None})
+    cohort = CohortAttributions(write_run(tmp_path / "one", records, run))
+    assert cohort.labels().rows() == [(0, 2, "short"), (1, 1, None), (2, 1, "long")]
+    assert cohort.label_names == {"stay": ["short", None, "long"]}
+    assert cohort.time_units == {"f": "hours since admission", "g": None}
+    split = cohort.top_codes(per_label=True, minimum_records=0, read_position=None)
+    assert split.select("label", "records", "prevalence").rows() == [(0, 2, 1.0), (1, 1, 1.0), (2, 1, 1.0)]
+    two = Run(labels={"stay": ["short"], "death": ["no"]})  # which of them y_true is, is not known
+    assert CohortAttributions(write_run(tmp_path / "two", records, two)).labels()["name"].to_list() == [None] * 3
+
+
+def test_a_label_that_is_nan_is_none(tmp_path: Path) -> None:
+    nan = float("nan")
+    records = [Record(f"p{i}", {"f": [("a", 1.0)]}, (0.5,), (one,)) for i, one in enumerate((1.0, nan, 0.0, nan))]
+    cohort = CohortAttributions(write_run(tmp_path, records))
+    assert cohort.label_kind == "binary"
+    assert cohort.labels().sort("label").rows() == [(0, 1, None), (1, 1, None)]
+    assert cohort.top_codes(label=1, minimum_records=0, read_position=None)["records"].item() == 1
+    none = write_run(tmp_path / "none", [Record("p", {"f": [("a", 1.0)]}, (0.5,), (nan,))])
+    assert CohortAttributions(none).label_kind is None
+
+
+@pytest.mark.parametrize("name", ["x[et]*", "~", "a=b", "50%", "sp ace", "q?", "новая\nпапка"])
+def test_a_folder_of_any_name_is_read(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / name, RECORDS, part_samples=2)
+    cohort = CohortAttributions(Path("./", name) if name != "~" else tmp_path / name)
+    assert cohort.attributions.collect().height == 16
+    assert cohort.attributions.collect().columns[0] == "sample"
+    assert cohort.patient("p0").height == 11
+    assert set(cohort.top_codes(minimum_records=0)["feature"]) == {"drugs", "visits"}
 
 
 def test_hostile_strings_come_through(tmp_path: Path) -> None:
@@ -223,12 +264,9 @@ def test_failed_samples_say_why(tmp_path: Path) -> None:
 def test_a_running_run_gives_its_committed_parts_and_says_so(tmp_path: Path) -> None:
     folder = write_run(tmp_path, RECORDS, Run(status="running"), part_samples=2)
     (folder / "parts" / "part-00001.json").unlink()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["granularity"], manifest["counts"], manifest["columns"]  # a run writes them at its end
-    (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.warns(UserWarning, match="not complete: 2 of 4 samples can be read"):
         cohort = CohortAttributions(folder)
-    assert cohort.granularity == {"drugs": "code", "visits": "visit"}
+    assert cohort.granularity == {"drugs": "code", "visits": "visit", "labs": "step"}
     assert cohort.attributions.select("sample").unique().collect().height == 2
     assert not cohort.complete
     (folder / "parts" / "part-00000.json").unlink()
@@ -244,41 +282,41 @@ def test_a_running_run_gives_its_committed_parts_and_says_so(tmp_path: Path) -> 
 
 
 def damaged(folder: Path, what: str) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = folder / "manifest.json"
     if what == "absent":
-        (folder / "manifest.json").unlink()
-        return
-    if what == "half":
-        (folder / "manifest.json").write_text(json.dumps(manifest)[:200])
-        return
-    if what == "lost part":
+        manifest.unlink()
+    elif what == "half":
+        manifest.write_bytes(manifest.read_bytes()[:200])
+    elif what == "edited":
+        manifest.write_text(manifest.read_text().replace("demo", "domo"))
+    elif what == "lost part":
+        (folder / "parts" / "part-00001.json").unlink()
+    elif what == "lost file":
         (folder / "attributions" / "part-00001.parquet").unlink()
-        return
-    if what == "truncated part":
+    elif what == "truncated part":
         part = folder / "predictions" / "part-00000.parquet"
         part.write_bytes(part.read_bytes()[:-20])
-        return
-    if what == "columns":
-        for part in (folder / "attributions").iterdir():
-            pl.read_parquet(part).rename({"code": "word"}).write_parquet(part)
-        return
-    changed: dict[str, object] = {
-        "version": {"schema_version": 9}, "status": {"status": "done"}, "list": {"counts": []},
-    }[what]  # fmt: skip
-    (folder / "manifest.json").write_text(json.dumps({**manifest, **changed}))
+    elif what == "copied record":
+        (folder / "parts" / "part-00001.json").write_bytes((folder / "parts" / "part-00000.json").read_bytes())
+    elif what == "another run":
+        edit(folder / "parts" / "part-00001.json", run="0" * 64)
+    else:
+        edit(manifest, **{"version": {"schema_version": 9}, "status": {"status": "done"}}[what])
 
 
 @pytest.mark.parametrize(
     ("what", "match"),
     [
-        ("absent", "it has no manifest.json"),
-        ("half", r"manifest.json is damaged \(.*run the same attribution again"),
-        ("version", "schema version 1, got 9"),
-        ("status", "status 'done'"),
-        ("list", "damaged: it has no counts"),
-        ("lost part", "attributions/ in .* must have 16 rows, as its manifest says, got 10"),
-        ("truncated part", "predictions/ in .* cannot be read"),
-        ("columns", "missing or of another type: code"),
+        ("absent", r"it has no manifest\.json"),
+        ("half", r"manifest\.json is damaged: .*run the same attribution again"),
+        ("edited", r"manifest\.json is damaged, or was edited"),
+        ("version", "schema_version must be 2, got 9: it was written by another version"),
+        ("status", "status must be 'running', 'complete' or 'complete with failures', got 'done'"),
+        ("lost part", "must have 2 parts, as its manifest says, got 1"),
+        ("lost file", r"attributions/part-00001\.parquet in .* cannot be read: No such file"),
+        ("truncated part", r"predictions/part-00000\.parquet in .* must have [\d,]+ bytes, .*got"),
+        ("copied record", r"part-00001\.json: part must be that of the file's name, got 0"),
+        ("another run", "it is of another run"),
     ],
 )
 def test_a_folder_that_is_no_sound_run_is_refused(tmp_path: Path, what: str, match: str) -> None:
@@ -287,12 +325,117 @@ def test_a_folder_that_is_no_sound_run_is_refused(tmp_path: Path, what: str, mat
         CohortAttributions(tmp_path)
 
 
+DEEP = "[" * 5000 + "]" * 5000
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "match"),
+    [
+        ("identity", {}, "identity.model is missing"),
+        ("identity", [], "identity must be a valid dictionary"),
+        ("identity.model", "Transformer", "identity.model must be a valid dictionary, got 'Transformer'"),
+        ("identity.model", 3, "identity.model must be a valid dictionary, got 3"),
+        ("identity.method", [1], "identity.method must be a valid dictionary"),
+        ("identity.method.discard_ratio", "0.9", "identity.method.discard_ratio must be a valid number"),
+        ("identity.dataset.samples", -1, "identity.dataset.samples must be greater than or equal to 0"),
+        ("counts", [], "counts must be a valid dictionary"),
+        ("counts.rows", [1], r"counts.rows must be a valid integer, got \[1\]"),
+        ("counts.rows", True, "counts.rows must be a valid integer, got True"),
+        ("counts.attributed", 1, "counts of a complete run must add up to its 4 samples"),
+        ("granularity", None, "granularity must be a valid dictionary"),
+        ("granularity.drugs", "line", "granularity.drugs must be 'code', 'visit', 'feature' or 'step'"),
+        ("sessions", [{"started": 1}], r"sessions\.0\.started must be a valid string"),
+        ("notes", [{}], r"notes\.0 must be a valid string"),
+        ("columns.predictions", ["sample"], "columns must be those a cohort run writes"),
+        ("labels", {"death": "no"}, "labels.death must be a valid list"),
+        ("schema_version", None, "schema_version must be a valid integer"),
+    ],
+)
+def test_fields_of_the_manifest_are_checked_by_name(tmp_path: Path, field: str, value: object, match: str) -> None:
+    path = write_run(tmp_path, RECORDS) / "manifest.json"
+    whole = json.loads(path.read_bytes())
+    *above, last = field.split(".")
+    place = whole
+    for key in above:
+        place = place[key]
+    place[last] = value
+    del whole["sha256"]
+    path.write_bytes(signed(whole))
+    with pytest.raises(ValueError, match=rf"manifest\.json: .*{match}"):
+        CohortAttributions(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (DEEP, "nested too deep"),
+        ('{"identity": ' + DEEP + "}", "nested too deep"),
+        ("9" * 5000, "damaged"),
+        ('{"schema_version": 2, "schema_version": 2}', "'schema_version' is there twice"),
+        ("{}", "schema_version is missing"),
+        ("[]", "must be an object of fields, got list"),
+        ('{"peak": 1e999, "nan": NaN}', "damaged"),
+    ],
+)
+def test_json_that_no_run_writes_is_refused(tmp_path: Path, content: str, match: str) -> None:
+    for name in ("manifest.json", "parts/part-00000.json"):
+        folder = write_run(tmp_path / Path(name).name, RECORDS)
+        (folder / name).write_text(content)
+        wanted = "run is missing" if content == "{}" and "parts" in name else match
+        with pytest.raises(ValueError, match=wanted):
+            CohortAttributions(folder)
+    given = tmp_path / "names.json"
+    given.write_text(content)
+    if content != "{}":
+        with pytest.raises(ValueError, match="name"):
+            CohortAttributions(write_run(tmp_path / "names", RECORDS), given)
+
+
+def test_a_huge_number_in_a_session_is_refused(tmp_path: Path) -> None:
+    path = write_run(tmp_path, RECORDS) / "manifest.json"
+    edit(path, sessions=[{"started": "2026", "finished": None, "peak_bytes": 10**400}])
+    with pytest.raises(ValueError, match=r"sessions\.0\.peak_bytes must be less than"):
+        CohortAttributions(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", ["extra", "type", "rows", "order"])
+def test_a_part_of_other_columns_is_refused_when_it_is_read(tmp_path: Path, wrong: str) -> None:
+    """Its commit record agrees with its bytes, as in a folder that somebody made."""
+    folder = write_run(tmp_path, RECORDS, part_samples=2)
+    path = folder / "attributions" / "part-00001.parquet"
+    table = pq.read_table(path)
+    changed = {
+        "extra": table.append_column("age", pa.nulls(table.num_rows, pa.int32())),
+        "type": table.set_column(5, "position", table["position"].cast(pa.int64())),
+        "rows": table.slice(1),
+        "order": table.select([*table.column_names[1:], "sample"]),
+    }[wrong]
+    content = parquet_bytes(changed)
+    path.write_bytes(content)
+    record = json.loads((folder / "parts" / "part-00001.json").read_bytes())
+    digest = hashlib.sha256(content).hexdigest()
+    record["files"]["attributions"] |= {"bytes": len(content), "sha256": digest}
+    edit(folder / "parts" / "part-00001.json", files=record["files"])
+    cohort = CohortAttributions(folder)
+    assert cohort.sample(1).height == 3
+    match = {
+        "extra": "wrong: age unknown", "type": "wrong: position int64", "rows": "must have 6 rows, .*got 5",
+        "order": "wrong: their order",
+    }[wrong]  # fmt: skip
+    for read in (lambda: cohort.attributions, lambda: cohort.sample(2), cohort.top_codes):
+        with pytest.raises(ValueError, match=rf"attributions/part-00001\.parquet in .*{match}"):
+            read()
+
+
 def test_paths_and_names_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         CohortAttributions(tmp_path / "none")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="that is a file"):
         CohortAttributions(tmp_path / "file")
+    for path, match in (("x" * 300, "File name too long"), ("~nouser/x", "home directory"), ("a\0b", "null")):
+        with pytest.raises(ValueError, match=rf"path must be a path, .*{match}"):
+            CohortAttributions(path)
     folder = write_run(tmp_path / "run", RECORDS, Run(names={"drugs": {"a": "old", "b": "kept"}}))
     given = tmp_path / "names.json"
     given.write_text(json.dumps({"drugs": {"a": "new"}, "visits": {"x": "ex"}}))
@@ -319,32 +462,38 @@ for folder in sys.argv[1:]:
 """
 
 
-def large_run(folder: Path, parts: int, samples: int = 2048, length: int = 60) -> None:
-    """Parts of 122,880 rows each."""
-    write_run(folder, [Record("p", {"f": [("a", 1.0)]})])
+def large_run(folder: Path, parts: int, samples: int = 2048, length: int = 60) -> Path:
+    """Parts of 122,880 rows each; three samples a patient."""
     rng = np.random.default_rng(0)
     number = np.repeat(np.arange(samples), length)
-    rows = pl.DataFrame({
-        "sample": number, "patient_id": number.astype(str), "visit_id": number.astype(str), "feature": "f",
-        "visit": None, "position": np.tile(np.arange(length), samples), "time": None,
-        "code": "c" + pl.Series(rng.integers(0, 500, len(number))).cast(pl.String),
-        "attribution": rng.random(len(number)),
-    })  # fmt: skip
-    empty = pl.read_parquet(folder / "attributions" / "part-00000.parquet").schema
-    labels = pl.read_parquet(folder / "predictions" / "part-00000.parquet").schema
+    codes = pa.array([f"c{code}" for code in range(500)]).take(pa.array(rng.integers(0, 500, len(number))))
+    score, position = pa.array(rng.random(len(number)), pa.float32()), pa.array(np.tile(np.arange(length), samples))
+
+    def ids(numbers: np.ndarray) -> list[pa.Array]:
+        patient = pa.array(numbers // 3).cast(pa.string())
+        return [pa.array(numbers), patient, pa.array(numbers).cast(pa.string())]
+
+    one = write_run(folder.with_name("one"), [Record("p", {"f": [("a", 1.0)]})])
+    manifest = Manifest.read(one / "manifest.json")
+    manifest.identity["dataset"]["samples"] = parts * samples
+    records = []
     for part in range(parts):
-        first, name = part * samples, f"part-{part:05d}.parquet"
-        moved = rows.with_columns(pl.col("sample") + first).select(pl.col(c).cast(t) for c, t in empty.items())
-        moved.write_parquet(folder / "attributions" / name, compression="uncompressed")
-        ids = pl.DataFrame({"sample": np.arange(first, first + samples)}).with_columns(
-            patient_id=pl.lit("p"), visit_id=pl.lit("v"), y_prob=pl.concat_list(pl.lit(0.5)),
-            y_true=pl.concat_list((pl.col("sample") % 2).cast(pl.Float32)),
-        )  # fmt: skip
-        ids.select(pl.col(c).cast(t) for c, t in labels.items()).write_parquet(folder / "predictions" / name)
-        (folder / "parts" / f"part-{part:05d}.json").write_text("{}")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["counts"] |= {"rows": parts * len(number), "samples": parts * samples, "attributed": parts * samples}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+        first, empty = part * samples, pa.nulls(len(number))
+        columns = [
+            *ids(number + first), pa.array(["f"]).take(pa.array(np.zeros(len(number), np.int64))),
+            empty.cast(pa.int32()), position.cast(pa.int32()), codes, empty.cast(pa.float32()), score,
+        ]  # fmt: skip
+        true = pa.array([[float(n % 2)] for n in range(samples)], pa.list_(pa.float32()))
+        half = pa.array([[0.5]] * samples, pa.list_(pa.float32()))
+        predicted = [*ids(np.arange(first, first + samples)), half, true, pa.nulls(samples, half.type)]
+        tables = {
+            "attributions": pa.Table.from_arrays(columns, schema=ATTRIBUTION_SCHEMA),
+            "predictions": pa.Table.from_arrays(predicted, schema=PREDICTION_SCHEMA),
+        }
+        records.append(write_part(folder, part, range(first, first + samples), tables, manifest.run))
+    manifest.count(records, parts)
+    (folder / "manifest.json").write_bytes(manifest.as_bytes())
+    return folder
 
 
 def test_memory_does_not_follow_the_cohort(tmp_path: Path) -> None:

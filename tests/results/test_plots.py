@@ -148,3 +148,21 @@ def test_what_cannot_be_drawn_is_refused(cohort: CohortAttributions) -> None:
     ):
         with pytest.raises(ValueError, match=match):
             call()
+
+
+def test_negative_relevance_and_a_far_position_are_drawn(tmp_path: Path) -> None:
+    def moved(rows: list[tuple]) -> list[tuple]:
+        return [(*row[:5], 2**31 - 1, *row[6:]) if row[5] == 2 else row for row in rows]
+
+    record = Record("p", {"drugs": [("a", 0.5), ("b", -0.4), ("c", 0.2)]})
+    signed = CohortAttributions(write_run(tmp_path, [record], Run(model="mine.Encoder", change=moved)))
+    drawn = plot_record(signed, sample=0, path=tmp_path / "record.png").axes[0]
+    assert [patch.get_height() for patch in bars(drawn)] == pytest.approx([50, -40, 20], abs=1e-4)
+    low, high = drawn.get_ylim()
+    assert low <= -40
+    assert high >= 50
+    assert drawn.lines[0].get_ydata()[0] == pytest.approx(100 * 1.1 / 3, abs=1e-4)
+    places = plot_positions(signed, tmp_path / "places.png").axes[0]
+    lifts = signed.by_position("drugs")["lift"].to_list()
+    assert len(lifts) == 3
+    assert [patch.get_height() for patch in bars(places)] == pytest.approx(lifts[:2])

@@ -11,8 +11,10 @@ import pytest
 import rollout.runfile.start as start
 from rollout.cli import main
 from rollout.errors import CohortError
+from tests.support import toy_cohort
 
 ENTRY = '''
+from tests.support import toy_cohort
 from tests.support.pyhealth_models import dataset, transformer
 
 
@@ -46,6 +48,45 @@ def nothing():
 
 def raises():
     raise KeyError("weights")
+
+
+def reads():
+    return open("nowhere.pt")
+
+
+def two_lines():
+    raise RuntimeError("one\\ntwo")
+
+
+def wrong_model():
+    return {}, dataset("flat")
+
+
+def wrong_dataset():
+    return transformer("flat"), 3
+
+
+def four():
+    return transformer("flat"), dataset("flat"), {}, {}
+
+
+def bare_collate():
+    return transformer("flat"), dataset("flat"), toy_cohort.collate
+
+
+def misspelt():
+    return transformer("flat"), dataset("flat"), {"colate": toy_cohort.collate}
+
+
+def elsewhere():
+    return transformer("flat"), dataset("flat"), {"out": "/"}
+
+
+def own():
+    return toy_cohort.Attention(), toy_cohort.Records(30), {
+        "collate": toy_cohort.collate, "vocabularies": toy_cohort.VOCABULARIES, "explain": toy_cohort.explain,
+        "part_samples": 10, "batch_tokens": 60,
+    }
 
 
 number = 3
@@ -118,12 +159,18 @@ def test_a_class_specific_method_takes_a_class(run: Any, tmp_path: Path) -> None
         (("--entry", "nowhere.at_all:f"), "there is no module nowhere to import from"),
         (("--entry", "entries:missing"), "entries has no function missing"),
         (("--entry", "entries:number"), "entries has no function number"),
-        (("--entry", "entries:nothing"), "--entry entries:nothing must return (model, dataset), got NoneType"),
+        (
+            ("--entry", "entries:nothing"),
+            "--entry entries:nothing must return (model, dataset) or (model, dataset, arguments), got NoneType",
+        ),
         (
             ("--entry", "entries:good", "--batch-tokens", 0),
-            "--batch-tokens must be a whole number of at least 1, got 0",
+            "--batch-tokens must be a whole number from 1 to 16,777,216, got 0",
         ),
-        (("--entry", "entries:good", "--local-workers", 0), "--local-workers must be a whole number of at least 1"),
+        (
+            ("--entry", "entries:good", "--local-workers", 0),
+            "--local-workers must be a whole number from 1 to 512, got 0",
+        ),
         (("--entry", "entries:good", "--method", "chefr"), "--method must be one of rollout,"),
         (("--entry", "entries:good", "--device", "abacus"), "--device must be a torch device"),
         (("--entry", "entries:good", "--target-class", 1), "--target-class is for class-specific methods"),
@@ -165,11 +212,56 @@ def test_entry_needs_an_output_and_keeps_what_is_there(run: Any, tmp_path: Path)
     assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
 
 
-def test_an_entry_point_that_raises_shows_where(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("entries:raises", "RuntimeError: --entry entries:raises raised KeyError: 'weights' (ROLLOUT_DEBUG=1 shows"),
+        ("entries:reads", "RuntimeError: --entry entries:reads raised FileNotFoundError: [Errno 2] No such file"),
+        ("entries:wrong_model", "TypeError: attribute_cohort: model must be a torch.nn.Module, got dict"),
+        ("entries:wrong_dataset", "got int"),
+        ("entries:two_lines", "RuntimeError: --entry entries:two_lines raised RuntimeError: one two (ROLLOUT"),
+        (
+            "entries:four",
+            "--entry entries:four must return (model, dataset) or (model, dataset, arguments), got tuple of 4",
+        ),
+        ("entries:bare_collate", "--entry entries:bare_collate must return as arguments a mapping such as"),
+        ("entries:misspelt", "--entry entries:misspelt returned the argument 'colate'; did you mean \"collate\"?"),
+        (
+            "entries:elsewhere",
+            "--entry entries:elsewhere returned the argument 'out'; did you mean \"readout\"? It may",
+        ),
+        ("broken:f", "RuntimeError: --entry broken:f: importing it raised ZeroDivisionError: division by zero"),
+        (
+            "lacking:f",
+            "RuntimeError: --entry lacking:f: importing it raised ModuleNotFoundError: No module named 'no_such'",
+        ),
+    ],
+)
+def test_what_goes_wrong_in_an_entry_point_is_one_line(run: Any, tmp_path: Path, entry: str, message: str) -> None:
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "lacking.py").write_text("import no_such\n")
+    status, out, err = attribute(run, "--entry", entry)
+    assert (status, out) == (2, "")
+    assert err.startswith("rollout: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_debug_shows_where(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROLLOUT_DEBUG", "1")
     monkeypatch.setattr(sys, "argv", ["rollout", "attribute", "--entry", "entries:raises", "--output", "out"])
     with pytest.raises(RuntimeError, match="--entry entries:raises raised KeyError: 'weights'") as caught:
         main()
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_an_entry_point_of_a_model_and_data_of_ones_own(run: Any, tmp_path: Path) -> None:
+    assert attribute(run, "--entry", "entries:own", "--batch-tokens", 120)[0] == 0
+    toy_cohort.attribute(tmp_path / "direct", count=30, part_samples=10)
+    toy_cohort.assert_same(tmp_path / "direct", tmp_path / "out")
+    status, _, err = attribute(run, "--entry", "entries:own")  # the function's own batch_tokens now
+    assert status == 2
+    assert "plan.batch_tokens: 120 there, 60 now" in err
 
 
 @pytest.mark.parametrize(
@@ -192,7 +284,17 @@ def test_what_stops_a_run_is_one_line(
 
 def test_report_passes_its_arguments_on(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("rollout.report")
-    module.write_report = lambda path, output, patient, names: f"{path} {output} {patient} {names}"
+    module.write_report = lambda path, *rest, **named: f"{path} {rest} {named}"
     monkeypatch.setitem(sys.modules, "rollout.report", module)
-    assert run("report", "out", "--patient", "p1")[:2] == (0, "out None p1 None\n")
-    assert run("report", "out", "--output", "a.html", "--names", "n.json")[:2] == (0, "out a.html None n.json\n")
+    given = "'names': None, 'overwrite': False"
+    assert run("report", "out", "--patient", "p1")[:2] == (0, f"out (None,) {{'patient': 'p1', {given}}}\n")
+    given = "'patient': None, 'names': PosixPath('n.json'), 'overwrite': True"
+    assert run("report", "out", "--output", "a.html", "--names", "n.json", "--overwrite")[:2] == (
+        0, f"out (PosixPath('a.html'),) {{{given}}}\n"
+    )  # fmt: skip
+
+
+def test_trusting_a_cache_is_for_run_files(run: Any) -> None:
+    status, _, err = attribute(run, "--entry", "entries:good", "--trust-cache")
+    assert status == 2
+    assert "--trust-cache is for the cache of a run file" in err

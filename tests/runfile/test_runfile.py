@@ -4,8 +4,8 @@ import errno
 import json
 import os
 import pickle
-import shutil
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,52 +16,22 @@ from filelock import FileLock
 from pyhealth.models import Transformer
 
 import rollout
+from rollout.cohort.content import pack, unpack
+from rollout.data.cache import SampleCache
 from rollout.data.collate import pyhealth_collate
 from rollout.data.mimic import mimic_source
 from rollout.data.synthetic import write_synthetic_cohort
 from rollout.data.vocabulary import read_vocabulary
 from rollout.errors import CohortError
+from rollout.results.manifest import PartRecord
 from rollout.runfile import CACHE, RunFile, prepare_samples, read_run_file, save_model
 from rollout.runfile.start import attribute_run_file
+from rollout.runfile.verify import verify_run
+from rollout.runfile.weights import build_model, load_model
+from tests.support import pyhealth_models
+from tests.support.written_run import edit
 
-ARGUMENTS = {"embedding_dim": 16, "heads": 2, "num_layers": 2}
 FEATURES = ("conditions", "procedures", "drugs")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, home: Path) -> dict[str, Any]:
-    """A folder with a cohort, a model and its run file; the samples are prepared in `samples`."""
-    folder = tmp_path_factory.mktemp("trained")
-    write_synthetic_cohort(folder / "cohort", 60, 0)
-    source = mimic_source(folder / "cohort")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(home))
-        patch.chdir(home)
-        dataset = prepare_samples(source, folder / "samples")
-        torch.manual_seed(0)
-        model = Transformer(dataset, **ARGUMENTS).eval()
-        path = save_model(
-            model, dataset, folder, arguments=ARGUMENTS, source=source, cache=folder / "samples",
-            run={"batch_tokens": 512, "method": "rollout"},
-        )  # fmt: skip
-        run = attribute_run_file(path, progress=False)
-    return {"folder": folder, "path": path, "model": model, "dataset": dataset, "run": run}
-
-
-@pytest.fixture
-def tables(trained: dict[str, Any]) -> dict[str, Any]:
-    return tomllib.loads(trained["path"].read_text())
-
-
-@pytest.fixture
-def copy(trained: dict[str, Any], tmp_path: Path) -> Path:
-    """A copy of the folder, elsewhere."""
-    return shutil.copytree(trained["folder"], tmp_path / "copy")
 
 
 def decoded(dataset: Any, sample: dict[str, Any], feature: str) -> list[str]:
@@ -78,7 +48,7 @@ def test_save_model_writes_what_read_run_file_reads(trained: dict[str, Any]) -> 
     assert run == RunFile(
         path=folder / "run.toml", model="Transformer", weights=folder / "weights.pt",
         vocabulary=read_vocabulary(folder / "vocabulary.json"), source=mimic_source(folder / "cohort"),
-        arguments=ARGUMENTS, cache=folder / "samples", output=folder / "attributed",
+        arguments=trained["arguments"], cache=folder / "samples", output=folder / "attributed",
         settings={"batch_tokens": 512, "method": "rollout"},
     )  # fmt: skip
     assert tomllib.loads(trained["path"].read_text())["dataset"]["root"] == "cohort"
@@ -123,6 +93,17 @@ def test_the_same_command_finds_it_complete_and_another_output_gets_equal_rows(
         attribute_run_file(copy / "run.toml", None, {"method": "discard"}, progress=False)
 
 
+def test_verify_compares_every_sample_with_the_run_file(trained: dict[str, Any], copy: Path) -> None:
+    assert verify_run(copy / "attributed", copy / "run.toml") == []
+    record = PartRecord.read(copy / "attributed" / "parts" / "part-00000.json")
+    content = unpack(record).copy()
+    content[[3, 7]] ^= 1
+    edit(copy / "attributed" / "parts" / "part-00000.json", content=pack(content))
+    assert verify_run(copy / "attributed", copy / "run.toml") == [
+        "part-00000: 2 samples hold other values than when they were attributed: 3, 7"
+    ]
+
+
 def test_without_a_cache_the_samples_are_prepared_in_the_output(
     trained: dict[str, Any], tables: dict[str, Any], copy: Path
 ) -> None:
@@ -154,7 +135,7 @@ def test_another_cohort_is_read_with_the_codes_of_the_training(trained: dict[str
         trained["folder"] / "weights.pt",
         None,
         source,
-        ARGUMENTS,
+        trained["arguments"],
         tmp_path / "cache",
     )
     with pytest.raises(ValueError, match=r"embedding_layers\.conditions\.weight must be \[\d+, 16\], got \[\d+, 16\]"):
@@ -185,12 +166,14 @@ def test_a_cache_remembers_its_tables(copy: Path) -> None:
 
 def test_an_unfinished_cache_is_made_anew(copy: Path) -> None:
     run = read_run_file(copy / "run.toml")
-    record = json.loads((copy / "samples" / "prepared.json").read_text())
-    (copy / "samples" / "prepared.json").write_text(json.dumps({**record, "samples": {}}))
-    (copy / "samples" / "pyhealth" / "half").touch()
-    dataset = prepare_samples(run.source, copy / "samples", run.vocabulary)
-    assert not (copy / "samples" / "pyhealth" / "half").exists()
+    cache = SampleCache(copy / "new", run.source.identity, trusted=False)
+    with cache.lock():
+        cache.begin()
+        (cache.made / "half").touch()
+    dataset = prepare_samples(run.source, copy / "new", run.vocabulary)
+    assert not cache.made.exists()
     assert len(dataset) > 20
+    assert sorted(path.name[:9] for path in (copy / "new").iterdir()) == [".lock", "prepared.", "pyhealth-"]
 
 
 def test_a_cache_of_another_task_or_of_another_process_is_refused(copy: Path) -> None:
@@ -200,8 +183,11 @@ def test_a_cache_of_another_task_or_of_another_process_is_refused(copy: Path) ->
         prepare_samples(other, copy / "samples")
     with pytest.raises(ValueError, match="the vocabulary must be that of LengthOfStayPredictionMIMIC4, whose outputs"):
         prepare_samples(other, copy / "elsewhere", run.vocabulary)
-    with FileLock(copy / "samples" / ".lock"), pytest.raises(ValueError, match="another process is preparing samples"):
-        prepare_samples(run.source, copy / "samples", run.vocabulary)
+    (copy / "new").mkdir()
+    with FileLock(copy / "new" / ".lock"), pytest.raises(ValueError, match="another process is preparing samples"):
+        prepare_samples(run.source, copy / "new")
+    with FileLock(copy / "samples" / ".lock"):
+        assert len(prepare_samples(run.source, copy / "samples")) > 20  # what is there can be read by many at once
 
 
 def test_a_full_disk_stops_with_its_reason(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +240,7 @@ def changed(tables: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
         ("model.vocabulary", None, r'\[model\] needs vocabulary, the file save_model wrote, or "refit"'),
         ("model.class", 3, r"\[model\] class must be text, got 3"),
         ("model.arguments", "heads", r"\[model\] arguments must be a table, got 'heads'"),
-        ("dataset.workers", 0, r"\[dataset\] workers must be at least 1, got 0"),
+        ("dataset.workers", 0, r"\[dataset\] workers must be a whole number from 1 to 512, got 0"),
         ("dataset.workers", True, r"\[dataset\] workers must be a whole number, got True"),
         ("model.weights", "nowhere.pt", r"\[model\] weights must be a file, got .*nowhere\.pt: no such file"),
         ("model.vocabulary", "cohort", r"\[model\] vocabulary must be a file"),
@@ -272,13 +258,14 @@ def changed(tables: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
         ("dataset.arguments", {"cache_dir": "/"}, r"\[dataset\] arguments must not have 'cache_dir'"),
         ("dataset.arguments", {"cxr_root": "x"}, r"must not have 'cxr_root'"),
         ("dataset.class", "COVID19CXRDataset", "does not read a folder of tables with a cache of its own choosing"),
-        ("run.batch_tokens", 0, r"\[run\] batch_tokens must be a whole number of at least 1, got 0"),
-        ("run.workers", 1.5, r"\[run\] workers must be a whole number of at least 1, got 1.5"),
+        ("run.batch_tokens", 0, r"\[run\] batch_tokens must be a whole number from 1 to 16,777,216, got 0"),
+        ("run.workers", 1.5, r"\[run\] workers must be a whole number from 1 to 512, got 1.5"),
+        ("run.equal_lengths", 1, r"\[run\] equal_lengths must be true or false, got 1"),
         ("run.method", "rolout", r"\[run\] method must be one of rollout, .*got 'rolout'; did you mean \"rollout\""),
         ("run.method", "product", r"\[run\] method must be one of rollout, "),
         ("run.readout", "row", r"\[run\] readout must be one of model, forward, got 'row'"),
         ("run.device", "abacus", r"\[run\] device must be a torch device such as cpu or cuda, got 'abacus'"),
-        ("run.target_class", 1, r"\[run\] target_class is for class-specific methods, grad_rollout, chefer; got"),
+        ("run.target_class", 1, r"\[run\] target_class is for class-specific methods, grad_rollout, chefer; this"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_before_any_work(
@@ -329,6 +316,7 @@ class Planted:
 def test_weights_are_a_state_dict_that_fits(copy: Path) -> None:
     run, path = read_run_file(copy / "run.toml"), copy / "weights.pt"
     state = torch.load(path, weights_only=True)
+    run = replace(run, vocabulary=replace(run.vocabulary, weights=None))  # as one from elsewhere, tied to no weights
 
     def refused(content: Any, message: str) -> None:
         torch.save(content, path)
@@ -361,13 +349,43 @@ def test_loading_gives_the_model_back_and_leaves_the_random_numbers(trained: dic
         assert torch.equal(model.eval()(**batch)["logit"], trained["model"](**batch)["logit"])
 
 
+@pytest.mark.parametrize("kind", list(pyhealth_models.SCHEMAS))
+@pytest.mark.parametrize("name", ["Transformer", "StageAttentionNet"])
+def test_a_model_of_any_features_loads_its_weights(name: str, kind: str) -> None:
+    dataset = pyhealth_models.dataset(kind)
+    arguments = {"embedding_dim": 16} | ({"heads": 2} if name == "Transformer" else {"chunk_size": 8, "levels": 2})
+    before = build_model(name, arguments, dataset).state_dict()
+    shapes = build_model(name, arguments, dataset, "meta").state_dict()
+    assert {key: tensor.shape for key, tensor in shapes.items()} == {key: t.shape for key, t in before.items()}
+    assert {tensor.device.type for tensor in shapes.values()} == {"meta"}
+    after = load_model(name, arguments, dataset, before, "weights").state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    with pytest.raises(ValueError, match=r"weights does not fit the model: "):
+        load_model(name, {**arguments, "embedding_dim": 32}, dataset, before, "weights")
+
+
+def test_a_part_that_cannot_be_made_without_memory_is_built_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, arguments = pyhealth_models.dataset("flat"), {"embedding_dim": 16}
+    state = build_model("Transformer", arguments, dataset).state_dict()
+    plain = Transformer.__init__
+
+    def pretrained(self: Any, *args: Any, **named: Any) -> None:
+        if torch.get_default_device().type == "meta":
+            raise RuntimeError("from_pretrained does not go with a meta device")
+        plain(self, *args, **named)
+
+    monkeypatch.setattr(Transformer, "__init__", pretrained)
+    after = load_model("Transformer", arguments, dataset, state, "weights").state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in state.items())
+
+
 def test_save_model_refuses_what_would_not_load(trained: dict[str, Any], tmp_path: Path) -> None:
     source = mimic_source(trained["folder"] / "cohort")
-    model, dataset = trained["model"], trained["dataset"]
+    model, dataset, arguments = (trained[key] for key in ("model", "dataset", "arguments"))
     with pytest.raises(ValueError, match=r"arguments must be those Transformer was built with: .*must be \[\d+, 8\]"):
-        save_model(model, dataset, tmp_path / "m", arguments={**ARGUMENTS, "embedding_dim": 8}, source=source)
+        save_model(model, dataset, tmp_path / "m", arguments={**arguments, "embedding_dim": 8}, source=source)
     with pytest.raises(ValueError, match=r"run\['method'\] must be one of"):
-        save_model(model, dataset, tmp_path / "m", arguments=ARGUMENTS, source=source, run={"method": "x"})
+        save_model(model, dataset, tmp_path / "m", arguments=arguments, source=source, run={"method": "x"})
     assert not (tmp_path / "m").exists()
     assert save_model(model, dataset, tmp_path / "m") == tmp_path / "m"
     assert {path.name for path in (tmp_path / "m").iterdir()} == {"weights.pt", "vocabulary.json"}

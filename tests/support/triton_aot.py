@@ -19,6 +19,10 @@ _POINTERS = {
     "maps_ptr": "*i64", "grads_ptr": "*i64", "queries_ptr": "*i64", "keys_ptr": "*i64", "lse_table_ptr": "*i64",
     "lengths_ptr": "*i64", "key_valid_ptr": "*u8", "dead_ptr": "*u8", "ready_ptr": "*i32", "ticket_ptr": "*i32",
 }  # fmt: skip
+# What one multiprocessor has, by compute capability: threads, KiB of shared memory; registers are 64 Ki on each.
+_THREADS = {80: 2048, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+_SHARED = {80: 164, 89: 100, 90: 228, 100: 228, 120: 100}
+TENSOR_COLUMNS = 512  # of tensor memory, on sm_100
 
 
 @dataclass
@@ -26,7 +30,10 @@ class Compiled:
     """One compiled kernel.
 
     Attributes:
-        registers, stack, shared, local: as `cuobjdump -res-usage` gives them; -1 where there is no tool.
+        registers, stack, local: as `cuobjdump -res-usage` gives them; -1 where there is no tool.
+        shared, tensor_columns: bytes of shared memory and columns of tensor memory, as the launch asks for them.
+        warps: of one program.
+        capability: what it was compiled for.
         sass, ttgir: the listing, and the IR whose layouts it was made from.
     """
 
@@ -34,8 +41,29 @@ class Compiled:
     stack: int = -1
     shared: int = -1
     local: int = -1
+    tensor_columns: int = 0
+    warps: int = 0
+    capability: int = 0
     sass: str = ""
     ttgir: str = ""
+
+    @property
+    def spills(self) -> bool:
+        """Whether any value lives in local memory: a stack, or an instruction that reads or writes it."""
+        return self.stack > 0 or self.local > 0 or self.count(r"\bLDL|\bSTL") > 0
+
+    @property
+    def resident_warps(self) -> int:
+        """Warps that one multiprocessor holds at once: registers go to a warp in pieces of 256, from its quarter of
+        them; a program takes 1 KiB of shared memory beside its own."""
+        quarter = 16384 // (-(-self.registers * 32 // 256) * 256)
+        programs = min(
+            4 * quarter // self.warps,
+            _THREADS[self.capability] // (32 * self.warps),
+            _SHARED[self.capability] * 1024 // (self.shared + 1024),
+            TENSOR_COLUMNS // max(1, self.tensor_columns),
+        )
+        return programs * self.warps
 
     @property
     def wide_loads(self) -> int:
@@ -76,7 +104,9 @@ def tool(name: str) -> str | None:
 def compile_kernel(kernel: Any, constants: dict[str, Any], capability: int, options: dict[str, Any]) -> Compiled:
     """Compiles `kernel` for sm_`capability` with a launch's options, pointers aligned to 16 bytes."""
     target = GPUTarget("cuda", capability, 32)
-    return _read(triton.compile(_source(kernel, constants), target=target, options=options))
+    found = _read(triton.compile(_source(kernel, constants), target=target, options=options))
+    found.warps, found.capability = options["num_warps"], capability
+    return found
 
 
 def compile_amd(kernel: Any, constants: dict[str, Any], num_warps: int) -> int:
@@ -102,7 +132,8 @@ def _source(kernel: Any, constants: dict[str, Any]) -> ASTSource:
 
 
 def _read(built: Any) -> Compiled:
-    found = Compiled(ttgir=str(built.asm["ttgir"]), shared=built.metadata.shared)
+    columns = getattr(built.metadata, "tmem_size", None) or 0
+    found = Compiled(ttgir=str(built.asm["ttgir"]), shared=built.metadata.shared, tensor_columns=columns)
     cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
     if cuobjdump is None or nvdisasm is None:
         return found

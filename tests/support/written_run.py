@@ -1,15 +1,18 @@
 """Writes the folder of a cohort run from records written out by hand, as the engine writes it."""
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from rollout.cohort.rows import write_parquet
-from rollout.results.layout import ATTRIBUTION_SCHEMA, PREDICTION_SCHEMA
+from rollout.cohort.rows import parquet_bytes
+from rollout.results.layout import ATTRIBUTION_SCHEMA, FAILURE_SCHEMA, MANIFEST, NAMES, PREDICTION_SCHEMA, RECORDS
+from rollout.results.manifest import Manifest, PartRecord, SessionEntry, signed
+from rollout.results.padding import count_padding
 
 HOSTILE = "</script><script>alert('x')</script>"
 NASTY = (
@@ -37,6 +40,7 @@ class Record:
     prob: Sequence[float] = (0.5,)
     true: Sequence[float] | None = (0.0,)
     visit: str | None = None
+    padding: Sequence[float | None] | None = None
 
 
 @dataclass
@@ -47,35 +51,75 @@ class Run:
     model: str = "pyhealth.models.transformer.Transformer"
     failures: Mapping[int, str] = field(default_factory=dict)
     names: Mapping[str, Mapping[str, str]] | None = None
-    notes: Sequence[Any] = ()
+    notes: Sequence[str] = ()
     dataset: str = "demo"
     task: str = "mortality"
+    change: Callable[[list[tuple[Any, ...]]], list[tuple[Any, ...]]] = list
+    """Of the attribution rows, before they are written."""
+    time: Mapping[str, str | None] = field(default_factory=dict)
+    labels: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
 
 
 def write_run(folder: Path, records: Sequence[Record], run: Run | None = None, part_samples: int = 3) -> Path:
     """Write the records as samples 0, 1, … (those in ``run.failures`` fail), ``part_samples`` in a part."""
     run = run or Run()
     rows = [row for number, record in enumerate(records) if number not in run.failures for row in _rows(number, record)]
-    parts = range(0, len(records), part_samples)
-    for part, start in enumerate(parts):
+    manifest, written = _manifest(records, rows, run), []
+    rows = run.change(rows)
+    for part, start in enumerate(range(0, len(records), part_samples)):
         numbers = range(start, min(start + part_samples, len(records)))
-        name = f"part-{part:05d}.parquet"
-        write_parquet(
-            _table(ATTRIBUTION_SCHEMA, [row for row in rows if row[0] in numbers]), folder / "attributions" / name
-        )
         good = [n for n in numbers if n not in run.failures]
-        predicted = [(n, records[n].patient, records[n].visit, records[n].prob, records[n].true) for n in good]
-        write_parquet(_table(PREDICTION_SCHEMA, predicted), folder / "predictions" / name)
-        failed = [(n, run.failures[n]) for n in numbers if n in run.failures]
-        if failed:
-            schema = pa.schema([("sample", pa.int64()), ("error", pa.string())])
-            write_parquet(_table(schema, failed), folder / "failures" / name)
-        (folder / "parts").mkdir(exist_ok=True)
-        (folder / "parts" / f"part-{part:05d}.json").write_text("{}", encoding="utf-8")
+        predicted = [(n, (one := records[n]).patient, one.visit, one.prob, one.true, one.padding) for n in good]
+        tables = {
+            "attributions": _table(ATTRIBUTION_SCHEMA, [row for row in rows if row[0] in numbers]),
+            "predictions": _table(PREDICTION_SCHEMA, predicted),
+            "failures": _table(FAILURE_SCHEMA, [(n, run.failures[n]) for n in numbers if n in run.failures]),
+        }
+        if len(good) == len(numbers):
+            del tables["failures"]
+        written.append(write_part(folder, part, numbers, tables, manifest.run, list(manifest.granularity)))
+    manifest.count(written, len(written))
+    manifest.status = run.status
     if run.names is not None:
-        (folder / "code_names.json").write_text(json.dumps(run.names), encoding="utf-8")
-    (folder / "manifest.json").write_text(json.dumps(_manifest(records, rows, run, len(parts))), encoding="utf-8")
+        content = json.dumps(run.names).encode()
+        (folder / NAMES).write_bytes(content)
+        manifest.names = hashlib.sha256(content).hexdigest()
+    (folder / MANIFEST).write_bytes(manifest.as_bytes())
     return folder
+
+
+def write_part(
+    folder: Path, part: int, numbers: range, tables: Mapping[str, pa.Table], run: str, features: Sequence[str] = ()
+) -> PartRecord:
+    """Write a part's files and its commit record."""
+    files = {}
+    for kind, table in tables.items():
+        content = parquet_bytes(table)
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        (folder / kind / f"part-{part:05d}.parquet").write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        files[kind] = {"bytes": len(content), "sha256": digest, "rows": table.num_rows}
+    failed = files["failures"]["rows"] if "failures" in files else 0
+    record = PartRecord.checked(
+        {
+            "run": run, "part": part, "start": numbers.start, "stop": numbers.stop, "samples": len(numbers),
+            "attributed": len(numbers) - failed, "failed": failed, "rows": tables["attributions"].num_rows,
+            "tokens": tables["attributions"].num_rows, "batches": [len(numbers)], "halved": [], "seconds": {},
+            "padding": count_padding(tables["predictions"], features), "files": files,
+        },
+        "a part",
+    )  # fmt: skip
+    (folder / RECORDS).mkdir(exist_ok=True)
+    (folder / RECORDS / f"part-{part:05d}.json").write_bytes(record.as_bytes())
+    return record
+
+
+def edit(path: Path, **fields: Any) -> None:
+    """Change fields of a manifest or a commit record, so that it holds what was written again; ``...`` removes one."""
+    value = json.loads(path.read_bytes())
+    del value["sha256"]
+    kept = {key: field for key, field in {**value, **fields}.items() if field is not ...}
+    path.write_bytes(signed(kept))
 
 
 def _rows(number: int, record: Record) -> list[tuple[Any, ...]]:
@@ -98,42 +142,31 @@ def _table(schema: pa.Schema, rows: Sequence[Sequence[Any]]) -> pa.Table:
     )
 
 
-def _manifest(records: Sequence[Record], rows: Sequence[tuple[Any, ...]], run: Run, parts: int) -> dict[str, Any]:
+def _manifest(records: Sequence[Record], rows: Sequence[tuple[Any, ...]], run: Run) -> Manifest:
     granularity = {}
     for row in rows:
         granularity[row[3]] = "visit" if row[4] is not None else ("step" if row[6] is None else "code")
-    failed = len(run.failures)
-    return {
-        "schema_version": 1,
-        "status": run.status,
-        "identity": {
-            "model": {"class": run.model, "parameters": 1234567, "fingerprint": "ab" * 32},
-            "dataset": {
-                "name": run.dataset, "task": run.task, "samples": len(records), "fingerprint": "cd" * 32,
-                "features": list(granularity),
-            },
-            "method": {
-                "name": "rollout", "head_fusion": "mean", "residual": 0.5, "attention": None, "renormalize": True,
-                "discard_ratio": 0.0, "start_layer": 0, "gradients": None,
-            },
-            "plan": {"batch_tokens": 8192, "batch_samples": 256, "part_samples": 2048},
-            "readout": "model",
-            "backend": "auto",
-            "target_class": None,
-        },
-        "granularity": granularity,
-        "columns": {"attributions": ATTRIBUTION_SCHEMA.names, "predictions": PREDICTION_SCHEMA.names},
-        "counts": {
-            "samples": len(records), "attributed": len(records) - failed, "failed": failed, "rows": len(rows),
-            "parts": parts,
-        },
-        "sessions": [
-            {
-                "started": "2026-01-01T10:00:00+00:00", "finished": "2026-01-01T10:00:09+00:00",
-                "samples": len(records) - failed, "elapsed": 9.25, "peak_bytes": 3 << 30, "device": "cpu", "threads": 2,
-                "workers": 1, "seconds": {"collate": 1.0, "forward": 6.5, "chain": 1.25, "write": 0.5},
-                "versions": {"torch": "2.15.0", "attention-rollout": "0.1.0"},
-            }
-        ],
-        "notes": list(run.notes),
+    session: SessionEntry = {
+        "started": "2026-01-01T10:00:00+00:00", "finished": "2026-01-01T10:00:09+00:00",
+        "samples": len(records) - len(run.failures), "elapsed": 9.25, "peak_bytes": 3 << 30, "device": "cpu",
+        "threads": 2, "workers": 1, "seconds": {"collate": 1.0, "forward": 6.5, "chain": 1.25, "write": 0.5},
+        "versions": {"torch": "2.15.0", "attention-rollout": "0.1.0"},
     }  # fmt: skip
+    identity = {
+        "model": {"class": run.model, "parameters": 1234567, "fingerprint": "ab" * 32},
+        "dataset": {
+            "name": run.dataset, "task": run.task, "samples": len(records), "fingerprint": "cd" * 32,
+            "features": list(granularity),
+        },
+        "method": {
+            "name": "rollout", "head_fusion": "mean", "residual": 0.5, "attention": None, "renormalize": True,
+            "discard_ratio": 0.0, "start_layer": 0, "gradients": None,
+        },
+        "plan": {"batch_tokens": 8192, "batch_samples": 256, "part_samples": 2048},
+        "readout": "model",
+        "backend": "auto",
+        "target_class": None,
+    }  # fmt: skip
+    return Manifest.of(
+        identity, sessions=[session], notes=list(run.notes), granularity=granularity, time=run.time, labels=run.labels
+    )

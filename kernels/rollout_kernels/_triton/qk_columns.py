@@ -16,7 +16,7 @@ import triton.language as tl
 
 from rollout_kernels._triton.launch import ScoresLaunch
 from rollout_kernels._triton.qk_inputs import QKInputs
-from rollout_kernels._triton.qk_tile import head_matrix, load_rows
+from rollout_kernels._triton.qk_tile import head_matrix, load_parts, multiply
 from rollout_kernels._triton.tickets import arrive, wait_for
 
 
@@ -34,21 +34,21 @@ def load_w(w_ptr, dead_ptr, offs, n, HAS_DEAD: tl.constexpr):
 
 @triton.jit
 def add_rows(
-    acc, k, q_matrix, stride_q, lse_ptr, w_ptr, dead_ptr, offs_j, low, inner, outer, high, n,
+    acc, k, k_rest, q_matrix, stride_q, lse_ptr, w_ptr, dead_ptr, offs_j, low, inner, outer, high, n,
     scale2, lse_scale, head_weight, left, right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DEAD: tl.constexpr,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """acc[j, i mod BLOCK_M] += w_i·A_ij for the rows low … high of one head; inner … outer need no mask."""
     for start in range(low, high, BLOCK_M):
         offs_i = start + tl.arange(0, BLOCK_M)
-        q = load_rows(q_matrix, stride_q, offs_i, n, D, UPCAST)
+        q, q_rest = load_parts(q_matrix, stride_q, offs_i, n, D, UPCAST, HALVES)
         w, _ = load_w(w_ptr, dead_ptr, offs_i, n, HAS_DEAD)
         lse = tl.load(lse_ptr + offs_i, mask=offs_i < n, other=0.0) * lse_scale
         # A row of weight 0 may be padding, or have no log-sum-exp: 2^−∞ keeps it out.
         lse = tl.where(w == 0.0, float("inf"), lse)
 
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        scores = multiply(k, k_rest, q, q_rest, PRECISION, HALVES)
         p = tl.exp2(scores * scale2 - lse[None, :])
         masked = (start < inner) | (start >= outer)  # known at run time, the flags when compiling
         if HAS_LEFT:  # noqa: SIM102
@@ -92,6 +92,8 @@ def columns_kernel(
     step = ticket // blocks // chains
     layer = L - 1 - step
     sample = chain // R
+    # A float32 tile is split into thirds before the product: at D = 128 all at once they are too many registers.
+    HALVES: tl.constexpr = DTYPE == tl.float32 and D > 64  # noqa: SIM300
 
     n = S
     if HAS_LENGTHS:
@@ -139,15 +141,15 @@ def columns_kernel(
             q_matrix, stride_q = head_matrix(queries_ptr, layer, sample, head, DTYPE, VEC, ALIGNED)
             k_matrix, stride_k = head_matrix(keys_ptr, layer, sample, head // group, DTYPE, VEC, ALIGNED)
             lse_matrix, _ = head_matrix(lse_table_ptr, layer, sample, head, tl.float32, 1, False)
-            k = load_rows(k_matrix, stride_k, offs_j, n, D, UPCAST)
+            k, k_rest = load_parts(k_matrix, stride_k, offs_j, n, D, UPCAST, HALVES)
             head_weight = 1.0
             if HAS_WEIGHTS:
                 head_weight = tl.load(head_weights_ptr + layer * H + head)
 
             acc = add_rows(
-                acc, k, q_matrix, stride_q, lse_matrix, from_ptr, dead_ptr, offs_j, low, inner, outer, high, n,
+                acc, k, k_rest, q_matrix, stride_q, lse_matrix, from_ptr, dead_ptr, offs_j, low, inner, outer, high, n,
                 scale2, lse_scale, head_weight, left, right,
-                HAS_LEFT, HAS_RIGHT, HAS_DEAD, D, BLOCK_M, PRECISION, UPCAST,
+                HAS_LEFT, HAS_RIGHT, HAS_DEAD, D, BLOCK_M, PRECISION, UPCAST, HALVES,
             )  # fmt: skip
 
         sums = tl.sum(acc, 1)

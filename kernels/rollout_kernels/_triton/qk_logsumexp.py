@@ -5,7 +5,7 @@ import triton.language as tl
 
 from rollout_kernels._triton.launch import ScoresLaunch
 from rollout_kernels._triton.qk_inputs import QKInputs
-from rollout_kernels._triton.qk_tile import head_matrix, load_rows
+from rollout_kernels._triton.qk_tile import head_matrix, load_parts, multiply
 
 
 @triton.jit(do_not_specialize=["L", "B", "H", "S", "group", "left", "right"])
@@ -33,6 +33,8 @@ def logsumexp_kernel(
     head = pid // blocks % H
     sample = pid // blocks // H % B
     layer = pid // blocks // H // B
+    # As in `columns_kernel`.
+    HALVES: tl.constexpr = DTYPE == tl.float32 and D > 64  # noqa: SIM300
 
     n = S
     if HAS_LENGTHS:
@@ -48,7 +50,7 @@ def logsumexp_kernel(
         q_matrix, stride_q = head_matrix(queries_ptr, layer, sample, head, DTYPE, VEC, ALIGNED)
         k_matrix, stride_k = head_matrix(keys_ptr, layer, sample, head // group, DTYPE, VEC, ALIGNED)
         key_valid_ptr += sample.to(tl.int64) * S
-        q = load_rows(q_matrix, stride_q, offs_i, n, D, UPCAST)
+        q, q_rest = load_parts(q_matrix, stride_q, offs_i, n, D, UPCAST, HALVES)
 
         # Of the keys low … high, whole blocks between inner and outer are allowed for every row of this block.
         low = 0
@@ -68,8 +70,8 @@ def logsumexp_kernel(
         total = tl.zeros((BLOCK_M,), tl.float32)
         for first in range(low, high, BLOCK_N):
             offs_j = first + tl.arange(0, BLOCK_N)
-            k = load_rows(k_matrix, stride_k, offs_j, n, D, UPCAST)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
+            k, k_rest = load_parts(k_matrix, stride_k, offs_j, n, D, UPCAST, HALVES)
+            scores = multiply(q, q_rest, k, k_rest, PRECISION, HALVES) * scale2
             if (first < inner) | (first >= outer):
                 allowed = offs_j < n
                 if HAS_KEY_MASK:

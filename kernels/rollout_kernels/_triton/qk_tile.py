@@ -33,3 +33,23 @@ def load_rows(matrix, stride_row, offs, n, D: tl.constexpr, UPCAST: tl.constexpr
     if UPCAST:
         tile = tile.to(tl.float32)
     return tile
+
+
+@triton.jit
+def load_parts(matrix, stride_row, offs, n, D: tl.constexpr, UPCAST: tl.constexpr, HALVES: tl.constexpr):
+    """Rows `offs` of an [S, D] matrix, 0 beyond row n: in two halves of D, or once whole (then twice the same)."""
+    if HALVES:
+        first = load_rows(matrix, stride_row, offs, n, D // 2, UPCAST)
+        return first, load_rows(matrix + D // 2, stride_row, offs, n, D // 2, UPCAST)
+    else:
+        whole = load_rows(matrix, stride_row, offs, n, D, UPCAST)
+        return whole, whole
+
+
+@triton.jit
+def multiply(a, a_rest, b, b_rest, PRECISION: tl.constexpr, HALVES: tl.constexpr):
+    """a·bᵀ of two tiles as `load_parts` gives them."""
+    product = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    if HALVES:
+        product = tl.dot(a_rest, tl.trans(b_rest), product, input_precision=PRECISION)
+    return product

@@ -25,7 +25,6 @@ from triton.testing import do_bench
 
 from rollout_kernels import _triton, ops
 from rollout_kernels._triton import inputs, launch, qk_inputs
-from rollout_kernels.method import Method
 
 DTYPES = {"32": torch.float32, "16": torch.bfloat16}
 CANNOT = (CompilationError, OutOfResources, PTXASError)
@@ -71,8 +70,8 @@ def tune_rows(width: int, dtype: torch.dtype, default: Launch) -> Launch:
     batch = max(1, MAP_BYTES // (HEADS * width * width * dtype.itemsize))
     maps = [torch.rand(batch, HEADS, width, width, device="cuda").to(dtype) for _ in range(LAYERS)]
     rows = torch.zeros(batch, dtype=torch.long, device="cuda")
-    whole = ops.maps_problem(maps, rows, None, None, Method(), False)
-    few = ops.maps_problem([m[:8] for m in maps], rows[:8], None, None, Method(), False)
+    whole = ops.maps_problem(maps, query=rows, validate=False)
+    few = ops.maps_problem([m[:8] for m in maps], query=rows[:8], validate=False)
     first = _triton.rows_resident if width <= launch.tables("default")["resident_longest"] else _triton.rows_split
 
     def trials(candidate: Launch) -> list[Trial]:
@@ -93,10 +92,7 @@ def tune_scores(kernel: str, size: int, dtype: torch.dtype, default: Launch) -> 
     """The fastest launch of one kernel from Q and K, for one head dimension."""
     queries, keys = ([torch.randn(64, HEADS, 512, size, device="cuda").to(dtype) for _ in range(LAYERS)] for _ in "qk")
     rows = torch.zeros(64, dtype=torch.long, device="cuda")
-    problem = ops.qk_problem(
-        queries, keys, rows, lengths=None, key_mask=None, query_mask=None, causal=False, window=None, bias=None,
-        scale=None, logsumexp=None, method=Method(), validate=False,
-    )  # fmt: skip
+    problem = ops.qk_problem(queries, keys, query=rows, validate=False)  # fmt: skip
     given = qk_inputs.qk_inputs(problem, False)
     _triton.logsumexp(given, launch.scores_launch("logsumexp", dtype, size, launch.table_name(problem.device)))
 

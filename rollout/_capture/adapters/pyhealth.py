@@ -17,8 +17,9 @@ from pyhealth.models.transformer import Attention, MultiHeadedAttention
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rollout._capture.patch import around_forward, foreign_forward
-from rollout._capture.recording import is_recording, memo, name_of, record, registered
+from rollout._capture.patch import around_call, foreign_forward
+from rollout._capture.readers import registered
+from rollout._capture.recording import memo, whole
 from rollout.errors import CaptureError
 from rollout.tape import Record
 
@@ -32,15 +33,12 @@ class CannotFuseError(ValueError):
 
 
 _streams: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
-# The mask of the MultiHeadedAttention that is running, and whether it was asked to keep its map.
-_heads: ContextVar[tuple[Tensor | None, bool]] = ContextVar("rollout_pyhealth_heads", default=(None, False))
+# The mask of the MultiHeadedAttention that is running.
+_shared_mask: ContextVar[Tensor | None] = ContextVar("rollout_pyhealth_mask", default=None)
 
 
 def adapter(model: nn.Module) -> AbstractContextManager[None] | None:
-    """Watches every `MultiHeadedAttention` of the model; its attention is computed by torch's fused one.
-
-    PyHealth's own computes it where the map is asked for (PyHealth's hooks are on, or someone else's on the
-    `Attention`), and where the mask is not that of valid positions.
+    """Watches the `Attention` of every `MultiHeadedAttention` of the model; it runs as it always does.
 
     Raises:
         CaptureError: one of them, or its `Attention`, has a forward of its own.
@@ -61,7 +59,7 @@ def adapter(model: nn.Module) -> AbstractContextManager[None] | None:
                 )
         _streams[module.attention] = _stream(model, path)
     heads = dict.fromkeys(found.values(), _through_heads)
-    return around_forward(heads | {module.attention: _through_attention for module in found.values()})
+    return around_call(heads | {module.attention: _through_attention for module in found.values()})
 
 
 def _stream(model: nn.Module, path: str) -> str | None:
@@ -75,49 +73,43 @@ def _stream(model: nn.Module, path: str) -> str | None:
     return None
 
 
-def _through_heads(module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-    if not is_recording(module):
-        return forward(*args, **kwargs)
-    query, key, mask, keeps_map = _call(*args, **kwargs)
-    if query is not key:
-        raise CaptureError(
-            f"capture: {name_of(module)} must be called with its query as key, the same tensor: cross-attention is no "
-            f"layer of a stream"
-        )
-    token = _heads.set((mask, keeps_map))
+def _through_heads(module: nn.Module, call: Forward, *args: Any, **kwargs: Any) -> Any:
+    """Keeps the mask: each layer hands its `Attention` a view of its own of the one mask."""
+    token = _shared_mask.set(_mask_of(*args, **kwargs))
     try:
-        return forward(*args, **kwargs)
+        return call(*args, **kwargs)
     finally:
-        _heads.reset(token)
+        _shared_mask.reset(token)
 
 
-def _call(query: Any, key: Any, value: Any, mask: Any = None, register_hook: bool = False) -> tuple[Any, ...]:
-    """What matters here of the arguments of `MultiHeadedAttention.forward`."""
-    return query, key, mask, register_hook
+def _mask_of(query: Any, key: Any, value: Any, mask: Any = None, register_hook: bool = False) -> Any:
+    """The mask that `MultiHeadedAttention.forward` is called with."""
+    return mask
 
 
 def _through_attention(
     module: nn.Module,
-    forward: Forward,
+    call: Forward,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None = None,
     dropout: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if not is_recording(module):
-        return forward(query, key, value, mask=mask, dropout=dropout)
-    shared, keeps_map = _heads.get()
-    # Each layer is handed a view of its own of the one mask.
-    same = shared is not None and mask is not None and mask.data_ptr() == shared.data_ptr()
-    masks: dict[str, Any] = {}
-    if mask is not None:
-        masks = memo(shared if same else mask, "pyhealth", lambda: _masks(mask))  # type: ignore[arg-type]
-    if keeps_map or "bias" in masks or module._forward_hooks:
-        output = forward(query, key, value, mask=mask, dropout=dropout)
-    else:
-        output = fused_attention(query, key, value, masks.get("key_mask")), query.new_empty(0)
-    record(module, Record(queries=query, keys=key, **masks), _streams.get(module))
+    with whole(module) as found:
+        output: tuple[Tensor, Tensor] = call(query, key, value, mask=mask, dropout=dropout)
+
+    def make() -> Record:
+        shared = _shared_mask.get()
+        same = shared is not None and mask is not None and mask.data_ptr() == shared.data_ptr()
+        masks: dict[str, Any] = {}
+        if mask is not None:
+            masks = memo(shared if same else mask, "pyhealth", lambda: _masks(mask))  # type: ignore[arg-type]
+        return Record(queries=query, keys=key, **masks)
+
+    for recording in found:
+        recording.attended(module, (query, key, value), output[0], make, _streams.get(module))
+        recording.give(output)
     return output
 
 

@@ -5,17 +5,20 @@ record. So outputs are the same bits.
 """
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rollout._capture.patch import Around, around_forward
-from rollout._capture.recording import is_recording, memo, name_of, record, registered
+from rollout._capture.calls import unwatched
+from rollout._capture.patch import Around, around_call, foreign_forward
+from rollout._capture.readers import registered
+from rollout._capture.recording import Recording, memo, name_of, recordings_of, whole
 from rollout.errors import CaptureError
 from rollout.tape import Record
 
@@ -25,8 +28,8 @@ Forward = Callable[..., Any]
 
 # S of the padded input, while a TransformerEncoder runs its layers on a nested tensor.
 _padded_length: ContextVar[int | None] = ContextVar("rollout_padded_length", default=None)
-# The MultiheadAttention modules that have run inside the encoder layer that is running.
-_ran: ContextVar[set[nn.Module] | None] = ContextVar("rollout_ran", default=None)
+# What a TransformerEncoder or a layer of it attends with, while it runs as one operation.
+_inside: ContextVar["_Inside | None"] = ContextVar("rollout_inside", default=None)
 
 
 def adapter(model: nn.Module) -> AbstractContextManager[None] | None:
@@ -36,24 +39,36 @@ def adapter(model: nn.Module) -> AbstractContextManager[None] | None:
         CaptureError: one has settings, or a forward of its own, that cannot be recorded exactly.
     """
     watched: dict[nn.Module, Around] = {}
-    attends = False
     crossing = {m.multihead_attn for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)}
     for path, module in model.named_modules():
         if registered(module) is not None:
             continue
-        if isinstance(module, nn.MultiheadAttention) and module not in crossing:
-            _refuse_settings(module, path)
-            watched[module], attends = _through_attention, True
-        elif isinstance(module, nn.TransformerEncoderLayer):
+        if isinstance(module, nn.MultiheadAttention):
+            if module not in crossing:
+                _refuse_settings(module, path)
+            watched[module] = _through_crossing if module in crossing else _through_attention
+        elif _is_stock(module, nn.TransformerEncoderLayer) and _is_stock(module.self_attn, nn.MultiheadAttention):
             watched[module] = _through_layer
-        elif isinstance(module, nn.TransformerEncoder):
+        elif _is_stock(module, nn.TransformerEncoder) and all(
+            _is_stock(layer, nn.TransformerEncoderLayer) for layer in module.layers
+        ):
             watched[module] = _through_encoder
-    return around_forward(watched) if attends else None
+    return around_call(watched) if watched else None
+
+
+def _is_stock(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether the module runs the forward of torch's own kind."""
+    return (
+        isinstance(module, kind)
+        and type(module).forward is kind.forward
+        and foreign_forward(module) is None
+        and registered(module) is None
+    )
 
 
 def _refuse_settings(module: nn.MultiheadAttention, path: str) -> None:
     where = f"{type(module).__name__} at {path or 'the root'}"
-    if type(module).forward is not nn.MultiheadAttention.forward:
+    if type(module).forward is not nn.MultiheadAttention.forward or foreign_forward(module) is not None:
         raise CaptureError(
             f"capture: {where} must run torch.nn.MultiheadAttention's forward, it has its own (quantised ones have): "
             f"give rollout.register_capture a function for {type(module).__name__}"
@@ -69,44 +84,121 @@ def _refuse_settings(module: nn.MultiheadAttention, path: str) -> None:
         )
 
 
-def _through_attention(module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+class _Inside:
+    """An encoder or a layer of one that runs as one operation: the records of its layers, in order."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[nn.MultiheadAttention, Record | None]] = []
+
+
+def _through_attention(module: nn.Module, call: Forward, *args: Any, **kwargs: Any) -> Any:
+    return _attend(module, call, args, kwargs, crossing=False)
+
+
+def _through_crossing(module: nn.Module, call: Forward, *args: Any, **kwargs: Any) -> Any:
+    """The attention of a decoder layer over its memory."""
+    return _attend(module, call, args, kwargs, crossing=True)
+
+
+def _attend(module: nn.Module, call: Forward, args: Any, kwargs: Any, crossing: bool) -> Any:
     assert isinstance(module, nn.MultiheadAttention)
-    output = forward(*args, **kwargs)
-    if is_recording(module):
-        _record_attention(module, *args, **kwargs)
-        ran = _ran.get()
-        if ran is not None:
-            ran.add(module)
+    with whole(module) as found:
+        output = call(*args, **kwargs)
+        inside = _inside.get()
+        if inside is not None:
+            if found:
+                inside.made.append((module, _record_of(module, *args, **kwargs)))
+            return output
+        states = [_by_position(module, state) for state in _call(*args, **kwargs)] if found else []
+        result = _by_position(module, output[0])
+    for recording in found:
+        recording.attended(
+            module,
+            states,
+            result,
+            lambda: _record_of(module, *args, **kwargs),
+            crossing=crossing,
+        )
+        recording.give(output)
     return output
 
 
-def _through_layer(module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+def _by_position(module: nn.MultiheadAttention, state: Tensor) -> Tensor:
+    """A state that a module is called with, as [B, 1, S, E]."""
+    if state.is_nested:
+        state = _padded(state)[0]
+    elif state.dim() == 2:
+        state = state.unsqueeze(0)
+    elif not module.batch_first:
+        state = state.transpose(0, 1)
+    return state.unsqueeze(1)
+
+
+def _call(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """What a `MultiheadAttention` is called with, however it is passed."""
+    return query, key, value
+
+
+def _through_layer(module: nn.Module, call: Forward, *args: Any, **kwargs: Any) -> Any:
     """An encoder layer; its fused path does not call its MultiheadAttention."""
     assert isinstance(module, nn.TransformerEncoderLayer)
-    if not is_recording(module):
-        return forward(*args, **kwargs)
-    outer, ran = _ran.get(), set[nn.Module]()
-    _ran.set(ran)
-    try:
-        output = forward(*args, **kwargs)
-    finally:
-        _ran.set(outer)
-    if module.self_attn not in ran:
-        if type(module).forward is not nn.TransformerEncoderLayer.forward:
-            raise CaptureError(f"capture: {name_of(module)} has a forward of its own and did not run its self_attn")
-        _record_fused_layer(module, *args, **kwargs)
+    inside = _inside.get()
+    if inside is not None:
+        ran = len(inside.made)
+        output = call(*args, **kwargs)
+        if len(inside.made) == ran and recordings_of(module):
+            inside.made.append((module.self_attn, _record_fused_layer(module, *args, **kwargs)))
+        return output
+    with whole(module) as found, _running_inside() as inside:
+        output = call(*args, **kwargs)
+        if not inside.made and found:
+            inside.made.append((module.self_attn, _record_fused_layer(module, *args, **kwargs)))
+    _tell(found, module.self_attn, inside, _source(*args, **kwargs), output)
     return output
 
 
-def _through_encoder(module: nn.Module, forward: Forward, src: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _through_encoder(module: nn.Module, call: Forward, src: Tensor, *args: Any, **kwargs: Any) -> Any:
     """An encoder; it may hand its layers a nested tensor in place of a padding mask."""
     assert isinstance(module, nn.TransformerEncoder)
-    outer = _padded_length.get()
-    _padded_length.set(src.shape[1] if isinstance(src, Tensor) and not src.is_nested and src.dim() == 3 else None)
+    length = src.shape[1] if isinstance(src, Tensor) and not src.is_nested and src.dim() == 3 else None
+    outer = _padded_length.set(length)
     try:
-        return forward(src, *args, **kwargs)
+        with whole(module) as found, _running_inside() as inside:
+            output = call(src, *args, **kwargs)
     finally:
-        _padded_length.set(outer)
+        _padded_length.reset(outer)
+    _tell(found, module.layers[0].self_attn, inside, src, output)
+    return output
+
+
+def _source(src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return src
+
+
+@contextmanager
+def _running_inside() -> Iterator[_Inside]:
+    token = _inside.set(_Inside())
+    try:
+        inside = _inside.get()
+        assert inside is not None
+        yield inside
+    finally:
+        _inside.reset(token)
+
+
+def _tell(found: list[Recording], first: nn.MultiheadAttention, inside: _Inside, src: Tensor, output: Tensor) -> None:
+    """Tell the captures of the layers that ran as one operation, between what went in and what came out."""
+    with unwatched():
+        states = [_by_position(first, src)] * 3
+        result = None if output.is_nested else _by_position(first, output)
+    for recording in found:
+        for at, (module, entry) in enumerate(inside.made):
+            given = result if at == len(inside.made) - 1 else None
+            recording.attended(module, states, given, partial(_given, entry), standing=at > 0)
+
+
+def _given(entry: Record | None) -> Record | None:
+    return entry
 
 
 def _record_fused_layer(
@@ -115,7 +207,7 @@ def _record_fused_layer(
     src_mask: Tensor | None = None,
     src_key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
-) -> None:
+) -> Record:
     """What `torch._transformer_encoder_layer_fwd` attended with.
 
     It applies the masks, ignores `is_causal`, and takes any number but 0 in a floating-point mask for −inf.
@@ -125,7 +217,7 @@ def _record_fused_layer(
         if src.is_nested:
             src, padding = _padded(src)
         hidden = layer.norm1(src) if layer.norm_first else src
-        _record_attention(layer.self_attn, hidden, hidden, hidden, key_padding_mask=padding, attn_mask=mask)
+        return _record_of(layer.self_attn, hidden, hidden, hidden, key_padding_mask=padding, attn_mask=mask)
 
 
 def _padded(nested: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +228,7 @@ def _padded(nested: Tensor) -> tuple[Tensor, Tensor]:
     return dense, torch.arange(seq, device=dense.device) >= lengths[:, None]
 
 
-def _record_attention(
+def _record_of(
     module: nn.MultiheadAttention,
     query: Tensor,
     key: Tensor,
@@ -146,34 +238,40 @@ def _record_attention(
     attn_mask: Tensor | None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
-) -> None:
+) -> Record:
     if module.training and module.dropout > 0.0:
         raise CaptureError(f"capture: dropout {module.dropout} is on in {name_of(module)}: call model.eval()")
-    if query is not key:
-        raise CaptureError(
-            f"capture: {name_of(module)} must be called with its query as key, the same tensor: cross-attention is no "
-            f"layer of a stream; capture the part of the model that attends over one sequence, e.g. its encoder, or "
-            f"give rollout.register_capture a function"
-        )
     with torch.no_grad():
-        if query.is_nested:
-            query, key_padding_mask = _padded(query)
-        if query.dim() == 2:
-            query = query.unsqueeze(0)
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        elif not module.batch_first:
-            query = query.transpose(0, 1)
-        queries, keys = _project(module, query)
+        same = query is key
+        query, key_padding_mask = _dense(module, query, key_padding_mask)
+        key = query if same else _dense(module, key, None)[0]
+        queries, keys = _project(module, query, key)
         masks = _padding(key_padding_mask, queries) | _attention_mask(module, attn_mask, is_causal, queries)
-        record(module, Record(queries=queries, keys=keys, **_merge(masks)))
+        return Record(queries=queries, keys=keys, **_merge(masks))
 
 
-def _project(module: nn.MultiheadAttention, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys [B, H, S, D], views of one [B, S, 2·E]."""
-    width, bias = 2 * module.embed_dim, module.in_proj_bias
-    both = functional.linear(hidden, module.in_proj_weight[:width], None if bias is None else bias[:width])
-    parts = both.unflatten(-1, (2, module.num_heads, module.head_dim))
-    return parts[:, :, 0].transpose(1, 2), parts[:, :, 1].transpose(1, 2)
+def _dense(module: nn.MultiheadAttention, state: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A state as [B, S, E], and its padding [B, S]."""
+    if state.is_nested:
+        return _padded(state)
+    if state.dim() == 2:
+        return state.unsqueeze(0), None if padding is None else padding.unsqueeze(0)
+    return state if module.batch_first else state.transpose(0, 1), padding
+
+
+def _project(module: nn.MultiheadAttention, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, H, S, D]; of one state views of one [B, S, 2·E]."""
+    width, bias = module.embed_dim, module.in_proj_bias
+    if query is key:
+        both = functional.linear(query, module.in_proj_weight[: 2 * width], None if bias is None else bias[: 2 * width])
+        parts = [both[..., :width], both[..., width:]]
+    else:
+        parts = [
+            functional.linear(state, module.in_proj_weight[at], None if bias is None else bias[at])
+            for state, at in ((query, slice(width)), (key, slice(width, 2 * width)))
+        ]
+    first, second = (part.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2) for part in parts)
+    return first, second
 
 
 def _padding(mask: Tensor | None, queries: Tensor) -> dict[str, Any]:

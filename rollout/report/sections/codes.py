@@ -19,6 +19,7 @@ def codes(cohort: CohortAttributions) -> dict[str, Any]:
         "shown": CODES,
         "read_position": cohort.read_position,
         "highest": highest,
+        "coded": any(cohort.granularity[feature] != "step" for feature in features),
         "features": [
             {"name": feature, "rows": rows, "granularity": cohort.granularity[feature]}
             for feature in features
@@ -46,14 +47,19 @@ def _by_label(cohort: CohortAttributions, features: list[str]) -> list[dict[str,
     if known.height < 2:
         return []
     chosen = sorted(known["label"].to_list())
-    sizes = dict(known.rows())
+    sizes, names = (dict(known.select("label", value).rows()) for value in ("samples", "name"))
     least = minimum_records(int(known["samples"].min()))  # type: ignore[arg-type]
     table = cohort.top_codes(by="lift", label=chosen, per_label=True, minimum_records=least, k=LABEL_CODES)
     found = []
     for feature in features:
         part = table.filter(pl.col("feature") == feature)
         labels = [
-            {"label": label, "samples": sizes[label], "rows": part.filter(pl.col("label") == label).rows(named=True)}
+            {
+                "label": label,
+                "name": names[label],
+                "samples": sizes[label],
+                "rows": part.filter(pl.col("label") == label).rows(named=True),
+            }
             for label in chosen
         ]
         if part.height:

@@ -49,10 +49,11 @@ def _held(cohort: CohortAttributions) -> dict[str, float]:
 
 
 def _chart(table: pl.DataFrame, feature: str, unit: str, from_end: bool, in_all: int) -> dict[str, Any]:
-    shown = table.head(PLACES)
-    where = shown[unit].to_list()
-    lifts = dict(zip(where, shown["lift"].to_list(), strict=True))
-    first, last = where[0], where[-1]
+    """A bar for each of `PLACES` places, so that what is drawn does not grow with the largest number there is."""
+    first = int(table[unit].min())  # type: ignore[arg-type]
+    shown = table.filter(pl.col(unit) < first + PLACES)
+    lifts = dict(shown.select(unit, "lift").rows())
+    last = max(lifts)
     heights = [lifts.get(place, 0.0) for place in range(first, last + 1)]
     name = f"{unit}s before the last (0: the last)" if from_end else f"{unit} (0: the first)"
     axes = Axes(x=name, y="mean lift (×)", start=first, stop=last, line=1.0, whole=True)

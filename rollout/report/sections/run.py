@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rollout.report.bounds import MANIFEST, NOTES, SESSIONS
-from rollout.report.text import count, moment, seconds, size
+from rollout.report.text import DASH, count, finite, moment, seconds, size
 from rollout.results.attributions import CohortAttributions
 
 PHASES = ("collate", "forward", "chain", "write")
@@ -18,10 +18,14 @@ def run(cohort: CohortAttributions) -> dict[str, Any]:
     sessions = [one for one in _list(manifest.get("sessions")) if isinstance(one, Mapping)]
     notes = _list(manifest.get("notes"))
     whole = json.dumps({k: v for k, v in manifest.items() if k != "parts"}, indent=1, ensure_ascii=False, default=str)
+    model, data, method = (_mapping(identity.get(key)) for key in ("model", "dataset", "method"))
     return {
+        "title": " · ".join(str(data[key]) for key in ("name", "task") if data.get(key)) or "cohort",
+        "model": str(model.get("class") or "a model").rpartition(".")[2],
+        "method": method.get("name"),
         "status": manifest["status"],
         "complete": cohort.complete,
-        "formula": formula(_mapping(identity.get("method"))),
+        "formula": formula(method),
         "facts": [(name, value) for name, value in _facts(identity) if value not in (None, "", {})],
         "sessions": [_session(one) for one in sessions[-SESSIONS:]],
         "sessions_in_all": len(sessions),
@@ -40,10 +44,10 @@ def formula(method: Mapping[str, Any]) -> list[str]:
     fused = _fused(method)
     residual = method.get("residual", 0.5)
     attention = method.get("attention")
-    weight = 1.0 - residual if attention is None and isinstance(residual, int | float) else attention
+    weight = 1.0 - kept if attention is None and (kept := finite(residual)) is not None else attention
     lines = [f"F(l) = {fused}"]
-    if method.get("discard_ratio"):
-        lines.append(f"the lowest {method['discard_ratio']:.0%} of the entries of F(l) set to 0")
+    if discarded := finite(method.get("discard_ratio")):
+        lines.append(f"the lowest {discarded:.0%} of the entries of F(l) set to 0")
     lines.append(f"M(l) = {_weight(residual)}I + {_weight(weight)}F(l)")
     if method.get("renormalize"):
         lines.append("each row of M(l) divided by its sum")
@@ -85,13 +89,12 @@ def _facts(identity: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _session(one: Mapping[str, Any]) -> dict[str, Any]:
-    spent, elapsed, samples = _mapping(one.get("seconds")), one.get("elapsed"), one.get("samples")
-    timed = isinstance(elapsed, int | float) and elapsed > 0 and isinstance(samples, int)
+    spent, elapsed, samples = _mapping(one.get("seconds")), finite(one.get("elapsed")), finite(one.get("samples"))
     return {
         "started": moment(one.get("started")),
-        "samples": count(samples) if isinstance(samples, int) else "–",
+        "samples": count(samples),
         "elapsed": seconds(elapsed),
-        "rate": f"{samples / elapsed:,.1f}" if timed else "–",  # type: ignore[operator]
+        "rate": f"{samples / elapsed:,.1f}" if samples is not None and elapsed else DASH,
         "phases": [(name, seconds(spent[name])) for name in PHASES if name in spent],
         "memory": size(one.get("peak_bytes")),
         "where": ", ".join(

@@ -1,0 +1,134 @@
+"""One attention as it was seen to run, brought into the form of a `Record`, and checked against what it gave."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rollout._capture.masks import structure
+from rollout._capture.scores import Scores, additive_mask, reshaped, scaled_queries
+from rollout.errors import CaptureError
+from rollout.tape import Record
+
+__all__ = ["Seen", "batched", "check", "make_record"]
+
+# max|error| of a map, or of A·V against max|V|, by the dtype it was computed in: rounding, never another mask or scale.
+BOUNDS = {torch.float64: 1e-5, torch.float32: 2e-3}
+HALF_BOUND = 0.08
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Queries, keys and values [.., S, D] of an attention, its output, and how its scores were formed.
+
+    Attributes:
+        mask, causal, scale: of a fused call.
+        scores, maps, broken: of one written out; `broken` names an operation on the scores that is not known.
+        heads: H, where a batch of matrices was seen to be made of B and H.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    output: Tensor
+    scale: float | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+    scores: Scores | None = None
+    maps: Tensor | None = None
+    broken: str | None = None
+    heads: int | None = None
+
+
+def batched(tensor: Tensor, heads: int | None) -> Tensor:
+    """[S, D], [B, S, D] or [B·H, S, D] as [B, H, S, D]."""
+    if tensor.dim() == 2:
+        return tensor[None, None]
+    if tensor.dim() == 3:
+        return tensor.unsqueeze(1) if heads is None else tensor.unflatten(0, (-1, heads))
+    return tensor
+
+
+def make_record(seen: Seen, module: nn.Module, memo: Any) -> Record:
+    """The record of a self-attention; `memo(tensors, compute)` computes once for the same tensors."""
+    queries, keys = (batched(tensor, seen.heads) for tensor in (seen.queries, seen.keys))
+    shape = torch.Size((*queries.shape[:2], queries.shape[2], keys.shape[2]))
+    scale = seen.scale
+    fields: dict[str, Any] = {"causal": seen.causal}
+    if seen.scores is not None:
+        queries, scale = scaled_queries(seen.scores, queries)
+        parts = (*seen.scores.biases, *seen.scores.masks)
+        fields = memo(parts, lambda: _said(additive_mask(seen.scores, shape), shape)) if parts else {}
+    elif seen.mask is not None:
+        mask = seen.mask
+        fields = memo((mask,), lambda: _said(reshaped(mask, shape), shape))
+    if keys.shape[0] == 1 < shape[0]:
+        keys = keys.expand(shape[0], -1, -1, -1)
+    return Record(queries=queries, keys=_ungrouped(keys, module), scale=scale, **fields)
+
+
+def _said(mask: Tensor | None, shape: torch.Size) -> dict[str, Any]:
+    """What a mask says, and a bias of its own that no one else can write."""
+    if mask is None:
+        return {}
+    fields = structure(mask, shape[0])
+    bias = fields.get("bias")
+    if bias is mask:
+        fields["bias"] = mask.clone()
+    return fields
+
+
+def _ungrouped(keys: Tensor, module: nn.Module) -> Tensor:
+    """Keys that were repeated for the heads of a group, each once."""
+    group = getattr(module, "num_key_value_groups", 1)
+    if not isinstance(group, int) or group < 2 or keys.shape[1] % group:
+        return keys
+    parts = keys.unflatten(1, (-1, group))
+    first = parts[:, :, :1]
+    return first.squeeze(2).contiguous() if torch.equal(parts, first.expand_as(parts)) else keys
+
+
+def check(seen: Seen, entry: Record, where: str) -> None:
+    """Compare a record with what the attention gave, in the first and the last sample.
+
+    Raises:
+        CaptureError: they differ by more than rounding.
+    """
+    values, output = batched(seen.values, seen.heads), batched(seen.output, seen.heads)
+    maps = None if seen.maps is None else (seen.maps if seen.maps.dim() == 4 else batched(seen.maps, seen.heads))
+    kinds = {seen.queries.dtype, seen.output.dtype, *(() if seen.maps is None else (seen.maps.dtype,))}
+    bound = max(BOUNDS.get(kind, HALF_BOUND) for kind in kinds)
+    if torch.is_autocast_enabled(seen.queries.device.type):
+        bound = HALF_BOUND
+    for b in {0, entry.batch - 1}:
+        one = _sample(entry, b)
+        expected, allowed = one.maps(), one.allowed()
+        counted = torch.ones_like(expected[..., :1], dtype=torch.bool)
+        if allowed is not None:
+            counted = counted & allowed.any(-1, keepdim=True)
+        if one.bias is not None:
+            counted = counted & (one.bias > torch.finfo(one.bias.dtype).min).any(-1, keepdim=True)
+        if maps is not None:
+            got, size = maps[b : b + 1].to(expected.dtype), 1.0
+        else:
+            v = values[b : b + 1].to(expected.dtype)
+            v = v.repeat_interleave(expected.shape[1] // v.shape[1], 1)
+            got, expected, size = output[b : b + 1].to(expected.dtype), expected @ v, float(v.abs().max())
+        difference = torch.where(counted & ~got.isnan(), (got - expected).abs(), 0.0)
+        error = float(difference.nan_to_num(math.inf).amax())
+        if error > bound * max(size, 1e-30):
+            raise CaptureError(
+                f"capture: what {where} attended with must be what was recorded, its maps differ by "
+                f"{error / size:.2g}: give rollout.register_capture a function for it"
+            )
+
+
+def _sample(entry: Record, b: int) -> Record:
+    cut: dict[str, Any] = {name: getattr(entry, name)[b : b + 1] for name in ("queries", "keys")}
+    for name in ("key_mask", "query_mask", "bias"):
+        value = getattr(entry, name)
+        if value is not None:
+            cut[name] = value[b : b + 1] if value.shape[0] == entry.batch and value.dim() != 3 else value
+    return replace(entry, **cut)

@@ -1,0 +1,52 @@
+"""The compile-time arguments of every kernel under a launch of the tables, in the forms the compile lane looks at."""
+
+import torch
+
+from rollout_kernels._triton import inputs, launch
+from rollout_kernels._triton.qk_columns import columns_kernel
+from rollout_kernels._triton.qk_logsumexp import logsumexp_kernel
+from rollout_kernels._triton.rows_resident import rows_resident_kernel
+from rollout_kernels._triton.rows_split import rows_split_kernel
+
+TABLES = {80: "sm_80", 89: "default", 90: "sm_90", 100: "sm_100", 120: "default"}  # compute capability -> its table
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MAP_KERNELS = {"resident": rows_resident_kernel, "split": rows_split_kernel}
+SCORE_KERNELS = {"logsumexp": logsumexp_kernel, "columns": columns_kernel}
+MAP_FORMS = {  # the heaviest: max fusion, renormalised, ragged, a free top layer; then gradients, then the lightest
+    "max": {"ONE_HOT": True, "HAS_LENGTHS": True, "RENORMALIZE": True, "FUSION": 1, "GRADIENTS": 0},
+    "gradients": {"ONE_HOT": False, "HAS_LENGTHS": True, "RENORMALIZE": False, "FUSION": 0, "GRADIENTS": 1},
+    "weights": {"ONE_HOT": False, "HAS_LENGTHS": True, "RENORMALIZE": True, "FUSION": 3, "GRADIENTS": 0},
+    "plain": {"ONE_HOT": True, "HAS_LENGTHS": False, "RENORMALIZE": False, "FUSION": 0, "GRADIENTS": 0},
+}
+QK_FORMS = {
+    "plain": {"HAS_LENGTHS": False, "HAS_KEY_MASK": False, "HAS_LEFT": False, "HAS_RIGHT": False},
+    "causal": {"HAS_LENGTHS": True, "HAS_KEY_MASK": False, "HAS_LEFT": False, "HAS_RIGHT": True},
+    "all masks": {"HAS_LENGTHS": True, "HAS_KEY_MASK": True, "HAS_LEFT": True, "HAS_RIGHT": True},
+}
+
+
+def map_constants(form: str, dtype: torch.dtype, config: launch.RowsLaunch) -> dict[str, object]:
+    """Of `MAP_KERNELS`, for maps whose rows start on 16 bytes."""
+    triton_type = inputs.DTYPES[dtype]
+    vector = 16 // dtype.itemsize
+    layout = {"DTYPE": triton_type, "GRAD_DTYPE": triton_type, "VEC": vector, "ALIGNED": True, "UNIT_COLUMN": True}
+    return {**MAP_FORMS[form], **layout, **config.blocks}
+
+
+def score_constants(
+    kernel: str, form: str, dtype: torch.dtype, head_dimension: int, config: launch.ScoresLaunch
+) -> dict[str, object]:
+    """Of `SCORE_KERNELS`; head weights and rows that attend to no key come with "all masks"."""
+    chosen = {"ONE_HOT": True}
+    if kernel == "columns":
+        chosen = dict.fromkeys(("HAS_WEIGHTS", "HAS_DEAD"), form == "all masks")
+    return {
+        **QK_FORMS[form], **chosen, **config.blocks,
+        "DTYPE": inputs.DTYPES[dtype], "VEC": 16 // dtype.itemsize, "ALIGNED": True, "UPCAST": False,
+        "PRECISION": config.precision if dtype == torch.float32 else "ieee", "D": head_dimension,
+    }  # fmt: skip
+
+
+def product_constants(config: launch.ProductLaunch) -> dict[str, object]:
+    """Of the product of the full chain, ragged."""
+    return {"HAS_LENGTHS": True, "PRECISION": "bf16x6", "OUT_VEC": 4, **config.blocks}
