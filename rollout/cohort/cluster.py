@@ -9,7 +9,6 @@ import asyncio
 import threading
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
@@ -82,7 +81,7 @@ def _share(client: Any, packed: Packed) -> Any:
     worker that had it has died."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sending large graph")
-        return client.submit(Shared, packed, pure=False)
+        return client.submit(share, packed, pure=False)
 
 
 def _submit(client: Any, shared: Any, number: int, device: torch.device | None) -> Any:
@@ -166,27 +165,36 @@ class _Watch:
 
 
 class Shared:
-    """The work on a worker, and the process that does it there, which ends when Dask lets go of the work.
+    """The work on a worker, and the process that does it there.
 
     Args:
         packed: The work.
+        key: Dask's name for it.
     """
 
-    def __init__(self, packed: Packed) -> None:
-        self.packed = packed
+    def __init__(self, packed: Packed, key: str) -> None:
+        self.packed, self.key = packed, key
         self.one_at_a_time = threading.Lock()  # a worker with several threads has one model
         self._doer: Doer | None = None
+        self._watcher: threading.Thread | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Shared, (self.packed,)
+        return Shared, (self.packed, self.key)
 
-    def doer(self, device: torch.device | None) -> Doer:
-        """What does parts here."""
+    def doer(self, device: torch.device | None, worker: Any) -> Doer:
+        """What does parts here, until the worker lets go of the work."""
         if self._doer is None:
-            process = Process(self.packed, Setting(torch.get_num_threads(), device))
-            weakref.finalize(self, process.end)
-            self._doer = Doer(process)
+            self._doer = Doer(Process(self.packed, Setting(torch.get_num_threads(), device)))
+        if self._watcher is None or not self._watcher.is_alive():
+            watch = self._doer.process, worker, self.key
+            self._watcher = threading.Thread(target=_kill_when_released, args=watch, daemon=True)
+            self._watcher.start()
         return self._doer
+
+
+def share(packed: Packed) -> Shared:
+    """The work, as the result of a task."""
+    return Shared(packed, _worker().get_current_task())
 
 
 def do_part(shared: Shared, number: int, device: torch.device | None) -> Part:
@@ -197,25 +205,31 @@ def do_part(shared: Shared, number: int, device: torch.device | None) -> Part:
         number: Of the part.
         device: Where to run; None: on the CPU.
     """
-    stopped = _cancelled_here()
-    with shared.one_at_a_time:
-        doer = shared.doer(device)
-        try:
-            return doer.do(number, stopped)
-        except Exception as error:
-            doer.process.kill()  # the run ends with it
-            if isinstance(error, Stopped):
-                raise CohortError(f"attribute_cohort: part {number} is no longer wanted") from None
-            raise
-
-
-def _cancelled_here() -> Callable[[], bool]:
-    """Whether the task that is running here has been cancelled, as when the client has gone, or its worker closes."""
-    worker = require("distributed", "dask").get_worker()
+    worker = _worker()
     key = worker.get_current_task()
 
     def cancelled() -> bool:
         task = worker.state.tasks.get(key)
-        return task is None or task.state == "cancelled" or worker.status.name not in ("running", "paused")
+        return task is None or task.state == "cancelled" or not _at_work(worker)
 
-    return cancelled
+    with shared.one_at_a_time:
+        doer = shared.doer(device, worker)
+        try:
+            return doer.do(number, cancelled)
+        except Stopped:
+            raise CohortError(f"attribute_cohort: part {number} is no longer wanted") from None
+
+
+def _worker() -> Any:
+    return require("distributed", "dask").get_worker()
+
+
+def _at_work(worker: Any) -> bool:
+    return worker.status.name in ("running", "paused")
+
+
+def _kill_when_released(process: Process, worker: Any, key: str) -> None:
+    """Garbage collection does not do it: Dask may hold what it has let go of for long."""
+    while _at_work(worker) and key in worker.data:
+        time.sleep(0.5)
+    process.kill()

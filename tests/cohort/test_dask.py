@@ -88,6 +88,16 @@ def parts_done(out: Path) -> int:
     return len(list(out.glob("parts/*.json")))
 
 
+def processes() -> list[psutil.Process]:
+    """Those that do parts, of this process and of its workers."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just died
+            if "rollout.cohort.child" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
 def test_workers_of_this_machine(whole, tmp_path) -> None:
     out = tmp_path / "out"
     run = attribute(out, workers=2)
@@ -119,6 +129,7 @@ def test_failures_and_poison_come_back_from_workers(tmp_path, nannies) -> None:
     assert failures["sample"].to_list() == [5, 21, 24, 46]
     assert failures["error"][2] == "its process was killed (signal 9, SIGKILL), twice, with this sample alone"
     assert nannies.run(os.getpid) == before
+    wait_until(lambda: not processes())
     (note,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["notes"]
     assert note.endswith("without them: 24")
 
@@ -142,16 +153,7 @@ def test_killed_workers_lose_nothing(whole, tmp_path, nannies, victims: int) -> 
     assert len(killed) == victims
     assert (run.attributed, run.failed, run.parts) == (90, 0, 9)
     assert_equal_rows(out, whole)
-
-
-def processes() -> list[psutil.Process]:
-    """Those of this process that do parts."""
-    found = []
-    for child in psutil.Process().children():
-        with suppress(psutil.Error):  # it has just died
-            if "rollout.cohort.child" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
+    wait_until(lambda: not processes())
 
 
 def broken(model, batch):
