@@ -136,11 +136,13 @@ class Tape:
         nbytes: bytes held by the recorded tensors; memory two of them share counts once.
         notes: what `capture(model, allow=...)` let pass that makes a chain over the attention layers less than the
             model: what mixed positions in between, and where. Empty for a capture that allowed nothing.
+        left_out: the paths of modules whose attention was over another sequence, in the order they ran.
     """
 
     def __init__(self, model: str = "the model") -> None:
         self._model = model
         self.notes: tuple[str, ...] = ()
+        self.left_out: tuple[str, ...] = ()
         self._versions: dict[int, tuple[Tensor, int]] = {}
         self._records: dict[str, list[tuple[str, Record]]] = {}
 
@@ -165,7 +167,7 @@ class Tape:
         """Drop everything recorded."""
         self._records = {}
         self._versions = {}
-        self.notes = ()
+        self.notes, self.left_out = (), ()
 
     def keep_from(self, tensor: Tensor) -> None:
         """Copy the recorded tensors that share memory with one that is about to be changed in place."""

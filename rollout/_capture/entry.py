@@ -1,9 +1,9 @@
 """`rollout.capture`: the queries and keys of a model's attention layers, recorded while it runs as it always does.
 
-An adapter knows one family of attention modules. It is a function `adapter(model) -> context manager or None`: None
-when the model has none of its modules; else a context in which each of their runs is told to the open captures. What
-no adapter knows is seen as torch computes it (`rollout._capture.calls`). The model computes the same bits inside the
-context as outside, and is as before after it, in every thread.
+An adapter knows one family of attention modules. It is a function `adapter(model)` that gives, for each of its modules
+in the model, what stands around its forward while the model runs, and tells the open captures. What no adapter knows is
+seen as torch computes it (`rollout._capture.calls`). The model computes the same bits inside the context as outside,
+and is as before after it, in every thread.
 """
 
 import importlib
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from rollout._capture.patch import around_call
+from rollout._capture.patch import Around, around_call
 from rollout._capture.readers import registered
 from rollout._capture.recording import ATTENTION_LAYERS_ONLY, Recording, _recordings, recordings_of
 from rollout._capture.refusals import ATTENTION, refuse_dropout, refuse_opaque
@@ -26,8 +26,6 @@ from rollout._capture.streams import stream_names
 from rollout.tape import Record, Tape
 
 __all__ = ["capture"]
-
-Adapter = Callable[[nn.Module], AbstractContextManager[None] | None]
 
 # Module of the adapter → the package without which no model needs it.
 ADAPTERS = {
@@ -175,34 +173,28 @@ def _through_layer(stream: str, first: bool, module: nn.Module, call: Callable[.
     return output
 
 
-def _stacks(model: nn.Module) -> Iterator[AbstractContextManager[None]]:
+def _stacks(model: nn.Module) -> Iterator[dict[nn.Module, Around]]:
     """Watches what shows, in the call that is looked at, that something mixes positions beside the attentions."""
     modules = dict(model.named_modules())
     named = {path: module for path, module in modules.items() if ATTENTION.search(type(module).__name__)}
-    if named:
-        yield around_call(dict.fromkeys(named.values(), _through_named))
+    yield dict.fromkeys(named.values(), _through_named)
     streams = stream_names(modules)
     for stream in {streams[path][0] for path in named}:
         stack = modules.get(stream)
         if isinstance(stack, nn.ModuleList | nn.Sequential) and len(stack) > 1:
-            yield around_call({stack[0]: partial(_through_layer, stream, True)})
-            yield around_call({stack[-1]: partial(_through_layer, stream, False)})
+            yield {stack[0]: partial(_through_layer, stream, True)}
+            yield {stack[-1]: partial(_through_layer, stream, False)}
 
 
-def _registered_adapter(model: nn.Module) -> AbstractContextManager[None] | None:
-    found = [module for module in model.modules() if registered(module) is not None]
-    return around_call(dict.fromkeys(found, _through_registered)) if found else None
+def _registered_adapter(model: nn.Module) -> dict[nn.Module, Around]:
+    return {module: _through_registered for module in model.modules() if registered(module) is not None}
 
 
-def _contexts(model: nn.Module) -> Iterator[AbstractContextManager[None]]:
-    adapters: list[Adapter] = [_registered_adapter]
+def _watched(model: nn.Module) -> Iterator[dict[nn.Module, Around]]:
+    yield _registered_adapter(model)
     for name, package in ADAPTERS.items():
         if package in sys.modules:  # else the model cannot have its modules
-            adapters.append(importlib.import_module(name).adapter)
-    for adapter in adapters:
-        context = adapter(model)
-        if context is not None:
-            yield context
+            yield importlib.import_module(name).adapter(model)
     yield from _stacks(model)
 
 
@@ -210,12 +202,9 @@ def _contexts(model: nn.Module) -> Iterator[AbstractContextManager[None]]:
 def _capturing(model: nn.Module, shared_layers: bool, allowed: bool) -> Iterator[Tape]:
     refuse_opaque(model)
     refuse_dropout(model)
-    contexts = list(_contexts(model))
-    recording = Recording(model, shared_layers, allowed)
+    recording = Recording(model, shared_layers, allowed, list(_watched(model)))
     with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        stack.enter_context(around_call({model: _through_root}))  # the outermost, when the model itself attends
+        stack.enter_context(around_call({model: _through_root}))
         _recordings.set((*_recordings.get(), recording))
         stack.callback(partial(_close, recording))
         yield recording.tape

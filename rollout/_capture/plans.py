@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from rollout._capture.patch import foreign_forward
 from rollout._capture.readers import registered
 from rollout.errors import CaptureError
 
@@ -78,7 +79,7 @@ _known: WeakKeyDictionary[nn.Module, dict[Any, Plans]] = WeakKeyDictionary()
 
 def plans_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plans:
     """What is known of calls of this form, of the model as it is now."""
-    kinds = tuple((type(module), "forward" in vars(module), registered(module)) for module in model.modules())
+    kinds = tuple((type(module), foreign_forward(module) is not None, registered(module)) for module in model.modules())
     form = (kinds, tuple(map(_form, args)), tuple(sorted((name, _form(value)) for name, value in kwargs.items())))
     with _lock:
         return _known.setdefault(model, {}).setdefault(hash(form), Plans())

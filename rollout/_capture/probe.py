@@ -66,6 +66,9 @@ class Study:
         if q.layers == k.layers and one_source:
             return SELF
         known = self._streams.get(stream)
+        one_state = known is not None and q.layers.get(stream) == k.layers.get(stream) == known.layers - 1 >= 0
+        if one_state and one_source:
+            return SELF  # whatever else, of other streams, went into one of them
         if known is None or queries.shape[-2] != keys.shape[-2]:
             return CROSS
         others = {name: layer for name, layer in k.layers.items() if name != stream}

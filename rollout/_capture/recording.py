@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rollout._capture.calls import Watch, unwatched
+from rollout._capture.patch import Around, around_forward
 from rollout._capture.plans import Plans, Site, batch_sizes, plans_of
 from rollout._capture.probe import CROSS, SELF, STALE, Study
 from rollout._capture.refusals import nothing_found, refuse_dropout
@@ -40,11 +41,13 @@ ATTENTION_LAYERS_ONLY = "attention_layers_only"
 class Recording:
     """One open capture: its tape, and where the model is in its forward pass."""
 
-    def __init__(self, model: nn.Module, shared_layers: bool, allowed: bool) -> None:
+    def __init__(
+        self, model: nn.Module, shared_layers: bool, allowed: bool, watched: list[dict[nn.Module, Around]]
+    ) -> None:
         self.model = model
         self.tape = Tape(type(model).__name__)
         self.paths = {module: path for path, module in model.named_modules()}
-        self.shared_layers, self.allowed = shared_layers, allowed
+        self.shared_layers, self.allowed, self._watched = shared_layers, allowed, watched
         self.depth, self.muted = 0, 0
         self.memo: dict[Any, tuple[Any, Any]] = {}
         self.study: Study | None = None
@@ -73,6 +76,8 @@ class Recording:
                 if self.study is not None:
                     stack.enter_context(self.study.lockstep)
                 stack.enter_context(Watch(self))
+                for modules in self._watched:
+                    stack.enter_context(around_forward(modules))
                 yield
             self._finish()
         finally:
@@ -203,7 +208,9 @@ class Recording:
         stream = self.streams[path][0]
         kind = self._kind(Site(path, stream), states, crossing, standing)
         entry = None
-        if kind != CROSS:
+        if kind == CROSS:
+            self.tape.left_out += (path,)
+        else:
             self._refuse_lengths(module, states)
             self._refuse_again(module, stream)
             with torch.no_grad():

@@ -76,7 +76,7 @@ def _said(mask: Tensor | None, shape: torch.Size) -> dict[str, Any]:
     fields = structure(mask, shape[0])
     bias = fields.get("bias")
     if bias is mask:
-        fields["bias"] = mask.clone()
+        fields["bias"] = bias.clone()
     return fields
 
 

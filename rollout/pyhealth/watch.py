@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError("rollout.pyhealth needs PyHealth: pip install 'attention-rollout[pyhealth]'") from error
 
-from rollout._capture.patch import Around, around_call, foreign_forward
+from rollout._capture.patch import Around, around_forward, foreign_forward
 
 __all__ = [
     "READOUT_METHODS",
@@ -139,7 +139,7 @@ class ModelCapture(ABC):
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        with around_call(self.watched()):
+        with around_forward(self.watched()):
             _open().append(self)
             try:
                 yield

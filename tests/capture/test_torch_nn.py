@@ -341,6 +341,7 @@ def test_decoder_leaves_cross_attention_out():
             output = model(x, memory, tgt_mask=CAUSAL)
     assert same_bits(output.clone(), plain.clone())
     assert tape.modules() == ("layers.0.self_attn", "layers.1.self_attn")
+    assert tape.left_out == ("layers.0.multihead_attn", "layers.1.multihead_attn")
     assert_close(tape.rollout()["layers"], rollout_matrices(maps, ROLLOUT), "qk")
 
 
@@ -463,3 +464,16 @@ def test_timm_masks():
         with torch.inference_mode(), rollout.capture(model) as tape:
             model(inputs(), **given)
         assert_close(tape.maps(0), maps.pop(), "qk")
+
+
+def test_what_hooks_make_of_the_arguments_is_recorded() -> None:
+    torch.manual_seed(0)
+    model, x = Direct(batch_first=True).double().eval(), inputs()
+    model.attention.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, dict(kwargs, attn_mask=CAUSAL)), with_kwargs=True
+    )
+    maps = model(x, average_attn_weights=False)[1]
+    with torch.no_grad(), rollout.capture(model) as tape:
+        model(x)
+    assert_close(tape.maps(0), maps, "qk")
+    assert tape.layers()[0].causal

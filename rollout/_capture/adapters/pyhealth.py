@@ -6,7 +6,6 @@ valid has equal scores, is uniform over all S keys, and gives the mean of V.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +16,7 @@ from pyhealth.models.transformer import Attention, MultiHeadedAttention
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rollout._capture.patch import around_call, foreign_forward
+from rollout._capture.patch import Around, foreign_forward
 from rollout._capture.readers import registered
 from rollout._capture.recording import memo, whole
 from rollout.errors import CaptureError
@@ -37,7 +36,7 @@ _streams: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 _shared_mask: ContextVar[Tensor | None] = ContextVar("rollout_pyhealth_mask", default=None)
 
 
-def adapter(model: nn.Module) -> AbstractContextManager[None] | None:
+def adapter(model: nn.Module) -> dict[nn.Module, Around]:
     """Watches the `Attention` of every `MultiHeadedAttention` of the model; it runs as it always does.
 
     Raises:
@@ -48,8 +47,6 @@ def adapter(model: nn.Module) -> AbstractContextManager[None] | None:
         for path, module in model.named_modules()
         if isinstance(module, MultiHeadedAttention) and registered(module) is None
     }
-    if not found:
-        return None
     for path, module in found.items():
         for part, kind in ((module, MultiHeadedAttention), (module.attention, Attention)):
             if type(part).forward is not kind.forward or foreign_forward(part) is not None:
@@ -58,8 +55,8 @@ def adapter(model: nn.Module) -> AbstractContextManager[None] | None:
                     f"{kind.__name__}, it has its own: give rollout.register_capture a function for it"
                 )
         _streams[module.attention] = _stream(model, path)
-    heads = dict.fromkeys(found.values(), _through_heads)
-    return around_call(heads | {module.attention: _through_attention for module in found.values()})
+    heads: dict[nn.Module, Around] = dict.fromkeys(found.values(), _through_heads)
+    return heads | {module.attention: _through_attention for module in found.values()}
 
 
 def _stream(model: nn.Module, path: str) -> str | None:

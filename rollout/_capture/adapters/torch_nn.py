@@ -6,7 +6,7 @@ record. So outputs are the same bits.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rollout._capture.calls import unwatched
-from rollout._capture.patch import Around, around_call, foreign_forward
+from rollout._capture.patch import Around, foreign_forward
 from rollout._capture.readers import registered
 from rollout._capture.recording import Recording, memo, name_of, recordings_of, whole
 from rollout.errors import CaptureError
@@ -32,7 +32,7 @@ _padded_length: ContextVar[int | None] = ContextVar("rollout_padded_length", def
 _inside: ContextVar["_Inside | None"] = ContextVar("rollout_inside", default=None)
 
 
-def adapter(model: nn.Module) -> AbstractContextManager[None] | None:
+def adapter(model: nn.Module) -> dict[nn.Module, Around]:
     """Watches every `MultiheadAttention`, `TransformerEncoderLayer` and `TransformerEncoder` of the model.
 
     Raises:
@@ -53,7 +53,7 @@ def adapter(model: nn.Module) -> AbstractContextManager[None] | None:
             _is_stock(layer, nn.TransformerEncoderLayer) for layer in module.layers
         ):
             watched[module] = _through_encoder
-    return around_call(watched) if watched else None
+    return watched
 
 
 def _is_stock(module: Any, kind: type[nn.Module]) -> bool:
