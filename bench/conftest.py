@@ -14,7 +14,7 @@ from bench.machine import host
 from bench.providers import chains
 from rollout.bench.measure import EventTimer, Flush, clock, measure_ceilings, peak_extra_bytes, relative_error
 
-LONG_ENOUGH = float(os.environ.get("BENCH_SECONDS", "2.5"))  # for one timing: nine rounds, or fewer of a slow call
+LONG_ENOUGH = float(os.environ.get("BENCH_SECONDS", "2"))  # for one timing: nine rounds, or fewer of a slow call
 LONG = 1.0  # seconds; a longer call needs no warm-up beside its check
 SHORT = 0.02  # seconds; a shorter call is at the mercy of a single interruption and gets 99 rounds
 

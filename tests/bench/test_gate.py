@@ -225,7 +225,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tags: `none` without a package, `right`, `bad` (three times the work; wrong at S=128; Q and K as well)."""
+    """Tags: `none` without a package, `right`, `bad` (eight times the work; wrong at S=128; Q and K as well)."""
     folder = tmp_path_factory.mktemp("repository")
     git(folder, "init", "-q", "-b", "main")
     (folder / ".gitignore").write_text("*.ignored\n")
@@ -235,7 +235,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     git(folder, "commit", "-q", "-m", "no package")
     git(folder, "tag", "none")
     (folder / "rollout").mkdir()
-    for tag, text in (("right", package()), ("bad", package(3, 1e-3, LATER))):
+    for tag, text in (("right", package()), ("bad", package(8, 1e-3, LATER))):
         (folder / "rollout" / "__init__.py").write_text(text)
         git(folder, "add", "-A")
         git(folder, "commit", "-q", "-m", f"commit {tag}")
@@ -262,7 +262,7 @@ def test_both_revisions_lie_side_by_side_and_are_gone_afterwards(repository: Pat
         assert found["base"].root.parent == found["head"].root.parent
         assert found["base"].root.parent.parent == temporary
         assert (found["base"].root / "rollout" / "__init__.py").read_text() == package()
-        assert (found["head"].root / "rollout" / "__init__.py").read_text() == package(3, 1e-3, LATER)
+        assert (found["head"].root / "rollout" / "__init__.py").read_text() == package(8, 1e-3, LATER)
         assert "(commit right)" in found["base"].label
     assert left_behind(repository, temporary) == []
 
@@ -402,7 +402,7 @@ def test_slower_wrong_and_missing_cases_are_told_apart(
     assert (slow.name, slow.verdict) == (names[0], "slower")
     assert slow.pairs is not None
     assert len(slow.pairs.base) == 10
-    assert 2 < slow.pairs.ratio.estimate < 6  # three times the work
+    assert 2 < slow.pairs.ratio.estimate < 16  # eight times the work, on a machine that may be busy
     assert (wrong.name, wrong.verdict, wrong.pairs) == (names[1], "wrong", None)
     assert wrong.reason == "the head is 1.0e-03 off float64, allowed 1e-06"
     assert (missing.name, missing.verdict) == (names[2], "skipped")
