@@ -20,10 +20,20 @@ from torch import Tensor
 
 from rollout_kernels import _problem, ops, reference
 from rollout_kernels.method import Method
-from tests.support.triton_cases import DTYPES, INTERPRETING, MARKS, QUERIES, error, make_query, pairwise, poison
+from tests.support.triton_cases import (
+    DTYPES,
+    INTERPRETING,
+    MARKS,
+    QUERIES,
+    bounds_of_loops,
+    error,
+    make_query,
+    pairwise,
+    poison,
+)
 
 pytestmark = MARKS
-__all__ = ["poison"]  # a fixture
+__all__ = ["bounds_of_loops", "poison"]  # fixtures
 if INTERPRETING:
     from triton.runtime.errors import OutOfResources
 

@@ -10,10 +10,20 @@ from torch import Tensor
 
 from rollout_kernels import _problem, ops
 from rollout_kernels.method import Method
-from tests.support.triton_cases import DTYPES, INTERPRETING, MARKS, QUERIES, error, make_query, pairwise, poison
+from tests.support.triton_cases import (
+    DTYPES,
+    INTERPRETING,
+    MARKS,
+    QUERIES,
+    bounds_of_loops,
+    error,
+    make_query,
+    pairwise,
+    poison,
+)
 
 pytestmark = MARKS
-__all__ = ["poison"]  # a fixture
+__all__ = ["bounds_of_loops", "poison"]  # fixtures
 if INTERPRETING:
     from rollout_kernels import _triton
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,24 @@ MARKS = [
 ]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUERIES = ("row", "last", "rows", "weights", "negative weights")
+
+
+@pytest.fixture(autouse=True)
+def bounds_of_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6's interpreter turns an array of one element into a bound of a loop, which numpy 2.4 refuses; later
+    ones take the element out first."""
+    from triton import __version__
+    from triton.runtime import interpreter
+
+    if tuple(map(int, __version__.split(".")[:2])) >= (3, 7):
+        return
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 @pytest.fixture(autouse=True)
