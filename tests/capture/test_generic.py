@@ -359,7 +359,7 @@ def test_rows_count_from_each_samples_own_ends() -> None:
 
 
 def test_later_calls_cost_next_to_nothing() -> None:
-    """At most 1.1 times the plain call, in processor time of one thread, the best of turns taken one after the other."""
+    """At most 1.1 times the plain call, in processor time of one thread, the best of alternating turns."""
     model, wide = stack(*[fused] * 4).float(), torch.randn(8, 512, E, generator=generator(4))
     threads, times = torch.get_num_threads(), {"plain": math.inf, "captured": math.inf}
 
