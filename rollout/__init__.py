@@ -46,7 +46,7 @@ _FROM_EXTRAS = {
     "plot_record": ("rollout.results.plots", "polars"),
     "plot_top_codes": ("rollout.results.plots", "polars"),
 }
-"""Name → its module, imported when first asked for, and what that needs of the extra ``cohort``."""
+"""Name → its module, imported when first asked for, and what that needs of the extra `cohort`."""
 
 
 def __getattr__(name: str) -> Any:

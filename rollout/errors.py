@@ -13,7 +13,7 @@ class CohortError(RuntimeError):
 
 
 def require(module: str, extra: str) -> Any:
-    """Import ``module``, or say which extra brings it.
+    """Import `module`, or say which extra brings it.
 
     Raises:
         ImportError: If the module is not installed.

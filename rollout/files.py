@@ -35,7 +35,7 @@ def usable_path(path: str | Path, name: str) -> Path:
 
 
 def empty_folder(path: str | Path, name: str) -> Path:
-    """Return ``path`` as a folder that exists, is empty and can be written.
+    """Return `path` as a folder that exists, is empty and can be written.
 
     Args:
         path: The folder; its parents are made too.

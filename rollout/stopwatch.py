@@ -20,7 +20,7 @@ _watch = _Watch()
 
 @contextmanager
 def stopwatch(seconds: dict[str, float]) -> Iterator[None]:
-    """Within, in this thread, every ``timed`` stage adds its seconds to ``seconds``."""
+    """Within, in this thread, every `timed` stage adds its seconds to `seconds`."""
     before, _watch.seconds = _watch.seconds, seconds
     try:
         yield

@@ -32,7 +32,7 @@ class Setting:
     Attributes:
         threads: For torch.
         device: Where the model goes; None: the CPU.
-        gpu: With device ``cuda``, which of the GPUs, modulo their number; None: as torch has it.
+        gpu: With device `cuda`, which of the GPUs, modulo their number; None: as torch has it.
     """
 
     threads: int
@@ -60,8 +60,8 @@ class Request:
 def serve(descriptor: int) -> None:
     """Do what is asked for over a connection, until its other end is closed.
 
-    Two messages come first, a `Setting` and a `Work`; ``("ready", None)`` answers them. Then each `Request` is answered
-    by ``("part", Part)`` or, where the work raised, by ``("error", exception)``.
+    Two messages come first, a `Setting` and a `Work`; `("ready", None)` answers them. Then each `Request` is answered
+    by `("part", Part)` or, where the work raised, by `("error", exception)`.
 
     Args:
         descriptor: File descriptor of the connection, which this process owns.

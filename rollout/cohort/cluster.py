@@ -35,13 +35,13 @@ def run_on_client(client: Any, work: Work, numbers: Sequence[int], device: torch
     """Do parts on the workers of a cluster, as many as it has while it runs; they come in any order.
 
     Args:
-        client: A ``dask.distributed.Client``.
+        client: A `dask.distributed.Client`.
         work: Of which cohort.
         numbers: Parts to do.
         device: Where the workers run.
 
     Raises:
-        CohortError: If the scheduler is gone, there is no worker for ``WAIT`` seconds, or workers keep dying.
+        CohortError: If the scheduler is gone, there is no worker for `WAIT` seconds, or workers keep dying.
     """
     killed = require("distributed", "dask").KilledWorker
     watch = _Watch(client)

@@ -63,7 +63,7 @@ class Draft:
         """Add the rows of a batch.
 
         A sample with a number among them that is not finite is a failure, and so is one with a row that does not sum to
-        1 where ``explained`` says that rows do.
+        1 where `explained` says that rows do.
         """
         begun = time.perf_counter()
         known = set(self.source.decoders)

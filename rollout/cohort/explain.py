@@ -41,12 +41,12 @@ Explain = Callable[[Any, Batch], Explained]
 
 @dataclass
 class PyHealthExplain:
-    """Explain a PyHealth model's batches with the interpreters of ``rollout.pyhealth``.
+    """Explain a PyHealth model's batches with the interpreters of `rollout.pyhealth`.
 
     Attributes:
-        method: Its maps are gradient-weighted when ``method.gradients`` says so; then ``target_class`` counts.
-        readout: ``"model"`` or ``"forward"``, as in ``rollout.pyhealth.AttentionRollout``.
-        backend: As in ``rollout.attention_rollout``.
+        method: Its maps are gradient-weighted when `method.gradients` says so; then `target_class` counts.
+        readout: `"model"` or `"forward"`, as in `rollout.pyhealth.AttentionRollout`.
+        backend: As in `rollout.attention_rollout`.
         target_class: Of a class-specific method; None is the class predicted, per sample.
     """
 
@@ -59,7 +59,7 @@ class PyHealthExplain:
         """Refuse what cannot work, before any work.
 
         Raises:
-            ValueError, TypeError: As the interpreters raise them, or when ``target_class`` has no meaning.
+            ValueError, TypeError: As the interpreters raise them, or when `target_class` has no meaning.
         """
         if self.method.matrices:
             raise ValueError(

@@ -96,7 +96,7 @@ def adopt_code(identity: dict[str, Any], there: Mapping[str, Any]) -> bool:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
-    """Where two identities differ, in words: ``model.fingerprint: 'ab…' there, 'cd…' now``."""
+    """Where two identities differ, in words: `model.fingerprint: 'ab…' there, 'cd…' now`."""
     found = []
     for key in [*before, *(key for key in now if key not in before)]:
         there, here, name = before.get(key), now.get(key), f"{path}{key}"

@@ -14,7 +14,7 @@ from rollout.cohort.work import Part, Work
 
 
 def run_on_workers(count: int, work: Work, numbers: Sequence[int], device: torch.device | None) -> Generator[Part]:
-    """Do parts in ``count`` processes of this machine, each with its share of the threads; they come in any order.
+    """Do parts in `count` processes of this machine, each with its share of the threads; they come in any order.
 
     Whatever ends this generator, no process is left.
 
@@ -22,7 +22,7 @@ def run_on_workers(count: int, work: Work, numbers: Sequence[int], device: torch
         count: Processes.
         work: Of which cohort.
         numbers: Parts to do.
-        device: Where to run; with ``cuda``, worker k takes GPU k modulo their number.
+        device: Where to run; with `cuda`, worker k takes GPU k modulo their number.
 
     Raises:
         CohortError: If processes cannot be started, or keep dying.

@@ -4,7 +4,7 @@ A part is a run of consecutive samples: the unit that is written, and that a sto
 samples are sorted, longest first, and cut into batches whose padded size stays within a budget of tokens. So at most
 one part's samples are held at a time, and a batch's make-up depends on its part alone.
 
-A model that does not mask padding gives a sample other numbers in every batch. With ``equal_lengths`` a batch holds
+A model that does not mask padding gives a sample other numbers in every batch. With `equal_lengths` a batch holds
 samples of one shape only, so that none is padded.
 """
 
@@ -55,7 +55,7 @@ class Plan:
     def group_of(self, sample: Mapping[str, Any]) -> Hashable:
         """What the samples of a batch must have in common.
 
-        With ``equal_lengths`` the size of everything in them, so that they are stacked as they are. Else which members
+        With `equal_lengths` the size of everything in them, so that they are stacked as they are. Else which members
         of a feature are missing, such as its times: PyHealth drops those of a whole batch for one sample without.
         """
         return _shape(sample) if self.equal_lengths else _missing(sample)
@@ -65,7 +65,7 @@ class Plan:
 
         Args:
             lengths: int64 [n, F], tokens of each sample in each feature.
-            groups: Of each sample, from ``group_of``: only samples of equal ones share a batch. None: any may.
+            groups: Of each sample, from `group_of`: only samples of equal ones share a batch. None: any may.
 
         Returns:
             Places in the part, int64 [b] each; every place is in one batch. Longest sample first, ties in order.

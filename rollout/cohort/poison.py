@@ -44,7 +44,7 @@ class Doer:
     def do(self, number: int, stopped: Callable[[], bool] = lambda: False) -> Part:
         """Do a part, whatever its samples do to the process.
 
-        ``record["notes"]`` says what had to be done about it.
+        `record["notes"]` says what had to be done about it.
 
         Args:
             number: Of the part.
@@ -126,7 +126,7 @@ class Doer:
 
 
 def _pieces(samples: Sequence[int]) -> list[Sequence[int]]:
-    """The samples in at most ``PIECES`` runs of nearly equal length."""
+    """The samples in at most `PIECES` runs of nearly equal length."""
     count = min(PIECES, len(samples))
     ends = [len(samples) * place // count for place in range(count + 1)] if count else []
     return [samples[start:stop] for start, stop in pairwise(ends)]

@@ -186,5 +186,5 @@ def collate_or_error(source: Source, samples: Sequence[Sample]) -> Mapping[str, 
 
 
 def reason_of(error: Exception) -> str:
-    """An error as it stands in ``failures/``: in characters that UTF-8 can hold."""
+    """An error as it stands in `failures/`: in characters that UTF-8 can hold."""
     return f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode()

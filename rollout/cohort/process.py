@@ -50,7 +50,7 @@ class Packed:
 
 
 def pack(work: Work) -> Packed:
-    """Pickle the work, its model on the CPU; functions of ``__main__`` travel by value.
+    """Pickle the work, its model on the CPU; functions of `__main__` travel by value.
 
     Raises:
         CohortError: If something of it cannot be pickled.

@@ -55,7 +55,7 @@ class Decoder:
 
     @property
     def granularity(self) -> str:
-        """What has a score of its own: a ``code``, a ``visit`` of codes, the ``feature``, or a numeric ``step``."""
+        """What has a score of its own: a `code`, a `visit` of codes, the `feature`, or a numeric `step`."""
         if self.codes is None:
             return "step"
         if self.nested:
@@ -64,11 +64,11 @@ class Decoder:
 
 
 def feature_decoders(dataset: Any, padding_ids: Mapping[str, int | None] = NO_PADDING_IDS) -> dict[str, Decoder]:
-    """Return a decoder for each input feature of a PyHealth ``SampleDataset``, from its fitted processors.
+    """Return a decoder for each input feature of a PyHealth `SampleDataset`, from its fitted processors.
 
     Args:
         dataset: The samples.
-        padding_ids: Feature → the id that stands for no code; of the others it is that of the processor's ``<pad>``.
+        padding_ids: Feature → the id that stands for no code; of the others it is that of the processor's `<pad>`.
     """
     return {key: _decoder(key, processor, padding_ids) for key, processor in dataset.input_processors.items()}
 
@@ -112,7 +112,7 @@ def _has_steps(processor: Any) -> bool:
 def padding_id(feature: str, vocabulary: Mapping[Any, int], stated: Mapping[str, int | None]) -> int | None:
     """The id that stands for no code, None when every id is a code.
 
-    It is the one stated; else the vocabulary's own, of ``<pad>`` or ``[PAD]``; else 0 when no code has it.
+    It is the one stated; else the vocabulary's own, of `<pad>` or `[PAD]`; else 0 when no code has it.
 
     Raises:
         TypeError: If what is stated is no int.
@@ -157,20 +157,20 @@ def attribution_table(
 ) -> pa.Table:
     """Turn one batch's attributions into rows: every real entry of every record, padding left out.
 
-    A flat code feature gives a row per code, ``visit`` null. A nested one gives a row per code with its visit and its
+    A flat code feature gives a row per code, `visit` null. A nested one gives a row per code with its visit and its
     position in the visit, each carrying the visit's score. A multi-hot feature gives a row per code that is present,
-    ``position`` its place in the vector, carrying the score of its visit, or of the whole feature when it has no
-    visits. A numeric feature gives a row per time step, ``code`` null; a whole tensor is one step.
+    `position` its place in the vector, carrying the score of its visit, or of the whole feature when it has no
+    visits. A numeric feature gives a row per time step, `code` null; a whole tensor is one step.
 
     Args:
         samples: The B processed samples of the batch as the dataset gives them, not yet padded.
         index: Their numbers in the dataset, [B].
         attributions: Feature → scores [B, S], [B, V, C] or, for a feature that is one step, [B, 1]; S, V and C at
             least as long as the records.
-        decoders: Of the same features, from ``feature_decoders``.
+        decoders: Of the same features, from `feature_decoders`.
 
     Returns:
-        A table of ``ATTRIBUTION_SCHEMA``, by feature, then by sample and position.
+        A table of `ATTRIBUTION_SCHEMA`, by feature, then by sample and position.
 
     Raises:
         ValueError: If a feature's scores do not cover its records.
@@ -184,7 +184,7 @@ def measured_rows(
     attributions: Mapping[str, Tensor],
     decoders: Mapping[str, Decoder],
 ) -> tuple[pa.Table, dict[str, Measured]]:
-    """``attribution_table``, and of each feature what its rows sum to and how much lies on padding."""
+    """`attribution_table`, and of each feature what its rows sum to and how much lies on padding."""
     if len(samples) != len(index):
         raise ValueError(f"attribution_table: index must have one number per sample ({len(samples)}), got {len(index)}")
     parts, measured = [], {}
@@ -197,9 +197,9 @@ def measured_rows(
 
 @dataclass(frozen=True)
 class _Entries:
-    """The real entries of one feature of a batch, as arrays [N]; ``owner`` is the row in the batch.
+    """The real entries of one feature of a batch, as arrays [N]; `owner` is the row in the batch.
 
-    ``scores`` are those of every position, padding included; ``at`` says where in them the entries' own are.
+    `scores` are those of every position, padding included; `at` says where in them the entries' own are.
     """
 
     owner: np.ndarray
@@ -349,7 +349,7 @@ def prediction_table(
     truth: Tensor | np.ndarray | None,
     padding_share: np.ndarray | None = None,
 ) -> pa.Table:
-    """Return one row per sample: ``y_prob`` and ``y_true`` [B, K] and ``padding_share`` [B, F] as lists.
+    """Return one row per sample: `y_prob` and `y_true` [B, K] and `padding_share` [B, F] as lists.
 
     Null where None is given; a NaN among the shares is a null in its list.
     """

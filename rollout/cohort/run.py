@@ -53,8 +53,8 @@ def attribute_cohort(
 ) -> CohortRun:
     """Attribute every sample of a dataset and write the rows to a folder of Parquet parts.
 
-    The folder gets ``attributions/`` (one row per real entry of a record), ``predictions/`` (one per sample),
-    ``failures/`` where there are any, and ``manifest.json``. Each sample goes through the model once. Memory does not
+    The folder gets `attributions/` (one row per real entry of a record), `predictions/` (one per sample),
+    `failures/` where there are any, and `manifest.json`. Each sample goes through the model once. Memory does not
     grow with the cohort: at most two parts' samples are held.
 
     Killed at any moment, the same call goes on: parts that are whole are kept, the others done again, and the rows are
@@ -64,64 +64,64 @@ def attribute_cohort(
 
     - the model's weights, buffers, classes and plain settings, private ones too, and the code of classes that no
       installed package brings;
-    - ``explain``, ``collate`` and a method's own head fusion: their code and that of what they name, globals, defaults,
+    - `explain`, `collate` and a method's own head fusion: their code and that of what they name, globals, defaults,
       what they close over. What is looked up as they run cannot be known. A setting that changes as the run is at work,
       such as a counter of calls, is found out and does not count;
     - method, plan, vocabularies, the number of samples, and what samples hold. When a run goes on, 64 samples spread
       over the dataset are read again, and 1,024 drawn from the parts that are done (every one, if there are no more),
       and each sample of a part that is done again; so a dataset of which one sample in a hundred was replaced is taken
       for the same once in 29,000 times, and a single sample among a million most likely goes unseen.
-      ``rollout verify`` reads every sample.
+      `rollout verify` reads every sample.
 
     Another version of a library or of Python is noted in the manifest, not refused.
 
     A model that does not mask the padding of a batch gives relevance to it, and gives a sample other numbers, its
-    prediction too, beside longer ones: PyHealth's do for ``timeseries`` and ``stagenet_tensor`` features. Relevance is
-    written as it came; ``padding_share`` in ``predictions/`` says how much of a sample's row lies on padding, per
-    feature in the order of the manifest, and the manifest sums it up. ``equal_lengths`` gives exact numbers.
+    prediction too, beside longer ones: PyHealth's do for `timeseries` and `stagenet_tensor` features. Relevance is
+    written as it came; `padding_share` in `predictions/` says how much of a sample's row lies on padding, per
+    feature in the order of the manifest, and the manifest sums it up. `equal_lengths` gives exact numbers.
 
     A sample that cannot be attributed (it cannot be read or collated, the model raises, a number is not finite, a row
-    does not sum to 1 though by the method it does) is written to ``failures/`` with its reason, and the rest goes on. A
+    does not sum to 1 though by the method it does) is written to `failures/` with its reason, and the rest goes on. A
     batch that runs out of memory is halved, which the manifest notes.
 
     Args:
-        model: A PyHealth model with the attention readout methods; any module, with ``explain``. It is put back as it
+        model: A PyHealth model with the attention readout methods; any module, with `explain`. It is put back as it
             was: device, training mode, hooks.
-        dataset: A PyHealth ``SampleDataset``; or anything with ``len`` and ``[i]`` that gives mappings, with
-            ``vocabularies`` and ``collate``.
+        dataset: A PyHealth `SampleDataset`; or anything with `len` and `[i]` that gives mappings, with
+            `vocabularies` and `collate`.
         out: New folder, or that of the same run.
-        method: A name in ``rollout.METHODS`` or a ``rollout.Method``. Gradient-weighted ones are class-specific.
+        method: A name in `rollout.METHODS` or a `rollout.Method`. Gradient-weighted ones are class-specific.
         batch_tokens: Most tokens in a batch, padding included, all features added; a longer sample goes alone.
         device: Where to run; None: where the model is (on workers, on a device of that type).
         workers: Processes on this machine, each with a model of its own and its share of the threads; 1: this one.
-            With several GPUs and ``device="cuda"`` each worker takes one.
-        client: A ``dask.distributed.Client``: the parts become its tasks. The dataset's files must be readable where
-            its workers run; ``out`` is written here only.
-        resume: Whether to go on with what ``out`` holds; False: it must be new or empty.
+            With several GPUs and `device="cuda"` each worker takes one.
+        client: A `dask.distributed.Client`: the parts become its tasks. The dataset's files must be readable where
+            its workers run; `out` is written here only.
+        resume: Whether to go on with what `out` holds; False: it must be new or empty.
         retry_failures: Do the parts that have failures again.
-        readout: ``"model"`` or ``"forward"``, as in ``rollout.pyhealth.AttentionRollout``.
-        backend: As in ``rollout.attention_rollout``.
+        readout: `"model"` or `"forward"`, as in `rollout.pyhealth.AttentionRollout`.
+        backend: As in `rollout.attention_rollout`.
         target_class: Class to explain, for class-specific methods; None: the one predicted, per sample. It is written
-            to ``predictions/`` as ``target_class``.
+            to `predictions/` as `target_class`.
         batch_samples: Most samples in a batch.
         part_samples: Samples in a part: what is done again at most after a kill.
         equal_lengths: Batch only samples of equal length in every feature, so that none is padded: each gets the
-            numbers it has alone, as with ``batch_samples=1``, and sooner. None: where the method needs it, because it
-            looks at the whole map of a PyHealth model, padding included: ``discard``, or a head fusion of your own.
+            numbers it has alone, as with `batch_samples=1`, and sooner. None: where the method needs it, because it
+            looks at the whole map of a PyHealth model, padding included: `discard`, or a head fusion of your own.
         collate: Samples → batch; default: PyHealth's.
         vocabularies: Feature → code → id for a dataset that is not PyHealth's; None for a numeric feature.
         padding_ids: Feature → the id that stands for no code, and gets no row; None when every id is a code. Needed
-            where the vocabulary gives id 0 to a code and names no ``<pad>`` or ``[PAD]``; PyHealth's name theirs, 0.
-        explain: (model, batch) → ``rollout.cohort.explain.Explained``, for models that are not PyHealth's; ``method``,
-            ``readout`` and ``backend`` are then its own business, and are only written down.
-        code_names: Feature → code → name, kept in ``code_names.json`` for reports.
+            where the vocabulary gives id 0 to a code and names no `<pad>` or `[PAD]`; PyHealth's name theirs, 0.
+        explain: (model, batch) → `rollout.cohort.explain.Explained`, for models that are not PyHealth's; `method`,
+            `readout` and `backend` are then its own business, and are only written down.
+        code_names: Feature → code → name, kept in `code_names.json` for reports.
         progress: Whether to show a bar; None: when stderr is a terminal.
 
     Returns:
-        Counts, seconds and memory; ``failed`` says how many samples have no rows.
+        Counts, seconds and memory; `failed` says how many samples have no rows.
 
     Raises:
-        ValueError, TypeError: If an argument is wrong, before any work; or ``out`` holds something else.
+        ValueError, TypeError: If an argument is wrong, before any work; or `out` holds something else.
         CohortError: If another process has the folder, the disk is full, workers keep dying, or none of the first
             samples can be attributed.
     """

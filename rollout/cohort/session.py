@@ -28,13 +28,13 @@ ENOUGH = 32
 
 
 class Session:
-    """One call of ``attribute_cohort`` on a folder it has: what is left to do is done, and the manifest kept.
+    """One call of `attribute_cohort` on a folder it has: what is left to do is done, and the manifest kept.
 
     Args:
         store: The folder.
         work: What is done to which samples.
         state: Gives what model and functions hold now.
-        workers, client, device, progress: As in ``attribute_cohort``.
+        workers, client, device, progress: As in `attribute_cohort`.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ class Measured:
             the record has no entry, the row is all 0 or not finite.
         total: The sum of the row, float64 [B].
         has_entries: Whether the record has an entry, bool [B].
-        tolerance: How far from 1 ``total`` may be by rounding.
+        tolerance: How far from 1 `total` may be by rounding.
     """
 
     share: np.ndarray

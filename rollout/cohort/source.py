@@ -16,7 +16,7 @@ class Source:
     """A dataset as a cohort run sees it.
 
     Attributes:
-        dataset: ``len(dataset)`` samples, each a mapping, by ``dataset[i]``.
+        dataset: `len(dataset)` samples, each a mapping, by `dataset[i]`.
         collate: B samples → a batch the model takes.
         decoders: Feature → how its entries are read back, for the features that are attributed.
         description: What stands in the manifest of it.
@@ -50,11 +50,11 @@ def open_source(
     """Look at a dataset: what it holds and how its entries are read back.
 
     Args:
-        dataset: A PyHealth ``SampleDataset``, or anything with ``len`` and ``[i]`` that gives mappings.
+        dataset: A PyHealth `SampleDataset`, or anything with `len` and `[i]` that gives mappings.
         collate: B samples → a batch; needed unless it is PyHealth's.
         vocabularies: For a dataset that is not PyHealth's: feature → code → id, or None for a numeric feature.
         padding_ids: Feature → the id that stands for no code, None when every id is a code. A feature that is left out
-            has that of its vocabulary's ``<pad>`` or ``[PAD]``, which PyHealth's processors have; 0 where the
+            has that of its vocabulary's `<pad>` or `[PAD]`, which PyHealth's processors have; 0 where the
             vocabulary has neither that nor a code 0.
 
     Raises:

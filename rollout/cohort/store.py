@@ -1,6 +1,6 @@
 """The folder of a run: locked by one process, its parts committed one by one, its manifest.
 
-A part is three Parquet files at most (attributions, predictions, failures) and a commit record in ``parts/``, written
+A part is three Parquet files at most (attributions, predictions, failures) and a commit record in `parts/`, written
 last and by renaming. What has no record does not count: it is removed when the folder is opened again. So at whatever
 moment a run is killed, the parts with a record are whole, and the others are done again.
 
@@ -48,12 +48,12 @@ class Store:
         out: Folder; made when missing.
         begun: The manifest of the run if it began now; a folder of another run is refused.
         parts: Number of parts of the run.
-        samples: Gives sample i by ``samples[i]``; held against what the parts that are done say it was.
+        samples: Gives sample i by `samples[i]`; held against what the parts that are done say it was.
         resume: Whether to go on with what the folder holds; else it must be new or empty.
         retry_failures: Whether parts with failures are done again.
 
     Attributes:
-        manifest: What stands in ``manifest.json``.
+        manifest: What stands in `manifest.json`.
         records: Part number → commit record, of the parts that are done.
 
     Raises:
@@ -174,7 +174,7 @@ class Store:
         return True
 
     def _check_content(self, samples: Any) -> None:
-        """Look at samples of the parts that are done; see ``spot_checks`` for how many."""
+        """Look at samples of the parts that are done; see `spot_checks` for how many."""
         done = list(self.records.values())
         differ = list(changed(samples, done, spot_checks(done)))
         if differ:
@@ -235,7 +235,7 @@ class Store:
         return made
 
     def write_manifest(self) -> None:
-        """Write ``manifest.json``.
+        """Write `manifest.json`.
 
         Raises:
             CohortError: If the disk is full or fails.
@@ -244,7 +244,7 @@ class Store:
             write_whole(self.path / MANIFEST, self.manifest.as_bytes())
 
     def write_names(self, names: Mapping[str, Mapping[str, str]]) -> None:
-        """Write ``code_names.json``: feature → code → name.
+        """Write `code_names.json`: feature → code → name.
 
         Raises:
             ValueError: If they are not names.

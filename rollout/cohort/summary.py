@@ -8,7 +8,7 @@ from rollout.results.layout import STAGES
 
 @dataclass
 class CohortRun:
-    """What a call of ``attribute_cohort`` did; ``str`` gives the summary.
+    """What a call of `attribute_cohort` did; `str` gives the summary.
 
     Attributes:
         out: The folder.
@@ -17,8 +17,8 @@ class CohortRun:
         parts, kept: Parts in all, and those that earlier calls had done.
         halved: Batches that ran out of memory and were halved, in this call.
         done: Samples of this call.
-        seconds: Stage → seconds of this call, added over workers: ``collate`` (read and pad), ``forward`` (the model,
-            without the chain), ``chain`` (the rollout), ``write`` (rows, Parquet, disk). Collating overlaps the others.
+        seconds: Stage → seconds of this call, added over workers: `collate` (read and pad), `forward` (the model,
+            without the chain), `chain` (the rollout), `write` (rows, Parquet, disk). Collating overlaps the others.
         elapsed: Seconds of this call.
         peak_bytes: Most memory resident in one process (0 where the system does not tell).
         gpu_peak_bytes: Most memory of a GPU in use, 0 without one.

@@ -31,7 +31,7 @@ class Work:
     Attributes:
         model: On its device, in evaluation mode.
         source: The samples.
-        explain: (model, batch) → ``Explained``.
+        explain: (model, batch) → `Explained`.
         plan: How they are cut into parts and batches.
         class_specific: Whether predictions have a column for the class explained.
         without: Sample → reason, of those that are failures already and are not read.

@@ -20,17 +20,17 @@ READOUT_METHODS = ("set_attention_hooks", "get_attention_layers", "get_relevance
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return ``; did you mean "…"?``, or a full stop when no name is like it."""
+    """Return `; did you mean "…"?`, or a full stop when no name is like it."""
     close = difflib.get_close_matches(str(name), list(names), n=1)
     return f'; did you mean "{close[0]}"?' if close else "."
 
 
 def named_class(kind: str, name: str, where: str) -> Any:
-    """Return a class by its name in ``pyhealth.models``, ``.datasets`` or ``.tasks``.
+    """Return a class by its name in `pyhealth.models`, `.datasets` or `.tasks`.
 
     Args:
-        kind: ``"model"``, ``"dataset"`` or ``"task"``.
-        name: As ``from pyhealth.models import <name>`` has it; nothing else is looked up or imported.
+        kind: `"model"`, `"dataset"` or `"task"`.
+        name: As `from pyhealth.models import <name>` has it; nothing else is looked up or imported.
         where: What to call it in an error.
 
     Raises:

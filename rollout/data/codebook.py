@@ -14,11 +14,11 @@ class Stream:
     """One code stream of an admission: its table, its lengths (log-normal), its vocabulary (Zipf–Mandelbrot).
 
     Attributes:
-        feature: The name ``MortalityPredictionMIMIC4`` gives the stream.
+        feature: The name `MortalityPredictionMIMIC4` gives the stream.
         table: The MIMIC-IV table that holds it.
-        median, sigma, cap: Length of a non-empty record: ``min(cap, median · exp(sigma · z))``.
+        median, sigma, cap: Length of a non-empty record: `min(cap, median · exp(sigma · z))`.
         empty: Share of admissions with no entry.
-        vocabulary: Number of codes; the r-th has weight ``1 / (r + offset)``.
+        vocabulary: Number of codes; the r-th has weight `1 / (r + offset)`.
         repeats: Whether a code may stand several times in one admission.
         planted: Number of risk codes.
         log_odds: What one planted code adds to the log odds of dying in the next admission.
@@ -74,7 +74,7 @@ _ENDINGS = ("prane", "stat", "micin", "dolol", "zepine", "mab", "cillin", "tide"
 
 @dataclass(frozen=True)
 class CodeBook:
-    """The codes of one stream: ``planted`` are indices into ``codes``; ``cdf`` leaves them out of the draws."""
+    """The codes of one stream: `planted` are indices into `codes`; `cdf` leaves them out of the draws."""
 
     codes: np.ndarray
     names: np.ndarray

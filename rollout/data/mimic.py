@@ -30,10 +30,10 @@ REQUIRED = {name: COLUMNS[name] for name in (*ALWAYS, *(f"hosp/{table}" for tabl
 
 
 def check_mimic_root(root: str | Path, tables: Sequence[str] = CODE_TABLES) -> Path:
-    """Return ``root`` if it holds the MIMIC-IV tables of a task, as ``.csv`` or ``.csv.gz``.
+    """Return `root` if it holds the MIMIC-IV tables of a task, as `.csv` or `.csv.gz`.
 
     Args:
-        root: Folder with ``hosp/`` and ``icu/``.
+        root: Folder with `hosp/` and `icu/`.
         tables: Beside patients, admissions and ICU stays, as PyHealth names them.
 
     Raises:
@@ -63,43 +63,43 @@ def check_mimic_root(root: str | Path, tables: Sequence[str] = CODE_TABLES) -> P
 def mimic_source(
     root: str | Path, task: str = "MortalityPredictionMIMIC4", tables: Sequence[str] = CODE_TABLES, workers: int = 1
 ) -> SampleSource:
-    """Return where the samples of a task on MIMIC-IV tables come from: PyHealth's ``MIMIC4Dataset`` over ``root``.
+    """Return where the samples of a task on MIMIC-IV tables come from: PyHealth's `MIMIC4Dataset` over `root`.
 
     Args:
         root: MIMIC-IV folder.
-        task: Name of a task in ``pyhealth.tasks``.
+        task: Name of a task in `pyhealth.tasks`.
         tables: It needs, beside patients, admissions and ICU stays.
         workers: Processes PyHealth reads with.
 
     Raises:
-        ValueError: If ``root`` lacks a table or column.
+        ValueError: If `root` lacks a table or column.
     """
     folder = check_mimic_root(root, tables)
     return SampleSource("MIMIC4Dataset", folder, task, {"ehr_tables": list(tables)}, workers=workers)
 
 
 def mortality_samples(root: str | Path, cache: str | Path, workers: int = 1) -> Any:
-    """Read the tables with PyHealth's ``MIMIC4Dataset`` and make samples by ``MortalityPredictionMIMIC4``.
+    """Read the tables with PyHealth's `MIMIC4Dataset` and make samples by `MortalityPredictionMIMIC4`.
 
     A sample is one admission with at least one diagnosis, procedure and drug that has an admission after it; its label
     is death in that next admission.
 
     Args:
         root: MIMIC-IV folder.
-        cache: Folder for PyHealth's event table and samples, as in ``rollout.runfile.prepare_samples``.
+        cache: Folder for PyHealth's event table and samples, as in `rollout.runfile.prepare_samples`.
         workers: Processes PyHealth reads with.
 
     Returns:
-        A PyHealth ``SampleDataset`` with the features ``conditions``, ``procedures`` and ``drugs``.
+        A PyHealth `SampleDataset` with the features `conditions`, `procedures` and `drugs`.
 
     Raises:
-        ValueError: If ``root`` is no MIMIC-IV folder, or gives no sample or one class only.
+        ValueError: If `root` is no MIMIC-IV folder, or gives no sample or one class only.
     """
     return prepare_samples(mimic_source(root, workers=workers), cache)
 
 
 def find_table(root: Path, name: str) -> Path | None:
-    """Return the file of a table such as ``hosp/patients``, packed or not; None when there is none."""
+    """Return the file of a table such as `hosp/patients`, packed or not; None when there is none."""
     return next((path for path in (root / f"{name}.csv.gz", root / f"{name}.csv") if path.is_file()), None)
 
 

@@ -1,7 +1,7 @@
 """The samples of a PyHealth dataset and task: prepared once in a cache folder, read from there afterwards.
 
 PyHealth sorts events of the same time in no fixed order, so two preparations of the same tables give the codes of an
-admission in different orders; and it finds the cache of a ``MIMIC4Dataset`` by the path of the tables, not by what they
+admission in different orders; and it finds the cache of a `MIMIC4Dataset` by the path of the tables, not by what they
 hold. So a run must read the samples it began with: what was prepared, and from which tables, stands beside them.
 """
 
@@ -28,7 +28,7 @@ _SET_HERE = ("cache_dir", "num_workers")
 
 @dataclass(frozen=True)
 class SampleSource:
-    """Where samples come from: a dataset of ``pyhealth.datasets`` over a folder, and a task of ``pyhealth.tasks``.
+    """Where samples come from: a dataset of `pyhealth.datasets` over a folder, and a task of `pyhealth.tasks`.
 
     Attributes:
         dataset: Name of the dataset's class.

@@ -30,25 +30,25 @@ LENGTH_CORRELATION = np.array([[1.0, 0.27, 0.61], [0.27, 1.0, 0.53], [0.61, 0.53
 
 
 def write_synthetic_cohort(root: str | Path, patients: int = 6000, seed: int = 0) -> dict[str, Any]:
-    """Write MIMIC-IV tables of ``patients`` invented patients under ``root``; return what was planted.
+    """Write MIMIC-IV tables of `patients` invented patients under `root`; return what was planted.
 
     A patient has 1–25 admissions (Zipf). An admission's codes are drawn independently of everything; each planted code
     is added to an admission with a probability of its own. The patient dies in admission t+1 with probability
-    ``sigmoid(base + Σ_{planted codes present in admission t} log_odds)``, and the record ends there. So the codes of a
-    visit decide the label that ``MortalityPredictionMIMIC4`` gives it, and nothing else does. (Death in a first
+    `sigmoid(base + Σ_{planted codes present in admission t} log_odds)`, and the record ends there. So the codes of a
+    visit decide the label that `MortalityPredictionMIMIC4` gives it, and nothing else does. (Death in a first
     admission, which labels no sample, is drawn at a fixed rate.)
 
     Args:
-        root: Folder to write: ``hosp/*.csv.gz``, ``icu/icustays.csv.gz`` and ``truth.json``; new or empty.
+        root: Folder to write: `hosp/*.csv.gz`, `icu/icustays.csv.gz` and `truth.json`; new or empty.
         patients: Number of patients, at least 1.
         seed: Same seed and size, same bytes.
 
     Returns:
-        The content of ``truth.json``: ``planted`` maps each feature to a list of ``{code, name, log_odds,
-        prevalence}``; beside it ``seed``, ``patients``, ``base_log_odds`` and ``admissions``.
+        The content of `truth.json`: `planted` maps each feature to a list of `{code, name, log_odds,
+        prevalence}`; beside it `seed`, `patients`, `base_log_odds` and `admissions`.
 
     Raises:
-        ValueError: If ``patients`` or ``seed`` is out of range, or ``root`` cannot be written or is not empty.
+        ValueError: If `patients` or `seed` is out of range, or `root` cannot be written or is not empty.
     """
     if patients < 1:
         raise ValueError(f"write_synthetic_cohort: patients must be at least 1, got {patients}")
@@ -81,7 +81,7 @@ def write_synthetic_cohort(root: str | Path, patients: int = 6000, seed: int = 0
 class _Block:
     """The admissions and codes of a run of patients, as flat arrays.
 
-    ``patient``, ``ordinal``, ``died``, ``admitted`` and ``discharged`` are [A]; ``rows`` maps each feature to
+    `patient`, `ordinal`, `died`, `admitted` and `discharged` are [A]; `rows` maps each feature to
     (admission, code), both [T], in record order.
     """
 
@@ -282,7 +282,7 @@ class _Block:
 
 
 class _Tables:
-    """The open ``.csv.gz`` files of a cohort; gzip headers carry no name and no time, so bytes depend on rows alone."""
+    """The open `.csv.gz` files of a cohort; gzip headers carry no name and no time, so bytes depend on rows alone."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -298,7 +298,7 @@ class _Tables:
         self.open.close()
 
     def write(self, name: str, frame: pl.DataFrame) -> None:
-        """Append a frame to table ``name``, with a header when it is the first."""
+        """Append a frame to table `name`, with a header when it is the first."""
         new = name not in self.files
         if new:
             path = self.root / f"{name}.csv.gz"

@@ -26,7 +26,7 @@ OWN, WEIGHTS = "sha256", "weights_sha256"
 
 @dataclass(frozen=True)
 class _Kind:
-    """How one attribute of a processor is written and read back; ``encode`` and ``decode`` raise ``ValueError``."""
+    """How one attribute of a processor is written and read back; `encode` and `decode` raise `ValueError`."""
 
     encode: Callable[[Any], Any]
     decode: Callable[[Any], Any]
@@ -34,7 +34,7 @@ class _Kind:
 
 @dataclass(frozen=True)
 class SavedProcessor:
-    """A processor as a vocabulary holds it: its class in ``pyhealth.processors``, and its attributes."""
+    """A processor as a vocabulary holds it: its class in `pyhealth.processors`, and its attributes."""
 
     name: str
     state: Mapping[str, Any]
@@ -63,7 +63,7 @@ class Vocabulary:
     weights: str | None = field(default=None, compare=False)
 
     def build(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return ``input_processors`` and ``output_processors`` for PyHealth's ``set_task``."""
+        """Return `input_processors` and `output_processors` for PyHealth's `set_task`."""
         return _built(self.inputs), _built(self.outputs)
 
     def described(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _encoded(key: str, attribute: str, kind: _Kind, value: Any) -> Any:
 
 
 def vocabulary_of(dataset: Any) -> Vocabulary:
-    """Return the fitted processors of a PyHealth ``SampleDataset``.
+    """Return the fitted processors of a PyHealth `SampleDataset`.
 
     Raises:
         ValueError: If a processor's state is not made of vocabularies, sizes and scalars, naming it.

@@ -64,7 +64,7 @@ class Race:
 
 @dataclass
 class Demo:
-    """What a demo run found; ``report`` prints it."""
+    """What a demo run found; `report` prints it."""
 
     output: Path
     samples: int
@@ -95,9 +95,9 @@ def run_demo(
 ) -> Demo:
     """Read a cohort, train PyHealth's Transformer on it, attribute every sample, and write what was found.
 
-    ``output`` gets ``run.toml`` with its ``weights.pt`` and ``vocabulary.json``, ``attributed/`` (what
-    ``rollout attribute run.toml`` writes), ``report.html``, ``ranking.csv``, ``top_codes.png``, ``record.png`` and
-    ``demo.json``; and ``cohort/`` with the tables when they were made here. The truth of a synthetic cohort is opened
+    `output` gets `run.toml` with its `weights.pt` and `vocabulary.json`, `attributed/` (what
+    `rollout attribute run.toml` writes), `report.html`, `ranking.csv`, `top_codes.png`, `record.png` and
+    `demo.json`; and `cohort/` with the tables when they were made here. The truth of a synthetic cohort is opened
     after the ranking is made, to mark it.
 
     Args:
@@ -109,10 +109,10 @@ def run_demo(
         batch_size: Samples in a batch of the race against PyHealth's interpreter.
         device: Where the model runs.
         workers: Processes PyHealth reads tables with.
-        overwrite: Whether to replace the files of an earlier demo in ``output``.
+        overwrite: Whether to replace the files of an earlier demo in `output`.
 
     Raises:
-        ValueError: If an argument is out of range, ``output`` cannot be used, or ``ehr_root`` is no MIMIC-IV folder.
+        ValueError: If an argument is out of range, `output` cannot be used, or `ehr_root` is no MIMIC-IV folder.
     """
     recipe = recipe or Recipe()
     _check_numbers(patients=patients, batch_size=batch_size, workers=workers, epochs=recipe.epochs)

@@ -98,13 +98,13 @@ def train_transformer(
     seed: int = 0,
     progress: bool = True,
 ) -> Trained:
-    """Train PyHealth's ``Transformer`` on ``split.train``; keep the epoch with the best AUROC on ``split.validation``.
+    """Train PyHealth's `Transformer` on `split.train`; keep the epoch with the best AUROC on `split.validation`.
 
     Where there is no AUROC (several classes, or one only in validation), the epoch with the lowest validation loss is
     kept. Same arguments, same model.
 
     Args:
-        dataset: PyHealth ``SampleDataset`` with one label, binary or multiclass.
+        dataset: PyHealth `SampleDataset` with one label, binary or multiclass.
         samples: Its samples, in order.
         split: Of the samples, by patient.
         recipe: Sizes and rates.
@@ -167,7 +167,7 @@ def _fit(
 def predict(
     model: Any, samples: Sequence[Sample], index: np.ndarray, batch_size: int = 32, progress: bool = True
 ) -> np.ndarray:
-    """Return ``y_prob`` of the samples at ``index``, float32 [n], or [n, K] of K classes, in that order."""
+    """Return `y_prob` of the samples at `index`, float32 [n], or [n, K] of K classes, in that order."""
     model.eval()
     order = index[np.argsort(_lengths(samples, model.feature_keys)[index], kind="stable")]
     chosen = {int(i): k for k, i in enumerate(index)}

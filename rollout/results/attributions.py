@@ -26,21 +26,21 @@ class CohortAttributions:
 
     Nothing is read at once but the manifest and the commit records, which are checked field by field. A file of a part
     is held against the SHA-256 of its commit record when it is first read, and again if its size or times change; so
-    ``attributions``, ``predictions`` and ``failures``, which are lazy frames of all parts, read every byte once (about
-    0.4 GB/s) before they are given. Filter and select before ``collect``. The summaries (``top_codes``,
-    ``by_position``, ``by_visit``, ``lengths``) go through the parts one by one, so their memory is that of the largest
-    part, not of the cohort; ``patient`` and ``sample`` read the parts that hold the samples asked for.
+    `attributions`, `predictions` and `failures`, which are lazy frames of all parts, read every byte once (about
+    0.4 GB/s) before they are given. Filter and select before `collect`. The summaries (`top_codes`,
+    `by_position`, `by_visit`, `lengths`) go through the parts one by one, so their memory is that of the largest
+    part, not of the cohort; `patient` and `sample` read the parts that hold the samples asked for.
 
     What relevance is taken as: each feature of a sample has scores of its own, on its *places*: the positions of a flat
     feature, the visits of a nested one. A nested feature's rows carry the visit's score once per code; the summaries
-    count a visit once. ``lift`` = relevance × number of places of the record / their total: 1 is what an even spread
-    would give, whatever the length of the record. See ``rollout.results.ranking`` for why relevance cannot be averaged
+    count a visit once. `lift` = relevance × number of places of the record / their total: 1 is what an even spread
+    would give, whatever the length of the record. See `rollout.results.ranking` for why relevance cannot be averaged
     as it stands, and for a ranking net of the record a code stands in.
 
     Args:
-        path: The folder (``out`` of ``attribute_cohort``). A run that is not complete can be read: it warns, and what
+        path: The folder (`out` of `attribute_cohort`). A run that is not complete can be read: it warns, and what
             is not committed yet is left out.
-        names: Names of codes, ``{feature: {code: name}}`` or a JSON file of them, before those of the folder.
+        names: Names of codes, `{feature: {code: name}}` or a JSON file of them, before those of the folder.
 
     Raises:
         ValueError: If there is no such folder, its manifest or a commit record is missing, damaged or of another
@@ -67,7 +67,7 @@ class CohortAttributions:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What was run: see ``manifest.json`` and ``rollout.results.manifest.Manifest``."""
+        """What was run: see `manifest.json` and `rollout.results.manifest.Manifest`."""
         return self._folder.manifest.as_dict()
 
     @property
@@ -87,12 +87,12 @@ class CohortAttributions:
 
     @property
     def predictions(self) -> pl.LazyFrame:
-        """One row per sample: ``y_prob`` and ``y_true`` as lists, ``target_class`` for class-specific methods."""
+        """One row per sample: `y_prob` and `y_true` as lists, `target_class` for class-specific methods."""
         return self._folder.scan("predictions")
 
     @property
     def failures(self) -> pl.LazyFrame:
-        """``sample`` and ``error`` of every sample that could not be attributed; empty when all could."""
+        """`sample` and `error` of every sample that could not be attributed; empty when all could."""
         return self._folder.scan("failures")
 
     @property
@@ -112,12 +112,12 @@ class CohortAttributions:
 
     @property
     def granularity(self) -> dict[str, str]:
-        """Feature → what has a score of its own in it: a ``code``, a ``visit``, the ``feature``, a ``step``."""
+        """Feature → what has a score of its own in it: a `code`, a `visit`, the `feature`, a `step`."""
         return dict(self._folder.manifest.granularity)
 
     @property
     def time_units(self) -> dict[str, str | None]:
-        """Feature with times → what the column ``time`` is counted in; None where that is not known."""
+        """Feature with times → what the column `time` is counted in; None where that is not known."""
         return dict(self._folder.manifest.time)
 
     @property
@@ -127,20 +127,20 @@ class CohortAttributions:
 
     @property
     def read_position(self) -> int | None:
-        """The place the model reads, for the models known here (``READ_POSITION``), else None."""
+        """The place the model reads, for the models known here (`READ_POSITION`), else None."""
         return READ_POSITION.get(self._folder.manifest.identity["model"]["class"].rpartition(".")[2])
 
     @cached_property
     def label_kind(self) -> str | None:
-        """``binary``, ``multiclass``, ``multilabel``, ``regression`` or None: see ``rollout.results.labels``."""
+        """`binary`, `multiclass`, `multilabel`, `regression` or None: see `rollout.results.labels`."""
         return label_kind(self.predictions)
 
     def with_predictions(self) -> pl.LazyFrame:
-        """``attributions`` with each row's prediction and truth; for a large one ``collect(engine="streaming")``."""
+        """`attributions` with each row's prediction and truth; for a large one `collect(engine="streaming")`."""
         return self.attributions.join(self.predictions.drop("patient_id", "visit_id"), on="sample", how="left")
 
     def labels(self) -> pl.DataFrame:
-        """How many ``samples`` have each ``label``, commonest first, and its ``name`` (null where it is not known).
+        """How many `samples` have each `label`, commonest first, and its `name` (null where it is not known).
 
         There is no row without labels or for measured values.
         """
@@ -164,20 +164,20 @@ class CohortAttributions:
 
         Args:
             feature: One feature; None: each of them.
-            by: ``relevance``, ``lift`` or ``prevalence``.
+            by: `relevance`, `lift` or `prevalence`.
             label: Only samples of this label, or of these: 0 or 1 (binary), a class (multiclass), a label that is set
                 (multilabel).
-            per_label: Each label apart; ``prevalence`` is then a share of the samples of that label.
+            per_label: Each label apart; `prevalence` is then a share of the samples of that label.
             minimum_records: Codes in fewer records are left out. A mean over few records leads by chance.
             k: Codes per feature (and label); None: all.
             read_position: The place left out of every record, since it keeps the residual's share whatever code stands
-                there: 0 is the first, -1 the last, None leaves out none; ``"auto"``: the attribute ``read_position``.
+                there: 0 is the first, -1 the last, None leaves out none; `"auto"`: the attribute `read_position`.
                 Prevalence counts every place.
 
         Returns:
-            Best first within ``feature`` (and ``label``): ``code``, ``name`` (null when unknown), ``relevance`` (sum
-            within a record, mean over the records that have the code), ``lift`` (mean over entries), ``prevalence``
-            (share of the samples that have the code), ``records`` and ``entries`` (what the means are over; the codes
+            Best first within `feature` (and `label`): `code`, `name` (null when unknown), `relevance` (sum
+            within a record, mean over the records that have the code), `lift` (mean over entries), `prevalence`
+            (share of the samples that have the code), `records` and `entries` (what the means are over; the codes
             of one visit that are equal are one entry).
 
         Raises:
@@ -231,21 +231,21 @@ class CohortAttributions:
     def by_position(
         self, feature: str | None = None, *, from_end: bool = False, read_position: int | str | None = None
     ) -> pl.DataFrame:
-        """Mean ``relevance`` and ``lift`` of each ``position`` of the flat features, over ``records`` that reach it.
+        """Mean `relevance` and `lift` of each `position` of the flat features, over `records` that reach it.
 
-        Longer records spread relevance thinner, and late positions are in long records only: compare ``lift``.
+        Longer records spread relevance thinner, and late positions are in long records only: compare `lift`.
 
         Args:
             feature: One feature; None: each of them.
             from_end: Count from the last position of each record, which is 0.
-            read_position: As in ``top_codes``: a place that is left out, so that it does not press down the others.
+            read_position: As in `top_codes`: a place that is left out, so that it does not press down the others.
         """
         return self._by_place("position", feature, from_end, self._read(read_position))
 
     def by_visit(
         self, feature: str | None = None, *, from_end: bool = False, read_position: int | str | None = None
     ) -> pl.DataFrame:
-        """As ``by_position``, for each ``visit`` of the nested features, however many codes stand in it."""
+        """As `by_position`, for each `visit` of the nested features, however many codes stand in it."""
         return self._by_place("visit", feature, from_end, self._read(read_position))
 
     def _by_place(self, name: str, feature: str | None, from_end: bool, read: int | None) -> pl.DataFrame:
@@ -267,7 +267,7 @@ class CohortAttributions:
         )
 
     def lengths(self, feature: str | None = None) -> pl.DataFrame:
-        """How many ``records`` have which ``length``, by ``feature`` and ``unit`` (entries; visits if nested)."""
+        """How many `records` have which `length`, by `feature` and `unit` (entries; visits if nested)."""
         self._check_feature(feature)
         partials = (length_counts(self._rows(part, feature)) for part in self._folder.records)
         sums = merged(partials, ["feature", "unit", "length"])
@@ -276,7 +276,7 @@ class CohortAttributions:
     def patient(self, patient_id: str) -> pl.DataFrame:
         """Every row of a patient's samples, in record order, with prediction and truth.
 
-        ``predictions/`` says which samples those are, and the commit records in which parts they lie.
+        `predictions/` says which samples those are, and the commit records in which parts they lie.
 
         Raises:
             ValueError: If no attributed sample is of that patient.
@@ -324,7 +324,7 @@ class CohortAttributions:
         return (rows if feature is None else rows.filter(pl.col("feature") == feature)).collect()
 
     def _labels_of(self, part: PartRecord, wanted: Sequence[int], per_label: bool) -> pl.DataFrame:
-        """``sample``, ``label`` of the samples of a part that have a wanted label; all of one label unless split."""
+        """`sample`, `label` of the samples of a part that have a wanted label; all of one label unless split."""
         labels = labels_of(self._folder.scan("predictions", [part]), self.label_kind)
         table = labels.filter(pl.col("label").is_in(list(wanted))).collect(engine="streaming")
         return table if per_label else table.select("sample").unique().with_columns(label=pl.lit(0, pl.Int64))
@@ -363,7 +363,7 @@ def _ratio(above: str, below: str) -> pl.Expr:
 
 
 def _named(names: Names) -> pl.Expr:
-    """The column ``name``, by feature and code."""
+    """The column `name`, by feature and code."""
     name = pl.lit(None, pl.String)
     for feature, codes in names.items():
         mapped = pl.col("code").replace_strict(list(codes), list(codes.values()), default=None, return_dtype=pl.String)

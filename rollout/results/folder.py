@@ -30,7 +30,7 @@ Names = dict[str, dict[str, str]]
 
 
 class RunFolder:
-    """A folder of ``rollout attribute``, opened for reading; its rows stay on disk.
+    """A folder of `rollout attribute`, opened for reading; its rows stay on disk.
 
     Manifest and commit records are read and checked on opening. A file of rows is checked when it is first read: its
     bytes against the SHA-256 of its commit record, its columns, its number of rows. It is not checked again until its
@@ -41,7 +41,7 @@ class RunFolder:
         manifest: Of the run.
         records: The commit records of its parts, in order.
         names: Feature → code → name; empty when the folder has none.
-        rows: ``attributions`` | ``predictions`` | ``failures`` → how many rows the parts have.
+        rows: `attributions` | `predictions` | `failures` → how many rows the parts have.
 
     Args:
         path: The folder.
@@ -85,7 +85,7 @@ class RunFolder:
         return self.path / kind / f"{record.name}.parquet"
 
     def scan(self, kind: str, records: Iterable[PartRecord] | None = None) -> pl.LazyFrame:
-        """The rows of ``attributions``, ``predictions`` or ``failures``, lazily, every file of them checked.
+        """The rows of `attributions`, `predictions` or `failures`, lazily, every file of them checked.
 
         Args:
             kind: One of the three.

@@ -8,10 +8,10 @@ NO_LABELS = pl.DataFrame(schema={"sample": pl.Int64, "label": pl.Int64})
 
 
 def label_kind(predictions: pl.LazyFrame) -> str | None:
-    """How ``y_true`` is read: ``binary``, ``multiclass``, ``multilabel``, ``regression``, or None when absent.
+    """How `y_true` is read: `binary`, `multiclass`, `multilabel`, `regression`, or None when absent.
 
-    One number per sample, whole and not negative, is a class: of two when ``y_prob`` is one number and none is above 1,
-    of more when ``y_prob`` has several. Several zeros and ones are a set of labels. Anything else is a measured value.
+    One number per sample, whole and not negative, is a class: of two when `y_prob` is one number and none is above 1,
+    of more when `y_prob` has several. Several zeros and ones are a set of labels. Anything else is a measured value.
     NaN is no label.
     """
     truth = pl.col("y_true")
@@ -36,7 +36,7 @@ def label_kind(predictions: pl.LazyFrame) -> str | None:
 
 
 def labels_of(predictions: pl.LazyFrame, kind: str | None) -> pl.LazyFrame:
-    """``sample``, ``label``: a row per sample, or per label that is set; samples without a label give none."""
+    """`sample`, `label`: a row per sample, or per label that is set; samples without a label give none."""
     truth = predictions.select("sample", "y_true").filter(pl.col("y_true").list.len() > 0)
     if kind == "multilabel":
         places = pl.int_ranges(pl.col("y_true").list.len()).alias("label")
@@ -49,12 +49,12 @@ def labels_of(predictions: pl.LazyFrame, kind: str | None) -> pl.LazyFrame:
 def count_labels(
     predictions: pl.LazyFrame, kind: str | None, vocabularies: Mapping[str, Sequence[str | None]]
 ) -> pl.DataFrame:
-    """How many ``samples`` have each ``label``, commonest first, and its ``name``; none for measured values.
+    """How many `samples` have each `label`, commonest first, and its `name`; none for measured values.
 
     Args:
         predictions: Rows of a run.
-        kind: As ``label_kind`` says.
-        vocabularies: Output of the dataset → its labels' names; of several outputs, ``y_true`` is not known to be one.
+        kind: As `label_kind` says.
+        vocabularies: Output of the dataset → its labels' names; of several outputs, `y_true` is not known to be one.
     """
     if kind in (None, "regression"):
         return pl.DataFrame(schema={"label": pl.Int64, "samples": pl.UInt32, "name": pl.String})

@@ -82,7 +82,7 @@ class RunFile:
         source: Where the samples come from.
         cache: Where they are prepared; None: in the output.
         output: Where the results go; None when the file does not say.
-        settings: Further arguments of ``rollout.attribute_cohort``.
+        settings: Further arguments of `rollout.attribute_cohort`.
     """
 
     path: Path
@@ -124,7 +124,7 @@ class RunFile:
 
 
 def read_run_file(path: str | Path) -> RunFile:
-    """Read and check a run file, ``.json`` or TOML; no table is read and no weight loaded.
+    """Read and check a run file, `.json` or TOML; no table is read and no weight loaded.
 
     Raises:
         ValueError: naming the first thing that is wrong, and what it should be.
@@ -238,19 +238,19 @@ def save_model(
     run: Mapping[str, Any] | None = None,
     cache: str | Path | None = None,
 ) -> Path:
-    """Write a model trained in Python so that ``rollout attribute <folder>/run.toml`` attributes with it.
+    """Write a model trained in Python so that `rollout attribute <folder>/run.toml` attributes with it.
 
     Writes `weights.pt` (the state_dict), `vocabulary.json` (the fitted processors of `dataset`, with a digest of these
     weights) and, given a `source`, `run.toml`; each whole or not at all, `run.toml` last, in place of files of these
     names.
 
     Args:
-        model: A model of ``pyhealth.models``; of any class without ``source``.
-        dataset: The PyHealth ``SampleDataset`` it was built with.
+        model: A model of `pyhealth.models`; of any class without `source`.
+        dataset: The PyHealth `SampleDataset` it was built with.
         folder: Made if missing.
-        arguments: The model was built with, beside ``dataset``.
+        arguments: The model was built with, beside `dataset`.
         source: Where the samples to attribute come from; another cohort than that of the training may be read.
-        run: Of ``[run]``: ``output`` (default ``attributed``) and settings of ``attribute_cohort``.
+        run: Of `[run]`: `output` (default `attributed`) and settings of `attribute_cohort`.
         cache: Where the samples are prepared; default: in the output.
 
     Returns:
@@ -258,7 +258,7 @@ def save_model(
 
     Raises:
         ValueError: If a processor cannot be saved, a setting or argument is wrong, or a model built from
-            ``arguments`` has other weights.
+            `arguments` has other weights.
     """
     folder = Path(folder).expanduser()
     vocabulary_of(dataset)  # first: it refuses what cannot be saved

@@ -10,10 +10,10 @@ __all__ = ["SETTINGS", "check_device", "check_settings"]
 
 
 def check_settings(settings: Mapping[str, Any], named: Callable[[str], str]) -> None:
-    """Refuse values that ``attribute_cohort`` would refuse after the samples are prepared.
+    """Refuse values that `attribute_cohort` would refuse after the samples are prepared.
 
     Args:
-        settings: By the names of ``attribute_cohort``.
+        settings: By the names of `attribute_cohort`.
         named: What to call a setting in an error.
 
     Raises:

@@ -9,7 +9,7 @@ from rollout.files import write_whole
 
 
 def write_toml(tables: Mapping[str, Mapping[str, Any]], path: str | Path, heading: str = "") -> Path:
-    """Write tables of plain values as TOML, ``heading`` as its first lines, commented.
+    """Write tables of plain values as TOML, `heading` as its first lines, commented.
 
     Raises:
         ValueError: If a value has no form in TOML, such as None, naming it.

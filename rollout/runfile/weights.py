@@ -20,7 +20,7 @@ MOST_SIZE, MOST_LAYERS = 65_536, 1_024
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a state_dict by ``torch.load(weights_only=True)``, onto the CPU.
+    """Read a state_dict by `torch.load(weights_only=True)`, onto the CPU.
 
     Raises:
         ValueError: If the file cannot be read so, or holds something else.

@@ -16,7 +16,7 @@ TOKENS = {"<s>": 0, "<pad>": 1, "</s>": 2, "fever": 3, "pain": 4}
 
 
 class Notes:
-    """Five records that begin with ``<s>`` and end with ``</s>``, as a tokenizer makes them."""
+    """Five records that begin with `<s>` and end with `</s>`, as a tokenizer makes them."""
 
     def __init__(self, first: int = 0) -> None:
         self.first = first

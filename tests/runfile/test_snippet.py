@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "run-files.md"
 
 
 def snippet() -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = re.findall(r"``python\n(.*?)``", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     return code
 
 

@@ -1,4 +1,4 @@
-"""A scheduler and its one worker in a process of their own, to be killed: ``python -m tests.support.dask_process``."""
+"""A scheduler and its one worker in a process of their own, to be killed: `python -m tests.support.dask_process`."""
 
 import sys
 

@@ -31,7 +31,7 @@ def die(how: str) -> None:
 
 
 class Deadly(Records):
-    """``deadly``: sample → (where, how): where is ``read``, ``collate`` or ``explain``, how as `die` has it.
+    """`deadly`: sample → (where, how): where is `read`, `collate` or `explain`, how as `die` has it.
 
     The process that made the dataset reads its samples unharmed.
     """

@@ -1,4 +1,4 @@
-"""A run whose worker hangs, as a program: ``python -m tests.support.hanging_run FOLDER HOW``, to be interrupted."""
+"""A run whose worker hangs, as a program: `python -m tests.support.hanging_run FOLDER HOW`, to be interrupted."""
 
 import os
 import sys

@@ -33,7 +33,7 @@ VOCABULARIES: dict[str, dict[str, int] | None] = {
 
 
 class Records:
-    """``count`` records: codes int64 [n], labs float32 [m], label; every third patient has one record, else two."""
+    """`count` records: codes int64 [n], labs float32 [m], label; every third patient has one record, else two."""
 
     def __init__(self, count: int, spoiled: Mapping[int, str] | None = None) -> None:
         self.count, self.spoiled = count, dict(spoiled or {})

@@ -31,8 +31,8 @@ NASTY = (
 class Record:
     """One sample: feature → entries.
 
-    An entry is ``(code, score)`` of a flat feature, ``([codes], score)`` of a visit, ``(code, score, time)`` or
-    ``(None, score, time)`` of a timed one.
+    An entry is `(code, score)` of a flat feature, `([codes], score)` of a visit, `(code, score, time)` or
+    `(None, score, time)` of a timed one.
     """
 
     patient: str
@@ -61,7 +61,7 @@ class Run:
 
 
 def write_run(folder: Path, records: Sequence[Record], run: Run | None = None, part_samples: int = 3) -> Path:
-    """Write the records as samples 0, 1, … (those in ``run.failures`` fail), ``part_samples`` in a part."""
+    """Write the records as samples 0, 1, … (those in `run.failures` fail), `part_samples` in a part."""
     run = run or Run()
     rows = [row for number, record in enumerate(records) if number not in run.failures for row in _rows(number, record)]
     manifest, written = _manifest(records, rows, run), []
@@ -115,7 +115,7 @@ def write_part(
 
 
 def edit(path: Path, **fields: Any) -> None:
-    """Change fields of a manifest or a commit record, so that it holds what was written again; ``...`` removes one."""
+    """Change fields of a manifest or a commit record, so that it holds what was written again; `...` removes one."""
     value = json.loads(path.read_bytes())
     del value["sha256"]
     kept = {key: field for key, field in {**value, **fields}.items() if field is not ...}
