@@ -94,7 +94,8 @@ def attribute_cohort(
         batch_tokens: Most tokens in a batch, padding included, all features added; a longer sample goes alone.
         device: Where to run; None: where the model is (on workers, on a device of that type).
         workers: Processes on this machine, each with a model of its own and its share of the threads; 1: this one.
-            With several GPUs and `device="cuda"` each worker takes one.
+            With several GPUs and `device="cuda"` each worker takes one. With 1, a sample that kills its process kills
+            this one; with more, it is found and set apart in `failures/`.
         client: A `dask.distributed.Client`: the parts become its tasks. The dataset's files must be readable where
             its workers run; `out` is written here only.
         resume: Whether to go on with what `out` holds; False: it must be new or empty.
