@@ -127,9 +127,7 @@ def run_demo(
     _write_mark(folder, {"status": "running"}, wrote)
     clock = _Clock()
     if root is None:
-        print(f"Writing a synthetic cohort of {patients} patients (seed {seed})")
-        root = folder / "cohort"
-        write_synthetic_cohort(root, patients, seed)
+        root = _write_tables(folder / "cohort", patients, seed)
         clock.lap("tables")
     print(f"Reading the tables in {root} with PyHealth")
     source, cache = mimic_source(root, workers=workers), folder / CACHE
@@ -149,18 +147,10 @@ def run_demo(
     clock.lap("attribution, written")
     race = _race(samples, trained.model, batch_size)
     clock.lap("attribution, both")
-    rows = pl.read_parquet(cohort.out / "attributions" / "*.parquet")
     probability = _probabilities(cohort.out, len(samples))
-    ranking = rank_codes(rows)
-    ranking.write_csv(folder / "ranking.csv")
-    truth = root / "truth.json"
-    planted = planted_codes(json.loads(truth.read_text())) if truth.is_file() else {}
-    shown = _telling_sample(rows, probability, labels, split)
+    ranking, planted = _rank(root, folder, cohort.out)
     plot_top_codes(ranking, names, planted, folder / "top_codes.png")
-    plot_record(
-        rows.filter(pl.col("sample") == shown), names, planted, _caption(samples[shown], shown, probability, labels),
-        folder / "record.png",
-    )  # fmt: skip
+    _draw_record(folder / "record.png", cohort.out, samples, probability, labels, split, names, planted)
     _write_report(cohort.out, folder / "report.html")
     clock.lap("ranking, pictures and report")
     demo = Demo(
@@ -180,6 +170,37 @@ def run_demo(
     )
     _write_figures(demo, seed, wrote)
     return demo
+
+
+def _write_tables(root: Path, patients: int, seed: int) -> Path:
+    print(f"Writing a synthetic cohort of {patients} patients (seed {seed})")
+    write_synthetic_cohort(root, patients, seed)
+    return root
+
+
+def _rank(root: Path, folder: Path, attributed: Path) -> tuple[pl.DataFrame, dict[str, list[str]]]:
+    """The ranking of codes, written down; only then the codes that were planted, if the tables are synthetic."""
+    ranking = rank_codes(pl.read_parquet(attributed / "attributions" / "*.parquet"))
+    ranking.write_csv(folder / "ranking.csv")
+    truth = root / "truth.json"
+    return ranking, planted_codes(json.loads(truth.read_text())) if truth.is_file() else {}
+
+
+def _draw_record(
+    path: Path,
+    attributed: Path,
+    samples: Sequence[Sample],
+    probability: np.ndarray,
+    labels: np.ndarray,
+    split: Split,
+    names: dict[str, dict[str, str]],
+    planted: dict[str, list[str]],
+) -> None:
+    """Draw the record of a telling sample."""
+    rows = pl.read_parquet(attributed / "attributions" / "*.parquet")
+    shown = _telling_sample(rows, probability, labels, split)
+    caption = _caption(samples[shown], shown, probability, labels)
+    plot_record(rows.filter(pl.col("sample") == shown), names, planted, caption, path)
 
 
 def _race(samples: Sequence[Sample], model: Any, batch_size: int) -> Race:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn import metrics
 from tqdm import tqdm
 
 from rollout.data.collate import pyhealth_collate
@@ -189,21 +190,14 @@ def labels_of(samples: Sequence[Sample], key: str) -> np.ndarray:
 
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     """Area under the ROC curve: the chance that a positive scores above a negative, ties half; nan for one class."""
-    positive = int((labels > 0.5).sum())
-    negative = len(labels) - positive
-    if positive == 0 or negative == 0:
-        return float("nan")
-    _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[place]
-    return float((rank[labels > 0.5].sum() - positive * (positive + 1) / 2) / (positive * negative))
+    positive = labels > 0.5
+    return float("nan") if positive.all() or not positive.any() else float(metrics.roc_auc_score(positive, scores))
 
 
 def log_loss(labels: np.ndarray, probability: np.ndarray) -> float:
     """Mean negative log-likelihood of labels [N] under probabilities [N] of a positive, or [N, K] of each class."""
-    p = np.clip(probability.astype(np.float64), 1e-7, 1 - 1e-7)
-    if p.ndim == 2:
-        return float(-np.log(p[np.arange(len(p)), labels.astype(np.int64)]).mean())
-    return float(-(labels * np.log(p) + (1 - labels) * np.log(1 - p)).mean())
+    p = np.asarray(probability, dtype=np.float64)
+    return float(metrics.log_loss(labels.astype(np.int64), p, labels=range(p.shape[1] if p.ndim == 2 else 2)))
 
 
 def _lengths(samples: Sequence[Sample], features: Sequence[str]) -> np.ndarray:
