@@ -57,18 +57,17 @@ def test_bert_base(who: str, measure: Callable[..., None], quick: bool) -> None:
     time_family(measure, "BERT-base from tokens", bert_base(quick, BERT_BASE[1]), who)
 
 
-@pytest.mark.parametrize("provider", ["fused forward", "capture", "capture and rollout"])
+@pytest.mark.parametrize("provider", [PLAIN, "capture", "capture and rollout"])
 @pytest.mark.parametrize("case", ["BERT-base", "PyHealth Transformer"])
 def test_overhead(case: str, provider: str, measure: Callable[..., None], quick: bool) -> None:
-    """What recording adds to a forward pass on fused attention, S=256; the check is on the model's output."""
+    """What recording adds to the forward pass as the model runs it, S=256; the check is on the model's output."""
     subject = bert_base(quick, 256) if case == "BERT-base" else families.make(case, quick)
     if subject is None:
         pytest.skip("PyHealth is not installed")
 
     def run() -> Tensor:
-        if provider == "fused forward":
-            with subject.fused():
-                return subject.forward()
+        if provider == PLAIN:
+            return subject.forward()
         with rollout.capture(subject.model) as tape:
             output = subject.forward()
         if provider == "capture and rollout":

@@ -149,7 +149,7 @@ TARGETS = (
       for case in ("maps", "Q,K")),
     *(Target(suite, "largest error over largest value", largest_error, most=most, unit="")
       for suite, most in (("rows from maps", 1e-6), ("full matrix", 1e-6), ("rows from Q,K", 3e-6))),
-    *(Target(CAPTURE, f"{case}, of a fused forward", slower("capture", "fused forward", case=case), most=1.4, unit="×")
+    *(Target(CAPTURE, f"{case}, of its forward", slower("capture", "plain forward", case=case), most=1.4, unit="×")
       for case in ("BERT-base", "PyHealth Transformer")),
     Target("BERT-base from tokens", "extra memory, of that of stored maps",
            lambda suite: 100 * field(suite, "peak_extra_bytes") / field(suite, "peak_extra_bytes", NAIVE), most=25),
