@@ -8,9 +8,8 @@ A stream is a stack of self-attention layers over one sequence. What was recorde
 `Tape.clear()` or until the tape is deleted.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -18,111 +17,11 @@ from torch import Tensor
 
 from rollout.api import attention_rollout_qk
 from rollout.method import get_method
+from rollout.tape.call import call_arguments, meant_rows
+from rollout.tape.record import Record
 from rollout_kernels import Method
 
-__all__ = ["Record", "Tape"]
-
-MASKS = ("key_mask", "query_mask")
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Record:
-    """One self-attention layer of one forward pass: A[b, h, i, j] = softmax_j(scale·q_i·k_j + bias, masked).
-
-    Attributes:
-        queries: [B, H, S, D], as they enter the product (rotary and other position codes applied).
-        keys: [B, H_kv, S, D], H a multiple of H_kv.
-        key_mask: bool [B, S], True = may be attended.
-        query_mask: bool [B, S], False = the model makes this row uniform over the keys of its sample.
-        bias: added to the scaled scores, broadcastable to [B, H, S, S]; −inf masks.
-        causal: row i attends to columns j ≤ i only.
-        window: (left, right), row i attends to i − left ≤ j ≤ i + right; None is unbounded.
-        scale: factor on q·k; None is D^−½.
-
-    Raises:
-        TypeError, ValueError: a field has the wrong type or shape; the message names it.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    key_mask: Tensor | None = None
-    query_mask: Tensor | None = None
-    bias: Tensor | None = None
-    causal: bool = False
-    window: tuple[int | None, int | None] | None = None
-    scale: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("queries", "keys", *MASKS, "bias"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, Tensor):
-                raise TypeError(f"Record: {name} must be a tensor, got {type(value).__name__}")
-            if value is not None:
-                object.__setattr__(self, name, value.detach())
-        q, k = self.queries, self.keys
-        if q.dim() != 4 or k.dim() != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-            raise ValueError(
-                f"Record: queries must be [B, H, S, D] and keys [B, H_kv, S, D] with the same B, S and D, "
-                f"got {list(q.shape)} and {list(k.shape)}"
-            )
-        if q.shape[1] % k.shape[1]:
-            raise ValueError(f"Record: H must be a multiple of H_kv, got {q.shape[1]} and {k.shape[1]}")
-        for name in MASKS:
-            mask = getattr(self, name)
-            if mask is not None and (mask.dtype != torch.bool or mask.shape != (q.shape[0], q.shape[2])):
-                raise ValueError(
-                    f"Record: {name} must be bool [B, S] = {[q.shape[0], q.shape[2]]}, got {mask.dtype} "
-                    f"{list(mask.shape)}"
-                )
-
-    @property
-    def batch(self) -> int:
-        """B."""
-        return self.queries.shape[0]
-
-    @property
-    def seq(self) -> int:
-        """S."""
-        return self.queries.shape[2]
-
-    def allowed(self) -> Tensor | None:
-        """Which key each row may attend, bool, broadcastable to [B, H, S, S]; None when all."""
-        device = self.queries.device
-        j = torch.arange(self.seq, device=device)
-        i = j[:, None]
-        left, right = self.window or (None, None)
-        conditions = [j <= i] if self.causal else []
-        conditions += [j >= i - left] if left is not None else []
-        conditions += [j <= i + right] if right is not None else []
-        conditions += [self.key_mask[:, None, None]] if self.key_mask is not None else []
-        conditions += [self.query_mask[:, None, :, None]] if self.query_mask is not None else []
-        allowed = None
-        for condition in conditions:
-            allowed = condition if allowed is None else allowed & condition
-        return allowed
-
-    def maps(self) -> Tensor:
-        """The attention maps [B, H, S, S], written out; float32, float64 for float64 queries.
-
-        A row with no key allowed is uniform over the S keys.
-        """
-        dtype = torch.float64 if self.queries.dtype == torch.float64 else torch.float32
-        q, k = self.queries.to(dtype), self.keys.to(dtype)
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        scores = q @ k.transpose(-1, -2)
-        scores *= self.queries.shape[-1] ** -0.5 if self.scale is None else self.scale
-        if self.bias is not None:
-            scores += self.bias.to(dtype)
-        allowed = self.allowed()
-        if allowed is not None:
-            scores.masked_fill_(~allowed, -math.inf)
-        dead = (scores == -math.inf).all(-1, keepdim=True)
-        return scores.softmax(-1).masked_fill_(dead, 1.0 / self.seq)
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor the record holds."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return [value for value in values if isinstance(value, Tensor)]
+__all__ = ["Tape"]
 
 
 class Tape:
@@ -278,7 +177,7 @@ class Tape:
         wanted = list(query) if isinstance(query, Mapping) else self.streams
         return {
             stream: attention_rollout_qk(
-                query=_rows(
+                query=meant_rows(
                     query[stream] if isinstance(query, Mapping) else query,
                     self.layers(stream),
                     lengths is not None,
@@ -325,77 +224,3 @@ class Tape:
     def _known(self, stream: str, caller: str, argument: str) -> None:
         if stream not in self._records:
             raise KeyError(f"Tape.{caller}: {argument} must name one of the streams {list(self._records)}: {stream!r}")
-
-
-def _rows(query: Any, layers: tuple[Record, ...], has_lengths: bool) -> Any:
-    """Rows counted from each sample's own start or end, as positions of the padded batch.
-
-    Raises:
-        ValueError: a sample has no such row.
-    """
-    valid = None
-    for layer in layers:
-        if layer.key_mask is not None:
-            valid = layer.key_mask if valid is None else valid & layer.key_mask
-    whole = isinstance(query, Tensor) and (query.is_floating_point() or query.dim() != 1)
-    if valid is None or query is None or whole or isinstance(query, bool) or has_lengths:
-        return query
-    seq = valid.shape[1]
-    positions = torch.arange(seq, device=valid.device)
-    some = valid.any(1)
-    starts = torch.where(some, torch.where(valid, positions, seq).amin(1), 0)
-    if all(layer.query_mask is not None for layer in layers):  # the model says what such rows are, and reads them
-        starts = torch.zeros_like(starts)
-    ends = torch.where(some, torch.where(valid, positions, -1).amax(1) + 1, seq)
-    if isinstance(query, Tensor):
-        given = query.to(valid.device)
-        return torch.where(given < 0, given + ends, given)
-    rows = starts + query if query >= 0 else ends + query
-    outside = (rows < starts) | (rows >= ends)
-    if bool(outside.any()):
-        b = int(outside.nonzero()[0])
-        raise ValueError(
-            f"Tape.rollout: query must be a row of every sample, got {query}; sample {b} has "
-            f"{int(ends[b] - starts[b])} positions by the recorded mask"
-        )
-    return rows
-
-
-def call_arguments(layers: tuple[Record, ...]) -> dict[str, Any]:
-    """The arguments of `attention_rollout_qk` for the layers of a stream.
-
-    Masks, windows and scales that all layers share are passed as they are. Where layers differ, a mask becomes part of
-    that layer's bias (−inf), and scales are multiplied into the queries.
-    """
-    shared: dict[str, Any] = {name: getattr(layers[0], name) for name in (*MASKS, "causal", "window")}
-    for name, value in shared.items():
-        if not all(_same(value, getattr(layer, name)) for layer in layers):
-            shared[name] = False if name == "causal" else None
-    scales = [layer.queries.shape[-1] ** -0.5 if layer.scale is None else float(layer.scale) for layer in layers]
-    one_scale = len(set(scales)) == 1
-    queries = [layer.queries if one_scale else layer.queries * s for layer, s in zip(layers, scales, strict=True)]
-    biases = [_bias(layer, shared) for layer in layers]
-    return {
-        "queries": queries,
-        "keys": [layer.keys for layer in layers],
-        "bias": None if all(bias is None for bias in biases) else biases,
-        "scale": scales[0] if one_scale else 1.0,
-        **shared,
-    }
-
-
-def _same(first: object, second: object) -> bool:
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first is second or torch.equal(first, second)
-    return type(first) is type(second) and first == second
-
-
-def _bias(layer: Record, shared: Mapping[str, Any]) -> Tensor | None:
-    """A layer's bias, with the masks of its own that are not passed for all layers."""
-    passed = [name for name, value in shared.items() if _same(value, getattr(layer, name))]
-    without: dict[str, Any] = {name: False if name == "causal" else None for name in passed}
-    rest = replace(layer, **without).allowed()
-    if rest is None:
-        return layer.bias
-    bias = torch.zeros(rest.shape, dtype=torch.float32, device=rest.device).masked_fill_(~rest, -math.inf)
-    return bias if layer.bias is None else bias + layer.bias

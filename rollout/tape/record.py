@@ -1,0 +1,111 @@
+"""One attention layer of a forward pass, as queries, keys and masks."""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+__all__ = ["MASKS", "Record"]
+
+MASKS = ("key_mask", "query_mask")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Record:
+    """One self-attention layer of one forward pass: A[b, h, i, j] = softmax_j(scale·q_i·k_j + bias, masked).
+
+    Attributes:
+        queries: [B, H, S, D], as they enter the product (rotary and other position codes applied).
+        keys: [B, H_kv, S, D], H a multiple of H_kv.
+        key_mask: bool [B, S], True = may be attended.
+        query_mask: bool [B, S], False = the model makes this row uniform over the keys of its sample.
+        bias: added to the scaled scores, broadcastable to [B, H, S, S]; −inf masks.
+        causal: row i attends to columns j ≤ i only.
+        window: (left, right), row i attends to i − left ≤ j ≤ i + right; None is unbounded.
+        scale: factor on q·k; None is D^−½.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong type or shape; the message names it.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    key_mask: Tensor | None = None
+    query_mask: Tensor | None = None
+    bias: Tensor | None = None
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("queries", "keys", *MASKS, "bias"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"Record: {name} must be a tensor, got {type(value).__name__}")
+            if value is not None:
+                object.__setattr__(self, name, value.detach())
+        q, k = self.queries, self.keys
+        if q.dim() != 4 or k.dim() != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+            raise ValueError(
+                f"Record: queries must be [B, H, S, D] and keys [B, H_kv, S, D] with the same B, S and D, "
+                f"got {list(q.shape)} and {list(k.shape)}"
+            )
+        if q.shape[1] % k.shape[1]:
+            raise ValueError(f"Record: H must be a multiple of H_kv, got {q.shape[1]} and {k.shape[1]}")
+        for name in MASKS:
+            mask = getattr(self, name)
+            if mask is not None and (mask.dtype != torch.bool or mask.shape != (q.shape[0], q.shape[2])):
+                raise ValueError(
+                    f"Record: {name} must be bool [B, S] = {[q.shape[0], q.shape[2]]}, got {mask.dtype} "
+                    f"{list(mask.shape)}"
+                )
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.queries.shape[0]
+
+    @property
+    def seq(self) -> int:
+        """S."""
+        return self.queries.shape[2]
+
+    def allowed(self) -> Tensor | None:
+        """Which key each row may attend, bool, broadcastable to [B, H, S, S]; None when all."""
+        device = self.queries.device
+        j = torch.arange(self.seq, device=device)
+        i = j[:, None]
+        left, right = self.window or (None, None)
+        conditions = [j <= i] if self.causal else []
+        conditions += [j >= i - left] if left is not None else []
+        conditions += [j <= i + right] if right is not None else []
+        conditions += [self.key_mask[:, None, None]] if self.key_mask is not None else []
+        conditions += [self.query_mask[:, None, :, None]] if self.query_mask is not None else []
+        allowed = None
+        for condition in conditions:
+            allowed = condition if allowed is None else allowed & condition
+        return allowed
+
+    def maps(self) -> Tensor:
+        """The attention maps [B, H, S, S], written out; float32, float64 for float64 queries.
+
+        A row with no key allowed is uniform over the S keys.
+        """
+        dtype = torch.float64 if self.queries.dtype == torch.float64 else torch.float32
+        q, k = self.queries.to(dtype), self.keys.to(dtype)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = q @ k.transpose(-1, -2)
+        scores *= self.queries.shape[-1] ** -0.5 if self.scale is None else self.scale
+        if self.bias is not None:
+            scores += self.bias.to(dtype)
+        allowed = self.allowed()
+        if allowed is not None:
+            scores.masked_fill_(~allowed, -math.inf)
+        dead = (scores == -math.inf).all(-1, keepdim=True)
+        return scores.softmax(-1).masked_fill_(dead, 1.0 / self.seq)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor the record holds."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return [value for value in values if isinstance(value, Tensor)]
