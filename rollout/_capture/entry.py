@@ -34,7 +34,9 @@ ADAPTERS = {
 }
 
 
-def capture(model: nn.Module, *, shared_layers: bool = False, allow: str | None = None) -> "Capture":
+def capture(
+    model: nn.Module, *, shared_layers: bool = False, allow: str | None = None, cross_attention: bool = False
+) -> "Capture":
     """Record what rollout needs of a forward pass, while the model keeps its fast attention.
 
         with rollout.capture(model) as tape, torch.inference_mode():
@@ -52,10 +54,10 @@ def capture(model: nn.Module, *, shared_layers: bool = False, allow: str | None 
     attentions and pay nothing.
 
     A stream is named by the path of the modules up to the layer index, e.g. `encoder.layers`; PyHealth's by the feature
-    key. Cross-attention is left out: a stream is the self-attention of one sequence. Only calls of the model made in
-    the block, in the thread that opened it, are recorded; a second call replaces the first. After the block, also
-    after an exception, nothing is left on the model. Blocks may be nested, re-entered, and open on one model in
-    several threads.
+    key. Cross-attention is left out, unless asked for: a stream is the self-attention of one sequence. Only calls of
+    the model made in the block, in the thread that opened it, are recorded; a second call replaces the first. After the
+    block, also after an exception, nothing is left on the model. Blocks may be nested, re-entered, and open on one
+    model in several threads.
 
     Args:
         model: in eval mode, or without dropout.
@@ -64,6 +66,8 @@ def capture(model: nn.Module, *, shared_layers: bool = False, allow: str | None 
             all the same.
         allow: `"attention_layers_only"` takes the chain over the attention layers although something else mixes
             positions in between, or layers do not stand on each other; `Tape.notes` then says what.
+        cross_attention: record that, too, of a stream over the last state of another, for
+            `Tape.encoder_decoder_rollout`.
 
     Returns:
         A context manager that gives the `rollout.tape.Tape`.
@@ -78,19 +82,20 @@ def capture(model: nn.Module, *, shared_layers: bool = False, allow: str | None 
         raise TypeError(f"capture: model must be a torch.nn.Module, got {type(model).__name__}")
     if allow not in (None, ATTENTION_LAYERS_ONLY):
         raise ValueError(f"capture: allow must be None or {ATTENTION_LAYERS_ONLY!r}, got {allow!r}")
-    return Capture(model, shared_layers, allow is not None)
+    options = {"shared_layers": shared_layers, "allowed": allow is not None, "cross_attention": cross_attention}
+    return Capture(model, **options)
 
 
 class Capture(AbstractContextManager[Tape]):
     """What `capture` returns: enter it, again if need be, for a new tape."""
 
-    def __init__(self, model: nn.Module, shared_layers: bool, allowed: bool) -> None:
-        self._arguments = model, shared_layers, allowed
+    def __init__(self, model: nn.Module, **options: bool) -> None:
+        self._model, self._options = model, options
         self._open = threading.local()
 
     def __enter__(self) -> Tape:
         with ExitStack() as stack:
-            tape = stack.enter_context(_capturing(*self._arguments))
+            tape = stack.enter_context(_capturing(self._model, **self._options))
             if not hasattr(self._open, "stacks"):
                 self._open.stacks = []
             self._open.stacks.append(stack.pop_all())
@@ -199,10 +204,10 @@ def _watched(model: nn.Module) -> Iterator[dict[nn.Module, Around]]:
 
 
 @contextmanager
-def _capturing(model: nn.Module, shared_layers: bool, allowed: bool) -> Iterator[Tape]:
+def _capturing(model: nn.Module, **options: bool) -> Iterator[Tape]:
     refuse_opaque(model)
     refuse_dropout(model)
-    recording = Recording(model, shared_layers, allowed, list(_watched(model)))
+    recording = Recording(model, list(_watched(model)), **options)
     with ExitStack() as stack:
         stack.enter_context(around_call({model: _through_root}))
         _recordings.set((*_recordings.get(), recording))

@@ -21,16 +21,20 @@ def structure(mask: Tensor, batch: int) -> dict[str, Any]:
     a bias.
 
     Args:
-        mask: broadcastable to [B, H, S, S]; bool, True = may be attended, or additive. Additive values of −inf or of
+        mask: broadcastable to [B, H, S, S']; bool, True = may be attended, or additive. Additive values of −inf or of
             the dtype's lowest number mask, and other values up to `LOW` do when every row has a key left.
         batch: B.
     """
     allowed = mask if mask.dtype == torch.bool else _allowed(mask)
     if allowed is None or allowed.shape[1] > 1:
         return {"bias": _additive(mask)} | ({"causal": True} if _never_ahead(mask) else {})
-    seq = allowed.shape[-1]
-    allowed = allowed[:, 0].expand(-1, seq, -1)
+    allowed = allowed[:, 0]
     keys = allowed.any(1)
+    if allowed.shape[1] not in (1, allowed.shape[2]):  # of cross-attention, whose rows are no positions of the keys
+        same = torch.equal(keys[:, None].expand_as(allowed), allowed)
+        return {"key_mask": keys.expand(batch, -1)} if same else {"bias": _additive(mask)}
+    seq = allowed.shape[-1]
+    allowed = allowed.expand(-1, seq, -1)
     for rows in _patterns(allowed.any(0)):
         if torch.equal(keys[:, None] & _pattern(seq, mask.device, **rows), allowed):
             masked = {} if bool(keys.all()) else {"key_mask": keys.expand(batch, -1)}

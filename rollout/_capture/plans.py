@@ -16,11 +16,13 @@ __all__ = ["Plans", "Site", "batch_sizes", "plans_of"]
 
 
 class Site(NamedTuple):
-    """An attention in a pass: the path of its module, its stream, and what kind of attention it is."""
+    """An attention in a pass: the path of its module, its stream, what kind it is, and the stream it attends over when
+    that is another and asked for."""
 
     path: str
     stream: str
     kind: str = ""
+    source: str | None = None
 
 
 @dataclass
@@ -39,21 +41,21 @@ class Plans:
         self.passes[tuple(sites)] = tuple(findings)
         self.wanted = False
 
-    def kind(self, before: list[Site], site: Site) -> str:
-        """What the attention is that runs now, after those `before`.
+    def known(self, before: list[Site], site: Site) -> Site:
+        """The attention that runs now, after those `before`, as it was found to be.
 
         Raises:
             CaptureError: no pass that was looked at went so.
         """
         at = len(before)
-        kinds = {
-            sites[at].kind
+        found = {
+            sites[at]
             for sites in self.passes
             if len(sites) > at and list(sites[:at]) == before and sites[at][:2] == site[:2]
         }
-        if len(kinds) != 1:
+        if len(found) != 1:
             self._refuse(f"at {site.path or 'the root'}")
-        return kinds.pop()
+        return found.pop()
 
     def notes(self, sites: list[Site]) -> tuple[str, ...]:
         """What was found of a pass, at its end.
@@ -77,10 +79,11 @@ _lock = threading.Lock()
 _known: WeakKeyDictionary[nn.Module, dict[Any, Plans]] = WeakKeyDictionary()
 
 
-def plans_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plans:
-    """What is known of calls of this form, of the model as it is now."""
+def plans_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], asked: bool) -> Plans:
+    """What is known of calls of this form, of the model as it is now, `asked` for its cross-attention or not."""
     kinds = tuple((type(module), foreign_forward(module) is not None, registered(module)) for module in model.modules())
-    form = (kinds, tuple(map(_form, args)), tuple(sorted((name, _form(value)) for name, value in kwargs.items())))
+    options = tuple(sorted((name, _form(value)) for name, value in kwargs.items()))
+    form = (kinds, tuple(map(_form, args)), options, asked)
     with _lock:
         return _known.setdefault(model, {}).setdefault(hash(form), Plans())
 

@@ -102,9 +102,11 @@ class Study:
         with self.lockstep.paused():
             at = self._streams.get(stream)
             size = states[0].shape[0], states[0].shape[2]
-            if at is None or (not at.layers and at.altered.shape == size[::-1] != size):  # begun with S in front
+            if at is None:
                 self._open(stream, states[0], valid)
                 return
+            if not at.layers and at.altered.shape == size[::-1] != size:  # begun with S in front
+                at.altered = at.altered.t()
             if not at.layers and at.altered.shape != size:
                 self.findings.append(
                     f"{where} attends over {size[1]} positions in each of {size[0]}, and its stack works on "
@@ -137,6 +139,31 @@ class Study:
         self.conclusive = self.conclusive and bool(kept.any()) and bool((at.altered & counted).any())
         if any(self._changed(state, kept) for state in states):
             self.findings.append(f"positions are mixed by something else between {where}")
+
+    def source(self, stream: str, where: str, states: Sequence[Tensor], valid: Tensor | None) -> str | None:
+        """The stream over whose last state a cross-attention attends, position by position; None when it is none.
+
+        Args:
+            stream, where: of the queries, and a name for messages.
+            states: [B, *, S, *] of queries, and [B, *, S', *] of keys and values.
+            valid: bool [B, S'], the keys that count.
+        """
+        with self.lockstep.paused():
+            at = self._streams.get(stream)
+            if at is None or at.altered.shape != (states[0].shape[0], states[0].shape[2]):
+                at = self._open(stream, states[0], None)
+            if self.lockstep.trace(states[0]).layers.get(stream, -1) != at.layers - 1:
+                self.findings.append(
+                    f"{where} does not stand on the attention recorded before it: they run side by side"
+                )
+            self._compare(at, states[:1], None, f"the attention below and {where}")
+            layers = self.lockstep.trace(states[1]).layers
+            for name, over in self._streams.items():
+                size = states[1].shape[0], states[1].shape[2]
+                if name != stream and layers == {name: over.layers - 1} and over.altered.shape == size:
+                    self._compare(over, states[1:], valid, f"the last attention of {name} and the keys of {where}")
+                    return name
+        return None
 
     def stand(self, stream: str) -> None:
         """An attention that is known to stand on the one before, which was not left."""

@@ -42,17 +42,24 @@ class Recording:
     """One open capture: its tape, and where the model is in its forward pass."""
 
     def __init__(
-        self, model: nn.Module, shared_layers: bool, allowed: bool, watched: list[dict[nn.Module, Around]]
+        self,
+        model: nn.Module,
+        watched: list[dict[nn.Module, Around]],
+        *,
+        shared_layers: bool,
+        allowed: bool,
+        cross_attention: bool,
     ) -> None:
         self.model = model
         self.tape = Tape(type(model).__name__)
         self.paths = {module: path for path, module in model.named_modules()}
-        self.shared_layers, self.allowed, self._watched = shared_layers, allowed, watched
+        self.shared_layers, self.allowed, self.cross_attention = shared_layers, allowed, cross_attention
+        self._watched = watched
         self.depth, self.muted = 0, 0
         self.memo: dict[Any, tuple[Any, Any]] = {}
         self.study: Study | None = None
         self._plans, self._sites, self._batches = Plans(), list[Site](), frozenset[int]()
-        self._ran: set[tuple[str, nn.Module]] = set()
+        self._ran: set[tuple[str, nn.Module, bool]] = set()
 
     @cached_property
     def streams(self) -> dict[str, tuple[str, str]]:
@@ -67,7 +74,7 @@ class Recording:
             return
         refuse_dropout(self.model)
         self._forget()
-        self._plans = plans_of(self.model, args, kwargs)
+        self._plans = plans_of(self.model, args, kwargs, self.cross_attention)
         self._batches = batch_sizes((args, kwargs))
         self.study = Study(self.model, (args, kwargs)) if self._plans.wanted else None
         self.depth += 1
@@ -179,7 +186,8 @@ class Recording:
         crossing: bool = False,
         standing: bool = False,
     ) -> None:
-        """A module attended: judge it, and record it when it is the self-attention of a stream.
+        """A module attended: judge it, and record it when it is the self-attention of a stream, or cross-attention
+        that is asked for.
 
         Args:
             module: that attended just now.
@@ -206,54 +214,64 @@ class Recording:
     ) -> None:
         path, name = self.paths[module], stream
         stream = self.streams[path][0]
-        kind = self._kind(Site(path, stream), states, crossing, standing)
-        entry = None
-        if kind == CROSS:
-            self.tape.left_out += (path,)
-        else:
+        site = self._site(Site(path, stream), states, crossing, standing)
+        crosses, entry = site.kind == CROSS, None
+        if not crosses:
             self._refuse_lengths(module, states)
-            self._refuse_again(module, stream)
+        if not crosses or self.cross_attention:
+            self._refuse_again(module, stream, crosses)
             with torch.no_grad():
                 entry = make()
         if self.study is not None:
-            self._judge(module, stream, kind, states, output, entry, standing)
-        if entry is not None:
-            self._ran.add((stream, module))
-            self.tape.add(stream if name is None else name, path, entry)
-
-    def _kind(self, site: Site, states: Sequence[Tensor], crossing: bool, standing: bool) -> str:
-        if self.study is None:
-            kind = self._plans.kind(self._sites, site)
-        elif standing:
-            kind = SELF
+            site = self._judge(module, site, states, output, entry, standing)
+        self._sites.append(site)
+        if entry is None:
+            self.tape.left_out += (path,)
         else:
-            kind = CROSS if crossing else self.study.kind(site.stream, states[0], states[1])
-        self._sites.append(site._replace(kind=kind))
-        return kind
+            self._ran.add((stream, module, crosses))
+            self.tape.add(stream if name is None else name, path, entry, site.source)
+
+    def _site(self, site: Site, states: Sequence[Tensor], crossing: bool, standing: bool) -> Site:
+        if self.study is None:
+            return self._plans.known(self._sites, site)
+        if standing:
+            return site._replace(kind=SELF)
+        return site._replace(kind=CROSS if crossing else self.study.kind(site.stream, states[0], states[1]))
 
     def _judge(
         self,
         module: nn.Module,
-        stream: str,
-        kind: str,
+        site: Site,
         states: Sequence[Tensor],
         output: Tensor | None,
         entry: Record | None,
         standing: bool,
-    ) -> None:
-        study, where = self.study, self.name(module)
+    ) -> Site:
+        study, where, stream = self.study, self.name(module), site.stream
         assert study is not None
         if entry is not None:
-            if kind == STALE:
+            if site.kind == STALE:
                 study.findings.append(f"{where} attends to keys made of an earlier layer's state, not of its own")
-            if standing:
+            if site.kind == CROSS:
+                site = site._replace(source=study.source(stream, where, states, entry.key_mask))
+                self._refuse_no_source(where, site)
+            elif standing:
                 study.stand(stream)
             else:
                 study.arrive(stream, where, states, entry.key_mask)
             self._refuse_findings(study.findings)
             self.tape.notes = tuple(study.findings)
         if output is not None:
-            study.leave(stream, where, states[0], output, recorded=entry is not None)
+            recorded = entry is not None and site.kind != CROSS
+            study.leave(stream, where, states[0], output, recorded=recorded)
+        return site
+
+    def _refuse_no_source(self, where: str, site: Site) -> None:
+        if site.source is None:
+            raise CaptureError(
+                f"capture: cross-attention must be over the last state of a stream that was recorded, that of {where} "
+                f"is over something else: call the whole model, or leave cross_attention out"
+            )
 
     def _refuse_findings(self, findings: Sequence[str]) -> None:
         if findings and not self.allowed:
@@ -289,8 +307,8 @@ class Recording:
                 f"generation steps cannot be recorded, nor keys of a shortened sequence"
             )
 
-    def _refuse_again(self, module: nn.Module, stream: str) -> None:
-        if (stream, module) in self._ran and not self.shared_layers:
+    def _refuse_again(self, module: nn.Module, stream: str, crosses: bool) -> None:
+        if (stream, module, crosses) in self._ran and not self.shared_layers:
             raise CaptureError(
                 f"capture: a module must attend once in a call of the model, {self.paths[module] or self.name(module)} "
                 f"did twice: pass shared_layers=True when its runs are layers that share weights; capture a part that "

@@ -52,7 +52,7 @@ def batched(tensor: Tensor, heads: int | None) -> Tensor:
 
 
 def make_record(seen: Seen, module: nn.Module, memo: Any) -> Record:
-    """The record of a self-attention; `memo(tensors, compute)` computes once for the same tensors."""
+    """The record of an attention; `memo(tensors, compute)` computes once for the same tensors."""
     queries, keys = (batched(tensor, seen.heads) for tensor in (seen.queries, seen.keys))
     shape = torch.Size((*queries.shape[:2], queries.shape[2], keys.shape[2]))
     scale = seen.scale

@@ -1,7 +1,7 @@
 """From the records of a stream to a call of `attention_rollout_qk`: its arguments, and which rows are meant."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from rollout.tape.record import MASKS, Record
 __all__ = ["call_arguments", "meant_rows"]
 
 
-def meant_rows(query: Any, layers: tuple[Record, ...], has_lengths: bool) -> Any:
+def meant_rows(query: Any, layers: Sequence[Record], has_lengths: bool, caller: str) -> Any:
     """Rows counted from each sample's own start or end, as positions of the padded batch.
 
     Raises:
@@ -41,13 +41,13 @@ def meant_rows(query: Any, layers: tuple[Record, ...], has_lengths: bool) -> Any
     if bool(outside.any()):
         b = int(outside.nonzero()[0])
         raise ValueError(
-            f"Tape.rollout: query must be a row of every sample, got {query}; sample {b} has "
+            f"{caller}: query must be a row of every sample, got {query}; sample {b} has "
             f"{int(ends[b] - starts[b])} positions by the recorded mask"
         )
     return rows
 
 
-def call_arguments(layers: tuple[Record, ...]) -> dict[str, Any]:
+def call_arguments(layers: Sequence[Record]) -> dict[str, Any]:
     """The arguments of `attention_rollout_qk` for the layers of a stream.
 
     Masks, windows and scales that all layers share are passed as they are. Where layers differ, a mask becomes part of

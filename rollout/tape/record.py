@@ -1,26 +1,29 @@
-"""One attention layer of a forward pass, as queries, keys and masks."""
+"""One attention layer of a forward pass, as queries, keys and masks, and its place in the pass."""
 
 import math
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["MASKS", "Record"]
+__all__ = ["MASKS", "Layer", "Record"]
 
 MASKS = ("key_mask", "query_mask")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Record:
-    """One self-attention layer of one forward pass: A[b, h, i, j] = softmax_j(scale·q_i·k_j + bias, masked).
+    """One attention layer of one forward pass: A[b, h, i, j] = softmax_j(scale·q_i·k_j + bias, masked).
+
+    Keys are of S' positions; S' is S, but for cross-attention.
 
     Attributes:
         queries: [B, H, S, D], as they enter the product (rotary and other position codes applied).
-        keys: [B, H_kv, S, D], H a multiple of H_kv.
-        key_mask: bool [B, S], True = may be attended.
+        keys: [B, H_kv, S', D], H a multiple of H_kv.
+        key_mask: bool [B, S'], True = may be attended.
         query_mask: bool [B, S], False = the model makes this row uniform over the keys of its sample.
-        bias: added to the scaled scores, broadcastable to [B, H, S, S]; −inf masks.
+        bias: added to the scaled scores, broadcastable to [B, H, S, S']; −inf masks.
         causal: row i attends to columns j ≤ i only.
         window: (left, right), row i attends to i − left ≤ j ≤ i + right; None is unbounded.
         scale: factor on q·k; None is D^−½.
@@ -46,18 +49,18 @@ class Record:
             if value is not None:
                 object.__setattr__(self, name, value.detach())
         q, k = self.queries, self.keys
-        if q.dim() != 4 or k.dim() != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        if q.dim() != 4 or k.dim() != 4 or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
             raise ValueError(
-                f"Record: queries must be [B, H, S, D] and keys [B, H_kv, S, D] with the same B, S and D, "
+                f"Record: queries must be [B, H, S, D] and keys [B, H_kv, S', D] with the same B and D, "
                 f"got {list(q.shape)} and {list(k.shape)}"
             )
         if q.shape[1] % k.shape[1]:
             raise ValueError(f"Record: H must be a multiple of H_kv, got {q.shape[1]} and {k.shape[1]}")
-        for name in MASKS:
+        for name, positions, letter in (("key_mask", self.key_seq, "S'"), ("query_mask", self.seq, "S")):
             mask = getattr(self, name)
-            if mask is not None and (mask.dtype != torch.bool or mask.shape != (q.shape[0], q.shape[2])):
+            if mask is not None and (mask.dtype != torch.bool or mask.shape != (q.shape[0], positions)):
                 raise ValueError(
-                    f"Record: {name} must be bool [B, S] = {[q.shape[0], q.shape[2]]}, got {mask.dtype} "
+                    f"Record: {name} must be bool [B, {letter}] = {[q.shape[0], positions]}, got {mask.dtype} "
                     f"{list(mask.shape)}"
                 )
 
@@ -71,11 +74,16 @@ class Record:
         """S."""
         return self.queries.shape[2]
 
+    @property
+    def key_seq(self) -> int:
+        """S'."""
+        return self.keys.shape[2]
+
     def allowed(self) -> Tensor | None:
-        """Which key each row may attend, bool, broadcastable to [B, H, S, S]; None when all."""
+        """Which key each row may attend, bool, broadcastable to [B, H, S, S']; None when all."""
         device = self.queries.device
-        j = torch.arange(self.seq, device=device)
-        i = j[:, None]
+        j = torch.arange(self.key_seq, device=device)
+        i = torch.arange(self.seq, device=device)[:, None]
         left, right = self.window or (None, None)
         conditions = [j <= i] if self.causal else []
         conditions += [j >= i - left] if left is not None else []
@@ -88,9 +96,9 @@ class Record:
         return allowed
 
     def maps(self) -> Tensor:
-        """The attention maps [B, H, S, S], written out; float32, float64 for float64 queries.
+        """The attention maps [B, H, S, S'], written out; float32, float64 for float64 queries.
 
-        A row with no key allowed is uniform over the S keys.
+        A row with no key allowed is uniform over the S' keys.
         """
         dtype = torch.float64 if self.queries.dtype == torch.float64 else torch.float32
         q, k = self.queries.to(dtype), self.keys.to(dtype)
@@ -103,9 +111,23 @@ class Record:
         if allowed is not None:
             scores.masked_fill_(~allowed, -math.inf)
         dead = (scores == -math.inf).all(-1, keepdim=True)
-        return scores.softmax(-1).masked_fill_(dead, 1.0 / self.seq)
+        return scores.softmax(-1).masked_fill_(dead, 1.0 / self.key_seq)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor the record holds."""
         values = (getattr(self, field.name) for field in fields(self))
         return [value for value in values if isinstance(value, Tensor)]
+
+
+class Layer(NamedTuple):
+    """An attention in its place.
+
+    Attributes:
+        path: of the module that attended.
+        record: what it attended with.
+        source: the stream over whose last state it attended; None for self-attention.
+    """
+
+    path: str
+    record: Record
+    source: str | None = None

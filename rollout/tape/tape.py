@@ -18,7 +18,8 @@ from torch import Tensor
 from rollout.api import attention_rollout_qk
 from rollout.method import get_method
 from rollout.tape.call import call_arguments, meant_rows
-from rollout.tape.record import Record
+from rollout.tape.record import Layer, Record
+from rollout.tape.through import roll_through
 from rollout_kernels import Method
 
 __all__ = ["Tape"]
@@ -35,7 +36,8 @@ class Tape:
         nbytes: bytes held by the recorded tensors; memory two of them share counts once.
         notes: what `capture(model, allow=...)` let pass that makes a chain over the attention layers less than the
             model: what mixed positions in between, and where. Empty for a capture that allowed nothing.
-        left_out: the paths of modules whose attention was over another sequence, in the order they ran.
+        left_out: the paths of modules whose attention was over another sequence and was not recorded, in the order
+            they ran.
     """
 
     def __init__(self, model: str = "the model") -> None:
@@ -43,45 +45,45 @@ class Tape:
         self.notes: tuple[str, ...] = ()
         self.left_out: tuple[str, ...] = ()
         self._versions: dict[int, tuple[Tensor, int]] = {}
-        self._records: dict[str, list[tuple[str, Record]]] = {}
+        self._layers: dict[str, list[Layer]] = {}
 
     def __repr__(self) -> str:
-        held = ", ".join(f"{stream}: {len(layers)} layers" for stream, layers in self._records.items())
+        held = ", ".join(f"{stream}: {len(self._stack(stream))} layers" for stream in self._layers)
         return f"Tape({held or 'empty'}; {self.nbytes} bytes)"
 
     @property
     def streams(self) -> tuple[str, ...]:
-        return tuple(self._records)
+        return tuple(stream for stream in self._layers if self._stack(stream))
 
     @property
     def nbytes(self) -> int:
         storages = {}
-        for layers in self._records.values():
-            for _, record in layers:
-                for tensor in record.tensors():
+        for layers in self._layers.values():
+            for layer in layers:
+                for tensor in layer.record.tensors():
                     storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return sum(storages.values())
 
     def clear(self) -> None:
         """Drop everything recorded."""
-        self._records = {}
+        self._layers = {}
         self._versions = {}
         self.notes, self.left_out = (), ()
 
     def keep_from(self, tensor: Tensor) -> None:
         """Copy the recorded tensors that share memory with one that is about to be changed in place."""
         changed = tensor.untyped_storage().data_ptr()
-        for layers in self._records.values():
-            for at, (path, record) in enumerate(layers):
+        for layers in self._layers.values():
+            for at, layer in enumerate(layers):
                 shared: dict[str, Any] = {
                     field.name: value.clone()
-                    for field in fields(record)
-                    if isinstance(value := getattr(record, field.name), Tensor)
+                    for field in fields(layer.record)
+                    if isinstance(value := getattr(layer.record, field.name), Tensor)
                     and value.untyped_storage().data_ptr() == changed
                 }
                 if shared:
-                    layers[at] = path, replace(record, **shared)
-                    self._watch(layers[at][1])
+                    layers[at] = layer._replace(record=replace(layer.record, **shared))
+                    self._watch(layers[at].record)
 
     def _watch(self, record: Record) -> None:
         """Note which state of its tensors a record is of; under inference mode torch counts none."""
@@ -97,16 +99,7 @@ class Tape:
                 after the call.
             KeyError: no such stream; the message lists them.
         """
-        held = self._records[self._stream(stream, "layers")]
-        for path, record in held:
-            for tensor in record.tensors():
-                watched = self._versions.get(id(tensor))
-                if watched is not None and watched[0] is tensor and tensor._version != watched[1]:
-                    raise ValueError(
-                        f"Tape: what {path or 'the model'} attended with must be as it was recorded, it was changed in "
-                        f"place since: read the tape before that"
-                    )
-        return tuple(record for _, record in held)
+        return tuple(layer.record for layer in self._sound(self._stack(self._stream(stream, "layers"))))
 
     def modules(self, stream: str | None = None) -> tuple[str, ...]:
         """The path in the model of the module behind each layer of a stream, input side first.
@@ -114,7 +107,7 @@ class Tape:
         Raises:
             ValueError, KeyError: as `layers`.
         """
-        return tuple(path for path, _ in self._records[self._stream(stream, "modules")])
+        return tuple(layer.path for layer in self._stack(self._stream(stream, "modules")))
 
     def maps(self, layer: int, stream: str | None = None) -> Tensor:
         """The attention maps [B, H, S, S] of one layer, computed now and not kept.
@@ -163,14 +156,8 @@ class Tape:
             ValueError: nothing was recorded; the method needs maps or gradients; as `attention_rollout_qk`.
             KeyError: `query` or `lengths` names a stream that is not there.
         """
-        chosen = get_method(method, "Tape.rollout")
-        if chosen.gradients is not None or chosen.matrices:
-            needs = "the gradients of the attention maps" if chosen.gradients is not None else "the matrices themselves"
-            raise ValueError(
-                f"Tape.rollout: method must form M_l from Q and K alone; {method!r} needs {needs}, which a tape does "
-                f"not hold: run the model with its maps and call rollout.attention_rollout"
-            )
-        self._stream(next(iter(self._records), None), "rollout")
+        chosen = _method_of_maps(method, "Tape.rollout")
+        self._stream(next(iter(self._layers), None), "rollout")
         for name, value in (("query", query), ("lengths", lengths)):
             for stream in value if isinstance(value, Mapping) else ():
                 self._known(stream, "rollout", name)
@@ -181,6 +168,7 @@ class Tape:
                     query[stream] if isinstance(query, Mapping) else query,
                     self.layers(stream),
                     lengths is not None,
+                    "Tape.rollout",
                 ),
                 lengths=lengths.get(stream) if isinstance(lengths, Mapping) else lengths,
                 method=chosen,
@@ -191,36 +179,130 @@ class Tape:
             for stream in wanted
         }
 
-    def add(self, stream: str, path: str, record: Record) -> None:
-        """Append a layer; `rollout.capture` does this as the model runs.
+    def encoder_decoder_rollout(
+        self,
+        query: int | Tensor | None = None,
+        *,
+        stream: str | None = None,
+        method: str | Method = "rollout",
+        backend: str = "auto",
+        validate: bool = True,
+    ) -> dict[str, Tensor]:
+        """Attention rollout from a decoder's positions through its cross-attention to the encoder's inputs.
+
+        The chain of Abnar & Zuidema (2020) over the joint sequence [decoder; encoder]: a decoder's self-attention is
+        [[M, 0], [0, I]], its cross-attention [[r·I, a·C], [0, I]] with the r and a of `method`, and the encoder's
+        layers come below. Relevance that a decoder position has for encoder positions leaves the decoder's rows, so
+        the rows of both together sum to 1. Computed row by row from Q and K; no map is ever stored.
+
+        Args:
+            query: of the decoder: None (every position), an int, long [B], float [B, S] or [B, R, S], as in `rollout`.
+            stream: the decoder's; may be left out when one stream alone has cross-attention.
+            method: as in `rollout`; heads must be fused by their mean, without discarding and from the first layer.
+            backend, validate: as in `attention_rollout`.
+
+        Returns:
+            For the decoder's stream [B, S], [B, R, S] or [B, S, S], relevance for its own inputs; and for each stream
+            it attends over [B, S'], [B, R, S'] or [B, S, S'], for the inputs of that.
 
         Raises:
-            ValueError: the layer's B or S is not that of its stream.
+            ValueError: no cross-attention was recorded (`rollout.capture(model, cross_attention=True)` does), or of
+                several streams; the method is another; as `attention_rollout_qk`.
+            KeyError: no such stream.
         """
-        layers = self._records.setdefault(stream, [])
-        if layers and (record.batch, record.seq) != (layers[0][1].batch, layers[0][1].seq):
-            first, (before, other) = (record.batch, record.seq), layers[0]
+        name = "Tape.encoder_decoder_rollout"
+        chosen = _method_of_maps(method, name)
+        self._stream(next(iter(self._layers), None), "encoder_decoder_rollout")
+        if stream is not None:
+            self._known(stream, "encoder_decoder_rollout", "stream")
+        crossing = [at for at, layers in self._layers.items() if any(layer.source for layer in layers)]
+        if not crossing or (stream is not None and stream not in crossing):
+            raise ValueError(
+                f"{name}: the tape must hold cross-attention of {stream or 'a stream'}, it holds that of {crossing}: "
+                f"record it by rollout.capture(model, cross_attention=True)"
+            )
+        if stream is None and len(crossing) > 1:
+            raise ValueError(f"{name}: stream must be one of {crossing}, got None")
+        top = stream or crossing[0]
+        held = {at: self._sound(layers) for at, layers in self._layers.items()}
+        return roll_through(held, top, query, chosen, name, backend=backend, validate=validate)
+
+    def add(self, stream: str, path: str, record: Record, source: str | None = None) -> None:
+        """Append a layer; `rollout.capture` does this as the model runs.
+
+        Args:
+            stream: whose positions attend.
+            path: of the module.
+            record: what it attended with.
+            source: the stream it attended over, when that is another.
+
+        Raises:
+            ValueError: the layer's B or S is not that of its stream, or its stream has been attended over already; its
+                keys are of another length and no source is named.
+        """
+        if source is None and record.key_seq != record.seq:
+            raise ValueError(
+                f"capture: self-attention must have as many keys as queries; {path} has {record.seq} queries and "
+                f"{record.key_seq} keys"
+            )
+        layers = self._layers.setdefault(stream, [])
+        if layers and (record.batch, record.seq) != (layers[0].record.batch, layers[0].record.seq):
+            first, (before, other, _) = (record.batch, record.seq), layers[0]
             raise ValueError(
                 f"capture: the layers of stream {stream!r} must see one sequence; {path} ran on (B, S) = {first}, "
                 f"{before} on {(other.batch, other.seq)}: capture the part of the model that attends over one sequence"
             )
-        layers.append((path, record))
+        over = next((layer for held in self._layers.values() for layer in held if layer.source == stream), None)
+        if over is not None:
+            raise ValueError(
+                f"capture: a stream must be complete when another attends over it; {path} ran in {stream!r} after "
+                f"{over.path} had attended over that"
+            )
+        layers.append(Layer(path, record, source))
         self._watch(record)
 
+    def _stack(self, stream: str) -> list[Layer]:
+        """The self-attention of a stream."""
+        return [layer for layer in self._layers[stream] if layer.source is None]
+
+    def _sound(self, layers: list[Layer]) -> list[Layer]:
+        """The layers; refused when a tensor of theirs is no longer what was recorded."""
+        for layer in layers:
+            for tensor in layer.record.tensors():
+                watched = self._versions.get(id(tensor))
+                if watched is not None and watched[0] is tensor and tensor._version != watched[1]:
+                    raise ValueError(
+                        f"Tape: what {layer.path or 'the model'} attended with must be as it was recorded, it was "
+                        f"changed in place since: read the tape before that"
+                    )
+        return layers
+
     def _stream(self, stream: str | None, caller: str) -> str:
-        if not self._records:
+        if not self._layers:
             raise ValueError(
                 f"Tape.{caller}: the tape must hold a forward pass, got none: call {self._model} inside "
                 f"`with rollout.capture(model) as tape:`; a tape is empty also after clear(), or when no attention "
                 f"module ran in this thread"
             )
         if stream is None:
-            if len(self._records) > 1:
-                raise ValueError(f"Tape.{caller}: stream must be one of {list(self._records)}, got None")
-            return next(iter(self._records))
+            if len(self._layers) > 1:
+                raise ValueError(f"Tape.{caller}: stream must be one of {list(self._layers)}, got None")
+            return next(iter(self._layers))
         self._known(stream, caller, "stream")
         return stream
 
     def _known(self, stream: str, caller: str, argument: str) -> None:
-        if stream not in self._records:
-            raise KeyError(f"Tape.{caller}: {argument} must name one of the streams {list(self._records)}: {stream!r}")
+        if stream not in self._layers:
+            raise KeyError(f"Tape.{caller}: {argument} must name one of the streams {list(self._layers)}: {stream!r}")
+
+
+def _method_of_maps(method: str | Method, caller: str) -> Method:
+    """A method that forms M_l from the attention maps alone."""
+    chosen = get_method(method, caller)
+    if chosen.gradients is not None or chosen.matrices:
+        needs = "the gradients of the attention maps" if chosen.gradients is not None else "the matrices themselves"
+        raise ValueError(
+            f"{caller}: method must form M_l from Q and K alone; {method!r} needs {needs}, which a tape does not hold: "
+            f"run the model with its maps and call rollout.attention_rollout"
+        )
+    return chosen

@@ -102,6 +102,11 @@ def test_a_stream_is_one_sequence():
         ValueError, match=r"layers of stream 'a' must see one sequence; a.1 ran on \(B, S\) = \(2, 4\), a.0 on \(2, 5\)"
     ):
         tape.add("a", "a.1", Record(queries=queries[0][:, :, :4], keys=keys[0][:, :, :4]))
+    with pytest.raises(ValueError, match=r"as many keys as queries; a\.1 has 5 queries and 4 keys"):
+        tape.add("a", "a.1", Record(queries=queries[0], keys=keys[0][:, :, :4]))
+    tape.add("b", "b.0", Record(queries=queries[0][:, :, :4], keys=keys[0]), source="a")
+    with pytest.raises(ValueError, match=r"a\.1 ran in 'a' after b.0 had attended over that"):
+        tape.add("a", "a.1", Record(queries=queries[0], keys=keys[0]))
 
 
 def test_records_are_checked():
@@ -109,7 +114,8 @@ def test_records_are_checked():
     mask = torch.ones(2, 5, dtype=torch.bool)
     for fields, error, message in (
         ({"queries": queries[0]}, ValueError, r"queries must be \[B, H, S, D\]"),
-        ({"keys": keys[:, :, :4]}, ValueError, "with the same B, S and D"),
+        ({"keys": keys[..., :4]}, ValueError, "with the same B and D"),
+        ({"keys": keys[:, :, :4], "key_mask": mask}, ValueError, r"key_mask must be bool \[B, S'\] = \[2, 4\]"),
         ({"keys": keys[:, :3]}, ValueError, "H must be a multiple of H_kv, got 4 and 3"),
         ({"key_mask": mask.float()}, ValueError, "key_mask must be bool"),
         ({"query_mask": mask[:1]}, ValueError, "query_mask must be bool"),

@@ -45,7 +45,7 @@ def adapter(model: nn.Module) -> dict[nn.Module, Around]:
             continue
         if isinstance(module, nn.MultiheadAttention):
             if module not in crossing:
-                _refuse_settings(module, path)
+                _refuse_settings(module, f"{type(module).__name__} at {path or 'the root'}")
             watched[module] = _through_crossing if module in crossing else _through_attention
         elif _is_stock(module, nn.TransformerEncoderLayer) and _is_stock(module.self_attn, nn.MultiheadAttention):
             watched[module] = _through_layer
@@ -66,8 +66,7 @@ def _is_stock(module: Any, kind: type[nn.Module]) -> bool:
     )
 
 
-def _refuse_settings(module: nn.MultiheadAttention, path: str) -> None:
-    where = f"{type(module).__name__} at {path or 'the root'}"
+def _refuse_settings(module: nn.MultiheadAttention, where: str) -> None:
     if type(module).forward is not nn.MultiheadAttention.forward or foreign_forward(module) is not None:
         raise CaptureError(
             f"capture: {where} must run torch.nn.MultiheadAttention's forward, it has its own (quantised ones have): "
@@ -116,7 +115,7 @@ def _attend(module: nn.Module, call: Forward, args: Any, kwargs: Any, crossing: 
             module,
             states,
             result,
-            lambda: _record_of(module, *args, **kwargs),
+            partial(_record_crossing if crossing else _record_of, module, *args, **kwargs),
             crossing=crossing,
         )
         recording.give(output)
@@ -226,6 +225,11 @@ def _padded(nested: Tensor) -> tuple[Tensor, Tensor]:
     seq = _padded_length.get() or int(lengths.max())
     dense = nested.to_padded_tensor(0.0, (len(lengths), seq, nested.size(-1)))
     return dense, torch.arange(seq, device=dense.device) >= lengths[:, None]
+
+
+def _record_crossing(module: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Record:
+    _refuse_settings(module, name_of(module))
+    return _record_of(module, *args, **kwargs)
 
 
 def _record_of(
