@@ -76,14 +76,16 @@ def attention_rollout_qk(
     bias: Tensor | Sequence[Tensor | None] | None = None,
     scale: float | None = None,
     logsumexp: Sequence[Tensor] | None = None,
+    softcap: float | None = None,
+    sinks: Sequence[Tensor] | None = None,
     method: str | Method = "rollout",
     backend: str = "auto",
     validate: bool = True,
 ) -> Tensor:
     """Attention rollout of a batch from its queries and keys: no map is ever stored.
 
-    A_l[b, h, i, j] = softmax_j(scale · q_i·k_j + mask), then as `attention_rollout`; tiles of the softmax are formed,
-    used and dropped, so the row form needs O(B·H·S) memory beyond its inputs.
+    A_l[b, h, i, j] = softmax_j(cap(scale · q_i·k_j) + mask), then as `attention_rollout`. Tiles of the softmax are
+    formed, used and dropped, so the row form needs O(B·H·S) memory beyond its inputs.
 
     Args:
         queries: L tensors [B, H, S, D], input side first.
@@ -100,9 +102,13 @@ def attention_rollout_qk(
         logsumexp: L float32 tensors [B, H, S], natural log of Σ_j exp(scale·q·k_j + mask), as fused attention returns
             it; saves a pass. It must belong to the same mask. One row per sample, head and layer is checked, the rest
             trusted: every row is taken to sum to 1.
+        softcap: c, bounds the scaled scores before anything is added to them, cap(s) = c·tanh(s/c) (Gemma 2).
+        sinks: L tensors [H], the score of one more column in the softmax of each head, which is no key (GPT-OSS): rows
+            sum to less than 1, and are divided by their sum as `method` says. Not with `logsumexp`.
 
     Returns:
-        As `attention_rollout`. A row with no key allowed is uniform over the keys of its sample, 1/lengths[b].
+        As `attention_rollout`. A row with no key allowed is uniform over the keys of its sample, 1/lengths[b]; with
+        sinks it is 0.
 
     Raises:
         TypeError, ValueError, rollout_kernels.BackendError: as `attention_rollout`; also when `logsumexp` is not that
@@ -123,6 +129,8 @@ def attention_rollout_qk(
         bias=bias,
         scale=scale,
         logsumexp=logsumexp,
+        softcap=softcap,
+        sinks=sinks,
         method=get_method(method, "attention_rollout_qk"),
         backend=backend,
         validate=validate,

@@ -125,6 +125,33 @@ def window(name: str, value: object) -> tuple[int | None, int | None]:
     return sides[0], sides[1]
 
 
+def softcap(name: str, value: object) -> float | None:
+    """The bound of soft-capped scores, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: softcap must be a real number or None, got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: softcap must be finite and more than 0, got {value!r}")
+    return float(value)
+
+
+def sinks(name: str, value: object, queries: list[Tensor], validate: bool) -> list[Tensor] | None:
+    """The sinks [H] of every layer, or None."""
+    if value is None:
+        return None
+    tensors = _checks.tensor_list(name, "sinks", value, "[H]")
+    if len(tensors) != len(queries):
+        raise ValueError(f"{name}: sinks must have one tensor per layer, {len(queries)}, got {len(tensors)}")
+    for i, (tensor, q) in enumerate(zip(tensors, queries, strict=True)):
+        if tuple(tensor.shape) != (q.shape[1],):
+            raise ValueError(f"{name}: sinks[{i}] must be [H] = [{q.shape[1]}], got {list(tensor.shape)}")
+        _checks.same_device(name, queries[0].device, f"sinks[{i}]", tensor)
+        if validate and bool((tensor.isnan() | (tensor == math.inf)).any()):
+            raise ValueError(f"{name}: sinks[{i}] must be finite or -inf, got NaN or Inf")
+    return tensors
+
+
 def scale(name: str, value: object, head_dimension: int) -> float:
     """The factor on q·k, by default D^−½."""
     if value is None:

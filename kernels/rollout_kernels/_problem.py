@@ -89,6 +89,9 @@ class QKProblem(Problem):
         causal: key j is attended from row i only when j ≤ i.
         window: (left, right), None = unbounded: key j is attended only when i − left ≤ j ≤ i + right.
         scale: factor on q·k.
+        softcap: c of c·tanh(score/c), taken of the scaled scores before anything is added to them, or None.
+        sinks: per layer [H], the score of one more column of each head's softmax, which is no key, or None; a row with
+            no key allowed is then 0, and rows do not sum to 1.
     """
 
     queries: tuple[Tensor, ...]
@@ -100,6 +103,8 @@ class QKProblem(Problem):
     causal: bool
     window: tuple[int | None, int | None]
     scale: float
+    softcap: float | None
+    sinks: tuple[Tensor, ...] | None
 
     @property
     def layers(self) -> int:

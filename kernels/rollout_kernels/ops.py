@@ -52,6 +52,8 @@ def attention_rollout_qk(
     bias: Tensor | Sequence[Tensor | None] | None = None,
     scale: float | None = None,
     logsumexp: Sequence[Tensor] | None = None,
+    softcap: float | None = None,
+    sinks: Sequence[Tensor] | None = None,
     method: Method,
     backend: str = "auto",
     validate: bool = True,
@@ -70,6 +72,8 @@ def attention_rollout_qk(
             bias=bias,
             scale=scale,
             logsumexp=logsumexp,
+            softcap=softcap,
+            sinks=sinks,
             method=method,
             validate=validate,
         )
@@ -135,6 +139,8 @@ def qk_problem(
     bias: Tensor | Sequence[Tensor | None] | None = None,
     scale: float | None = None,
     logsumexp: Sequence[Tensor] | None = None,
+    softcap: float | None = None,
+    sinks: Sequence[Tensor] | None = None,
     method: Method = ROLLOUT,
     validate: bool = True,
 ) -> QKProblem:
@@ -157,6 +163,9 @@ def qk_problem(
     rows, weights, squeeze = _checks.query(name, query, valid, batch, seq, device, dtype, validate)
     biases = _checks_qk.bias(name, bias, qs)
     lse = _checks_qk.logsumexp(name, logsumexp, qs)
+    columns = _checks_qk.sinks(name, sinks, qs, validate)
+    if lse is not None and columns is not None:
+        raise ValueError(f"{name}: logsumexp must be left out with sinks, which are no part of it")
     return QKProblem(
         name=name,
         method=method,
@@ -179,6 +188,8 @@ def qk_problem(
         causal=_checks_qk.flag(name, "causal", causal),
         window=_checks_qk.window(name, window),
         scale=_checks_qk.scale(name, scale, qs[0].shape[-1]),
+        softcap=_checks_qk.softcap(name, softcap),
+        sinks=None if columns is None else tuple(columns[start:]),
     )
 
 

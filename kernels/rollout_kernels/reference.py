@@ -51,6 +51,8 @@ def softmax_maps(problem: QKProblem, layer: int, b: int, n: int) -> Tensor:
     keys = problem.keys[layer][b, :, :n].double()
     keys = keys.repeat_interleave(queries.shape[0] // keys.shape[0], dim=0)
     scores = problem.scale * queries @ keys.transpose(-1, -2)
+    if problem.softcap is not None:
+        scores = problem.softcap * torch.tanh(scores / problem.softcap)
     if problem.bias is not None and problem.bias[layer] is not None:
         scores = scores + problem.bias[layer][b, :, :n, :n].double()  # type: ignore[index]
 
@@ -69,6 +71,9 @@ def softmax_maps(problem: QKProblem, layer: int, b: int, n: int) -> Tensor:
         allowed &= problem.query_mask[b, :n, None]
     scores = scores.masked_fill(~allowed, -math.inf)
 
+    if problem.sinks is not None:
+        sinks = problem.sinks[layer].double()[:, None, None].expand(*scores.shape[:-1], 1)
+        return torch.softmax(torch.cat([scores, sinks], -1), dim=-1)[..., :-1]
     if problem.logsumexp is not None:
         maps = torch.exp(scores - problem.logsumexp[layer][b, :, :n].double()[..., None])
     else:

@@ -164,7 +164,9 @@ class Watch(TorchFunctionMode):
             self._hold(output, Map(held.scores, held.values, held.broken or name))
             return
         values, rows = found
-        product = held.scores
+        product, broken = held.scores, held.broken
+        if product.sinks is not None and held.values.shape[-1] != product.keys.shape[-2]:
+            broken = broken or "values for a sink"
         heads = self._heads(product.queries, product.keys)
         if heads is None and product.queries.dim() == 3 and held.values.dim() == 4:
             heads = held.values.shape[1]
@@ -176,7 +178,7 @@ class Watch(TorchFunctionMode):
                 output.movedim(rows, -2),
                 scores=product,
                 maps=held.values,
-                broken=held.broken,
+                broken=broken,
                 heads=heads,
             )
         )

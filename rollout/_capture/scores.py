@@ -30,11 +30,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Scores:
-    """scale·(queries·keysᵀ) + Σ biases, with what `masks` say replaced by a number too low to count.
+    """scale·(queries·keysᵀ), capped, + Σ biases, with what `masks` say replaced by a number too low to count.
 
     Attributes:
         queries, keys: [..., S, D] and [..., S', D].
         scale: a number, or a tensor that is one over the last two dimensions.
+        softcap: c of c·tanh(score/c), which is taken before biases are added.
+        sinks: [H], the score of a further column of each head, that is left out after the softmax.
         biases: added, each with the shape that the scores had.
         masks: bool, True = replaced.
         broken: the operation after which this is no longer what it is; None when it is.
@@ -44,6 +46,8 @@ class Scores:
     keys: Tensor
     shape: torch.Size
     scale: Any = 1.0
+    softcap: float | None = None
+    sinks: Tensor | None = None
     biases: tuple[Tensor, ...] = ()
     masks: tuple[Tensor, ...] = ()
     broken: str | None = None
@@ -166,7 +170,7 @@ def reshaped(mask: Tensor, shape: torch.Size) -> Tensor:
 
 
 # What an operation that breaks scores is likely to be there for.
-LIKELY = {"tanh": "soft-capping: tanh", "cat": "columns beside the scores, as attention sinks are: cat"}
+LIKELY = {"cat": "columns beside the scores that are not one sink a head: cat"}
 
 SAME = ("to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "detach")
 MAP_RULES = {*SAME, "dropout", "view", "reshape", "unsqueeze", "nan_to_num", "masked_fill"}
@@ -175,6 +179,8 @@ MAP_RULES = {*SAME, "dropout", "view", "reshape", "unsqueeze", "nan_to_num", "ma
 def apply_to_map(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], held: Map, at: int, output: Tensor) -> Map:
     """What an operation makes of a map that is its argument number `at`."""
     plain = name.rstrip("_")
+    if held.broken is None and at == 0 and plain == "__getitem" and _without_sinks(held, args, output):
+        return replace(held, values=output)
     scores = replace(held.scores, shape=held.values.shape, biases=(), masks=(), broken=None)
     if held.broken is None and at == 0 and plain in MAP_RULES:
         if plain == "masked_fill":  # 0 where there is 0 already
@@ -185,6 +191,14 @@ def apply_to_map(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], held:
         elif plain == "nan_to_num" or RULES[plain](name, args, kwargs, scores, 0) is not None:
             return replace(held, values=output)
     return replace(held, values=output, broken=held.broken or name.strip("_"))
+
+
+def _without_sinks(held: Map, args: tuple[Any, ...], output: Tensor) -> bool:
+    """Whether an index leaves out the column of the sinks, and no more."""
+    if held.scores.sinks is None or held.values.shape[-1] != held.scores.keys.shape[-2] + 1:
+        return False
+    whole = held.values[..., :-1]
+    return (output.shape, output.stride(), output.data_ptr()) == (whole.shape, whole.stride(), whole.data_ptr())
 
 
 def apply(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], held: Scores, at: int, output: Tensor) -> Scores:
@@ -202,6 +216,8 @@ def _one_per_map(value: Any) -> bool:
 
 
 def _times(held: Scores, factor: Any) -> Scores | None:
+    if held.sinks is not None:
+        return None
     if isinstance(factor, Tensor) and factor.numel() == 1:
         factor = factor.item()
     if isinstance(factor, Tensor):
@@ -209,7 +225,30 @@ def _times(held: Scores, factor: Any) -> Scores | None:
             return None
     elif not factor > 0:
         return None
+    if held.softcap is not None:
+        if isinstance(factor, Tensor):
+            return None
+        held = replace(held, softcap=held.softcap * factor)  # f·c·tanh(s/c) is (f·c)·tanh((f·s)/(f·c))
     return replace(held, scale=held.scale * factor, biases=tuple(bias * factor for bias in held.biases))
+
+
+def _tanh(name: str, args: Any, kwargs: Any, held: Scores, at: int) -> Scores | None:
+    if at != 0 or held.biases or held.masks or held.softcap is not None or held.sinks is not None:
+        return None
+    return replace(held, softcap=1.0)
+
+
+def _cat(name: str, args: Any, kwargs: Any, held: Scores, at: int) -> Scores | None:
+    """A column beside the scores that is one number for each head."""
+    given = dict(zip(("tensors", "dim"), args, strict=False)) | kwargs
+    tensors, dim = given.get("tensors", ()), given.get("dim", 0)
+    if at != 0 or len(tensors) != 2 or held.sinks is not None or dim not in (-1, len(held.shape) - 1):
+        return None
+    column = tensors[1]
+    if column.dim() != 4 or column.shape[-1] != 1:
+        return None
+    sinks = column[0, :, 0, 0]
+    return replace(held, sinks=sinks) if torch.equal(column, sinks[:, None, None].expand_as(column)) else None
 
 
 def _multiply(name: str, args: Any, kwargs: Any, held: Scores, at: int) -> Scores | None:
@@ -223,7 +262,7 @@ def _divide(name: str, args: Any, kwargs: Any, held: Scores, at: int) -> Scores 
 
 
 def _add(name: str, args: Any, kwargs: Any, held: Scores, at: int) -> Scores | None:
-    if len(args) < 2 or kwargs:
+    if len(args) < 2 or kwargs or held.sinks is not None:
         return None
     other = args[1 - at]
     if not isinstance(other, Tensor):
@@ -257,6 +296,8 @@ def _hide(held: Scores, mask: Any, value: Any) -> Scores | None:
     if isinstance(value, Tensor):
         value = value.item() if value.numel() == 1 else math.nan
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or not isinstance(value, int | float):
+        return None
+    if held.sinks is not None:
         return None
     if not value <= LOW or torch.broadcast_shapes(mask.shape, held.shape) != held.shape:
         return None
@@ -301,6 +342,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("div", "divide", "true_divide", "truediv", "itruediv"), _divide),
     **dict.fromkeys(("add", "iadd", "radd"), _add),
     **dict.fromkeys(("sub", "subtract", "isub"), _subtract),
+    "tanh": _tanh,
+    **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
     "masked_fill": _mask,
     "where": _where,
     **dict.fromkeys(("max", "maximum"), _floor),

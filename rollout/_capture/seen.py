@@ -61,6 +61,7 @@ def make_record(seen: Seen, module: nn.Module, memo: Any) -> Record:
         queries, scale = scaled_queries(seen.scores, queries)
         parts = (*seen.scores.biases, *seen.scores.masks)
         fields = memo(parts, lambda: _said(additive_mask(seen.scores, shape), shape)) if parts else {}
+        fields = {**fields, "softcap": seen.scores.softcap, "sinks": seen.scores.sinks}
     elif seen.mask is not None:
         mask = seen.mask
         fields = memo((mask,), lambda: _said(reshaped(mask, shape), shape))

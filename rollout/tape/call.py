@@ -52,7 +52,13 @@ def call_arguments(layers: Sequence[Record]) -> dict[str, Any]:
 
     Masks, windows and scales that all layers share are passed as they are. Where layers differ, a mask becomes part of
     that layer's bias (−inf), and scales are multiplied into the queries.
+
+    Raises:
+        ValueError: layers differ in how their scores are capped.
     """
+    caps = {layer.softcap for layer in layers}
+    if len(caps) > 1:
+        raise ValueError(f"Tape: the layers of a stream must share their softcap, got {sorted(caps, key=str)}")
     shared: dict[str, Any] = {name: getattr(layers[0], name) for name in (*MASKS, "causal", "window")}
     for name, value in shared.items():
         if not all(_same(value, getattr(layer, name)) for layer in layers):
@@ -66,8 +72,20 @@ def call_arguments(layers: Sequence[Record]) -> dict[str, Any]:
         "keys": [layer.keys for layer in layers],
         "bias": None if all(bias is None for bias in biases) else biases,
         "scale": scales[0] if one_scale else 1.0,
+        "softcap": caps.pop(),
+        "sinks": _sinks(layers),
         **shared,
     }
+
+
+def _sinks(layers: Sequence[Record]) -> list[Tensor] | None:
+    """The sinks of every layer; −inf is none."""
+    if all(layer.sinks is None for layer in layers):
+        return None
+    return [
+        torch.full((q.shape[1],), -math.inf, device=q.device) if layer.sinks is None else layer.sinks
+        for layer, q in ((layer, layer.queries) for layer in layers)
+    ]
 
 
 def _same(first: object, second: object) -> bool:

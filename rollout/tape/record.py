@@ -14,7 +14,7 @@ MASKS = ("key_mask", "query_mask")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Record:
-    """One attention layer of one forward pass: A[b, h, i, j] = softmax_j(scale·q_i·k_j + bias, masked).
+    """One attention layer of one forward pass: A[b, h, i, j] = softmax_j(cap(scale·q_i·k_j) + bias, masked).
 
     Keys are of S' positions; S' is S, but for cross-attention.
 
@@ -27,6 +27,9 @@ class Record:
         causal: row i attends to columns j ≤ i only.
         window: (left, right), row i attends to i − left ≤ j ≤ i + right; None is unbounded.
         scale: factor on q·k; None is D^−½.
+        softcap: c of cap(s) = c·tanh(s/c); None leaves scores as they are.
+        sinks: [H], scores of one more column of each head's softmax, that is no key: the rows of a map sum to less
+            than 1.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or shape; the message names it.
@@ -40,9 +43,11 @@ class Record:
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
     scale: float | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("queries", "keys", *MASKS, "bias"):
+        for name in ("queries", "keys", *MASKS, "bias", "sinks"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Tensor):
                 raise TypeError(f"Record: {name} must be a tensor, got {type(value).__name__}")
@@ -56,6 +61,8 @@ class Record:
             )
         if q.shape[1] % k.shape[1]:
             raise ValueError(f"Record: H must be a multiple of H_kv, got {q.shape[1]} and {k.shape[1]}")
+        if self.sinks is not None and self.sinks.shape != (q.shape[1],):
+            raise ValueError(f"Record: sinks must be [H] = [{q.shape[1]}], got {list(self.sinks.shape)}")
         for name, positions, letter in (("key_mask", self.key_seq, "S'"), ("query_mask", self.seq, "S")):
             mask = getattr(self, name)
             if mask is not None and (mask.dtype != torch.bool or mask.shape != (q.shape[0], positions)):
@@ -98,18 +105,23 @@ class Record:
     def maps(self) -> Tensor:
         """The attention maps [B, H, S, S'], written out; float32, float64 for float64 queries.
 
-        A row with no key allowed is uniform over the S' keys.
+        A row with no key allowed is uniform over the S' keys; with sinks it is 0.
         """
         dtype = torch.float64 if self.queries.dtype == torch.float64 else torch.float32
         q, k = self.queries.to(dtype), self.keys.to(dtype)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         scores = q @ k.transpose(-1, -2)
         scores *= self.queries.shape[-1] ** -0.5 if self.scale is None else self.scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         if self.bias is not None:
             scores += self.bias.to(dtype)
         allowed = self.allowed()
         if allowed is not None:
             scores.masked_fill_(~allowed, -math.inf)
+        if self.sinks is not None:
+            sinks = self.sinks.to(dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+            return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
         dead = (scores == -math.inf).all(-1, keepdim=True)
         return scores.softmax(-1).masked_fill_(dead, 1.0 / self.key_seq)
 

@@ -96,6 +96,8 @@ def _descend(
 
 def _refuse_unread(record: Record, caller: str) -> None:
     """A row with no key to attend would be uniform over padding that `_read` adds."""
+    if record.sinks is not None:
+        raise ValueError(f"{caller}: cross-attention with sinks has rows that do not sum to 1")
     if record.key_seq >= record.seq or (record.key_mask is record.query_mask is record.bias is None):
         return
     allowed = record.allowed()
@@ -125,6 +127,7 @@ def _read(record: Record, weights: Tensor, options: dict[str, Any]) -> Tensor:
         causal=record.causal,
         window=record.window,
         scale=record.scale,
+        softcap=record.softcap,
     )
     rows = attention_rollout_qk(
         query=_longer(weights, both, -1), method=MAPS_ALONE, **call_arguments([square]), **options

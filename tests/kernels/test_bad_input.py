@@ -283,6 +283,11 @@ QK = [
     case("bias-device", ValueError, "bias[0]", "device", "meta", bias=torch.ones(S, S, device="meta")),
     case("scale-type", TypeError, "scale", "real number", "'1'", scale="1"),
     case("scale-nan", ValueError, "scale", "finite", "nan", scale=float("nan")),
+    case("softcap-type", TypeError, "softcap", "real number", "'1'", softcap="1"),
+    case("softcap-zero", ValueError, "softcap", "more than 0", "0.0", softcap=0.0),
+    case("sinks-layers", ValueError, "sinks", "3", "got 2", sinks=[torch.ones(4)] * 2),
+    case("sinks-shape", ValueError, "sinks[0]", "[H] = [4]", "[1]", sinks=[torch.ones(1)] * 3),
+    case("sinks-nan", ValueError, "sinks[0]", "finite or -inf", "NaN", sinks=[torch.full((4,), float("nan"))] * 3),
     case("lse-layers", ValueError, "logsumexp", "3", "got 2", logsumexp=[torch.ones(B, 4, S)] * 2),
     case(
         "lse-shape",

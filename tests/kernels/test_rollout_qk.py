@@ -65,6 +65,16 @@ MASKS: dict[str, dict[str, Any]] = {
     "bias-inf": {"bias": band_bias(S)},
     "bias-inf-lengths": {"bias": band_bias(S), "lengths": [12, 1, 7], "causal": True},
     "scale": {"scale": 0.11},
+    "softcap": {"softcap": 0.8},
+    "softcap-bias": {"softcap": 1.5, "bias": band_bias(S), "causal": True, "scale": 0.4},
+    "sinks": {"sinks": [random_weights(H, seed=layer) for layer in range(L)]},
+    "sinks-masks": {
+        "sinks": [random_weights(H, seed=layer) for layer in range(L)],
+        "softcap": 2.0,
+        "lengths": [12, 3, 8],
+        "key_mask": random_mask(B, S, seed=7),
+        "causal": True,
+    },
     "scale-negative": {"scale": -0.3, "causal": True},
     "everything": {
         "lengths": [12, 3, 8],
@@ -123,6 +133,10 @@ def test_masks(mask: str, backend: str, groups: int, given_lse: bool):
     maps, sums = expected_maps(queries, keys, given)
     lse = [torch.from_numpy(s) for s in sums] if given_lse else None
     full = rollout_matrices(maps, ROLLOUT, given.get("lengths"))
+    if given_lse and "sinks" in given:
+        with pytest.raises(ValueError, match="logsumexp must be left out with sinks"):
+            call(queries, keys, given, backend=backend, logsumexp=lse)
+        return
     for query in (None, 0, -1, random_weights(B, S), random_weights(B, 2, S)):
         result = call(queries, keys, given, query=query, backend=backend, logsumexp=lse)
         assert_close(result, take_rows(full, query, given.get("lengths")), "qk")
@@ -130,7 +144,9 @@ def test_masks(mask: str, backend: str, groups: int, given_lse: bool):
 
 # With 4 heads a whole sample of 12 rows is 2304 bytes.
 @pytest.mark.parametrize("tile_bytes", [1, 4 * 4 * 12 * 5, 2304 - 1, 2304, 3 * 2304, 4 << 20], ids=lambda n: f"tile{n}")
-@pytest.mark.parametrize("mask", ["plain", "causal", "lengths", "both-masks", "bias-inf-lengths", "everything"])
+@pytest.mark.parametrize(
+    "mask", ["plain", "causal", "lengths", "both-masks", "bias-inf-lengths", "sinks-masks", "everything"]
+)
 def test_any_tiling_gives_the_same(monkeypatch: pytest.MonkeyPatch, mask: str, tile_bytes: int):
     monkeypatch.setattr(qk, "CPU_TILE_BYTES", tile_bytes)
     given = MASKS[mask]
@@ -143,8 +159,8 @@ def test_any_tiling_gives_the_same(monkeypatch: pytest.MonkeyPatch, mask: str, t
             with poisoned_memory():
                 result = call(queries, keys, given, query=query, method=method, backend="torch")
                 assert_close(result, take_rows(full, query, given.get("lengths")), "qk")
-                if method.discard_ratio:
-                    continue  # equal entries of a row are told apart by the rounding of the log-sum-exp
+                if method.discard_ratio or "sinks" in given:
+                    continue  # equal entries are told apart by its rounding; with sinks there is none
                 result = call(queries, keys, given, query=query, method=method, backend="torch", logsumexp=lse)
                 assert_close(result, take_rows(full, query, given.get("lengths")), "qk")
 

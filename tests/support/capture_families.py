@@ -193,10 +193,10 @@ FAMILIES: dict[str, Family] = {
     "Conformer": Family(hugging_face("Wav2Vec2Conformer", **SOUND), WAVE, refused=MIXED),
     "Nyströmformer": Family(hugging_face("Nystromformer", **TEXT), TOKENS, refused=MIXED),
     "ConvBERT": Family(hugging_face("ConvBert", embedding_size=32, **TEXT), TOKENS, refused=MIXED),
-    "Gemma 2 (soft-capping)": Family(hugging_face("Gemma2", **GROUPED), TOKENS, refused="soft-capping: tanh"),
+    "Gemma 2 (soft-capping)": Family(hugging_face("Gemma2", attn_logit_softcapping=2.0, **GROUPED), TOKENS),
     "GPT-OSS (sinks)": Family(
         hugging_face("GptOss", num_local_experts=2, num_experts_per_tok=1, **GROUPED),
-        TOKENS, refused="attention sinks are: cat", single=True,
+        TOKENS, single=True,
     ),
     "Gemma 3n (shared keys)": Family(
         hugging_face(

@@ -137,8 +137,13 @@ def softmax_maps(
     window: tuple[int | None, int | None] = (None, None),
     bias: Sequence[Tensor | None] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Sequence[Tensor] | None = None,
 ) -> tuple[Arrays, Arrays]:
-    """Per layer the maps [B, H, S, S] and the natural log-sum-exp [B, H, S], one row at a time; 0 on padding."""
+    """Per layer the maps [B, H, S, S] and the natural log-sum-exp [B, H, S], one row at a time; 0 on padding.
+
+    With sinks a row that may attend to no key is 0, and the log-sum-exp is without them.
+    """
     maps, sums = [], []
     for layer, (query, key) in enumerate(zip(queries, keys, strict=True)):
         batch, heads, seq, dim = query.shape
@@ -156,13 +161,17 @@ def softmax_maps(
                 allowed = [j for j in range(n) if attending and attends(i, j, b, key_mask, causal, window)]
                 for h in range(heads):
                     scores = k[b, h // group, allowed] @ q[b, h, i] * (dim**-0.5 if scale is None else scale)
+                    if softcap is not None:
+                        scores = softcap * np.tanh(scores / softcap)
                     if extra is not None:
                         scores = scores + extra[b, h, i, allowed]
+                    sink = None if sinks is None else float(array(sinks[layer])[h])
                     if not len(scores) or np.isneginf(scores).all():
-                        layer_maps[b, h, i, :n] = 1.0 / n
+                        layer_maps[b, h, i, :n] = 1.0 / n if sink is None else 0.0
                         continue
                     exponentials = np.exp(scores - scores.max())
-                    layer_maps[b, h, i, allowed] = exponentials / exponentials.sum()
+                    beside = 0.0 if sink is None else np.exp(sink - scores.max())
+                    layer_maps[b, h, i, allowed] = exponentials / (exponentials.sum() + beside)
                     layer_sums[b, h, i] = np.log(exponentials.sum()) + scores.max()
         maps.append(layer_maps)
         sums.append(layer_sums)

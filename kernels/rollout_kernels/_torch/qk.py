@@ -23,7 +23,7 @@ class QKSource:
     def __init__(self, problem: QKProblem, scratch: Scratch) -> None:
         self._problem, self._scratch = problem, scratch
         fusion = problem.method.head_fusion
-        self.rows_sum_to_one = isinstance(fusion, Tensor) or fusion == "mean"
+        self.rows_sum_to_one = problem.sinks is None and (isinstance(fusion, Tensor) or fusion == "mean")
 
     def plan(self) -> list[Tile]:
         problem = self._problem
@@ -148,10 +148,15 @@ class QKSource:
             dead = (scores == -math.inf).all(-1, keepdim=True)
         elif allowed is not None:
             dead = ~allowed.any(-1, keepdim=True).unsqueeze(1)
+        if logsumexp is None and self._problem.sinks is not None:
+            sinks = self._problem.sinks[layer].to(scores.dtype)[:, None]
+            logsumexp = torch.logaddexp(scores.logsumexp(-1), sinks)
         if logsumexp is None:
             torch.softmax(scores, -1, out=scores)
         else:
             scores.sub_(logsumexp.unsqueeze(-1)).exp_()
+        if self._problem.sinks is not None:  # a row with no key allowed gives all to the sink
+            return scores
         # On a GPU asking whether any row is dead would wait for it.
         if dead is not None and (dead.device.type != "cpu" or bool(dead.any())):
             torch.where(dead, self._uniform(samples, columns), scores, out=scores)
@@ -173,6 +178,8 @@ class QKSource:
             alpha=self._problem.scale,
             out=scores,
         )
+        if self._problem.softcap is not None:
+            scores.div_(self._problem.softcap).tanh_().mul_(self._problem.softcap)
         return scores.view(b, heads, rows, n)
 
     def _allowed(self, samples: slice, positions: Tensor, columns: slice, ragged: bool) -> Tensor | None:

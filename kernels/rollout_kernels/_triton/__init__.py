@@ -71,6 +71,10 @@ def refusals_qk(problem: QKProblem) -> list[str]:
         reasons.append("queries or keys are not contiguous along the head dimension")
     if problem.bias is not None and any(bias is not None for bias in problem.bias):
         reasons.append("bias is not supported")
+    if problem.softcap is not None:
+        reasons.append("softcap is not supported")
+    if problem.sinks is not None:
+        reasons.append("sinks are not supported")
     if problem.form == "full":
         reasons.append("there is no kernel for the full matrix from Q and K")
     if problem.method.head_fusion != "mean" and problem.head_weights is None:
