@@ -11,6 +11,7 @@ from rollout.pyhealth.readout import Relevance
 from rollout.pyhealth.watch import (
     READOUT_METHODS,
     BaseInterpreter,
+    LayersMissingError,
     ModelCapture,
     Sites,
     StageAttentionNet,
@@ -44,7 +45,10 @@ class RowInterpreter(BaseInterpreter):
         if nothing is not None:
             return nothing
         runnable = readout_of.without_empty_features(keys, data)
-        relevance = self._by_capture(sites, runnable, target_class_idx)
+        try:
+            relevance = self._by_capture(sites, runnable, target_class_idx)
+        except LayersMissingError:  # a model may attend otherwise while its own hooks are off: ask by those
+            relevance = self._by_protocol(runnable, target_class_idx)
         return readout_of.to_value_shapes(self.model, relevance, data)
 
     @property

@@ -27,6 +27,7 @@ __all__ = [
     "READOUT_METHODS",
     "BaseInterpreter",
     "CheferInterpretable",
+    "LayersMissingError",
     "MapCapture",
     "ModelCapture",
     "Sites",
@@ -88,6 +89,10 @@ def listener(module: nn.Module) -> "ModelCapture | None":
     return captures[-1] if captures and module in captures[-1].key_of else None
 
 
+class LayersMissingError(RuntimeError):
+    """A forward pass in which a layer's `Attention` did not run."""
+
+
 class ModelCapture(ABC):
     """One forward pass of a model, watched.
 
@@ -110,7 +115,7 @@ class ModelCapture(ABC):
         """(B, S) of a feature key.
 
         Raises:
-            RuntimeError: a layer did not run, or there is none.
+            LayersMissingError: a layer did not run, or there is none.
         """
 
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -147,9 +152,9 @@ class ModelCapture(ABC):
                 _open().remove(self)
 
     def check_layers(self, key: str, ran: list[bool]) -> None:
-        """Raise RuntimeError unless every layer of a feature ran, and there is one."""
+        """Raise LayersMissingError unless every layer of a feature ran, and there is one."""
         if not ran or not all(ran):
-            raise RuntimeError(
+            raise LayersMissingError(
                 f"rollout.pyhealth: the forward pass must make an attention map in every layer of feature '{key}' and "
                 f"there must be a layer; got {sum(ran)} maps from {len(ran)} layers"
             )
