@@ -183,7 +183,7 @@ def test_several_row_blocks_in_a_part(parts: int) -> None:
     problem = ops.maps_problem(maps, query=torch.randn(2, 2, 64), lengths=lengths)
     results = []
     for kernel in (rows_resident, rows_split):
-        arguments = inputs.map_inputs(problem, problem.weights, 2)
+        arguments = inputs.map_inputs(problem)
         kernel(arguments, config)
         results.append(arguments.out)
         assert error(arguments.out, problem) <= MAPS_BOUND

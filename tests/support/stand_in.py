@@ -1,0 +1,223 @@
+"""A stand-in for a GPU and its driver: the host path of the Triton kernels on a machine with no card.
+
+    with stand_in.device("sm_90") as card:
+        rollout.attention_rollout(maps, query=0, backend="triton", validate=False)
+    assert card.kernels == ["prepare_kernel", "rows_split_kernel"]
+
+Triton binds, specialises and compiles for the target as on a card; the launch itself is written down and not made, so
+results hold whatever was in memory. Tensors are in the memory of the CPU and count as the device's, but for those that
+`host` names and what is computed from them.
+
+How long a call takes on the host, in µs: `python -m tests.support.stand_in`.
+"""
+
+import argparse
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver as active
+
+from rollout_kernels._triton import launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+PROCESSORS = 132
+# What reads a value of the device on the host, by the names of the ATen operations under it.
+WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_dim", "_unique2", "item"}
+READS = {"tolist", "numpy", "cpu", "__array__"}  # the same, of methods with no operation under them
+FROM_HOST = {"tensor", "as_tensor", "asarray", "from_numpy", "frombuffer"}  # fill memory of the host
+ALLOCATIONS = {"empty", "empty_strided", "empty_like", "detach"}  # no kernel runs
+_numbers = count()
+
+
+@dataclass
+class Launch:
+    """One launch: the kernel's name, its grid, and its arguments by name."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    arguments: dict[str, Any]
+
+
+@dataclass
+class Card:
+    """What happened on the stand-in.
+
+    Attributes:
+        launches: of kernels of Triton, in order; the last 256.
+        compiled: (name, handle) of each kernel that was made ready: one variant each.
+        operations: names of ATen operations that would have run a kernel on the device.
+        waits: what made the host wait for the device.
+        copies: what copied from pageable memory of the host to the device.
+    """
+
+    launches: deque[Launch] = field(default_factory=lambda: deque(maxlen=256))
+    compiled: list[str] = field(default_factory=list)
+    operations: list[str] = field(default_factory=list)
+    waits: list[str] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
+
+    @property
+    def kernels(self) -> list[str]:
+        """The names of the kernels launched."""
+        return [each.kernel for each in self.launches]
+
+    def variants(self, kernel: str) -> int:
+        """How many variants of a kernel have been compiled and made ready."""
+        return self.compiled.count(kernel)
+
+    def clear(self) -> None:
+        """Forgets what happened; variants stay."""
+        for each in (self.launches, self.operations, self.waits, self.copies):
+            each.clear()
+
+
+class _Driver:
+    """What Triton asks of a driver between a call of a kernel and its launch."""
+
+    def __init__(self, card: Card, target: GPUTarget) -> None:
+        self.card, self.target, self.utils = card, target, self
+        self.device = f"stand-in {next(_numbers)}"  # Triton keeps compiled kernels by device
+        self.functions: set[Any] = set()
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        self.functions.add(source.fn)
+        name, names, record = source.fn.fn.__name__, source.fn.arg_names, self.card.launches.append
+        self.card.compiled.append(name)
+
+        def run(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+            record(Launch(name, (x, y, z), dict(zip(names, rest[-len(names) :], strict=True))))
+
+        return run
+
+    def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, the most threads
+
+    def forget(self) -> None:
+        """Drops what Triton keeps for this device; a kernel with a module would ask the next driver to unload it."""
+        for function in self.functions:
+            for kernel in function.device_caches.pop(self.device)[0].values():
+                kernel.module = None
+
+    def get_device_properties(self, _: Any) -> dict[str, int]:
+        return {"max_shared_mem": 232448}
+
+    def get_current_device(self) -> str:
+        return self.device
+
+    def get_current_stream(self, _: Any) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+@contextmanager
+def device(name: str = "sm_90", processors: int = PROCESSORS) -> Iterator[Card]:
+    """A card takes the calls of Triton kernels on tensors of the CPU; everything is as before at the end."""
+    card = Card()
+    driver = _Driver(card, TARGETS[name])
+    table = name if name.startswith("sm_") else "default"
+    facts = launch.Target(table, processors)
+    before = active._active
+    active.set_active(driver)
+    try:
+        with (
+            patch.object(launch, "target", lambda _: facts),
+            patch.object(launch, "rocm", lambda: driver.target.backend == "hip"),
+        ):
+            yield card
+    finally:
+        driver.forget()
+        active._active = before
+
+
+def host(tensor: Tensor) -> Tensor:
+    """Names a tensor that is in the host's memory, not the device's."""
+    tensor.on_host = True  # type: ignore[attr-defined]
+    return tensor
+
+
+def is_host(tensor: Tensor) -> bool:
+    return getattr(tensor, "on_host", False)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+
+
+@contextmanager
+def watch(card: Card) -> Iterator[None]:
+    """Counts operations of torch: those of the device, waits for it, and copies to it from pageable memory."""
+    with _Calls(card), _Operations(card):
+        yield
+
+
+class _Calls(TorchFunctionMode):
+    """Sees calls as they are written: which ask for a device, and which read values with no operation."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__()
+        self.card = card
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        given = [*args, *kwargs.values()]
+        tensors = list(_tensors(given))
+        asked = any(isinstance(value, torch.device) for value in given)
+        if name in READS and not is_host(args[0]):
+            self.card.waits.append(name)
+        from_host = (name in FROM_HOST and not tensors) or (bool(tensors) and all(map(is_host, tensors)))
+        if from_host and (asked or name == "cuda"):
+            self.card.copies.append(name)
+        result = function(*args, **kwargs)
+        made_on_host = not tensors and not asked  # torch.zeros(3): nobody said where
+        if isinstance(result, Tensor) and not asked and (from_host or made_on_host):
+            host(result)
+        return result
+
+
+class _Operations(TorchDispatchMode):
+    """Sees operations, those inside a call too: which would run on the device, and which wait for it."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__()
+        self.card = card
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = function.__name__.split(".")[0], kwargs or {}
+        tensors = list(_tensors([*args, *kwargs.values()]))
+        on_host = bool(tensors) and all(map(is_host, tensors))
+        result = function(*args, **kwargs)
+        if on_host:
+            for tensor in _tensors([result]):
+                host(tensor)
+            return result
+        if any(is_host(tensor) and tensor.dim() for tensor in tensors):
+            self.card.copies.append(name)  # or an error, on a card
+        if name in WAITS:
+            self.card.waits.append(name)
+        if not function.is_view and name not in ALLOCATIONS:
+            self.card.operations.append(name)
+        return result
