@@ -31,11 +31,15 @@ def tensor_list(name: str, argument: str, values: object, what: str) -> list[Ten
     tensors = list(values)
     if not tensors:
         raise ValueError(f"{name}: {argument} must have one tensor {what} per layer, got an empty sequence")
+    first = tensors[0]
+    _check_tensor(name, f"{argument}[0]", first, what)
+    dtype, device = first.dtype, first.device
     for i, tensor in enumerate(tensors):
         # A layer like the first, which has been checked, needs no check of its own: the usual call is mostly these.
-        if i and type(tensor) is Tensor and tensor.dtype == tensors[0].dtype and tensor.device == tensors[0].device:
+        if type(tensor) is Tensor and tensor.dtype == dtype and tensor.device == device:
             continue
         _check_tensor(name, f"{argument}[{i}]", tensor, what)
+        same_device(name, device, f"{argument}[{i}]", tensor)
     return [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
 
 
@@ -68,31 +72,27 @@ def maps(name: str, argument: str, values: object) -> list[Tensor]:
         TypeError, ValueError: a rank, size, dtype or device is wrong, or layers disagree in B or S.
     """
     tensors = tensor_list(name, argument, values, "[B, H, S, S] or [B, S, S]")
-    first = tensors[0]
-    for i, tensor in enumerate(tensors):
-        if i and tensor.shape == first.shape and tensor.device == first.device:
-            continue
-        _check_map(name, argument, i, tensor, first)
-    return [tensor if tensor.dim() == 4 else tensor.unsqueeze(1) for tensor in tensors]
+    shapes = [tensor.shape for tensor in tensors]
+    for i, shape in enumerate(shapes):
+        if i == 0 or shape != shapes[0]:
+            _check_shape(name, argument, i, list(shape), shapes[0])
+    return [tensor if len(shape) == 4 else tensor.unsqueeze(1) for tensor, shape in zip(tensors, shapes, strict=True)]
 
 
-def _check_map(name: str, argument: str, i: int, tensor: Tensor, first: Tensor) -> None:
-    shape = list(tensor.shape)
-    if tensor.dim() not in (3, 4):
+def _check_shape(name: str, argument: str, i: int, shape: list[int], first: torch.Size) -> None:
+    if len(shape) not in (3, 4):
         raise ValueError(f"{name}: {argument}[{i}] must be [B, H, S, S] or [B, S, S], got {shape}")
     if shape[-1] != shape[-2] or shape[-1] == 0:
         raise ValueError(
             f"{name}: {argument}[{i}] must be [B, H, S, S] or [B, S, S] with equal last sizes of 1 or more, got {shape}"
         )
-    if tensor.dim() == 4 and shape[1] == 0:
+    if len(shape) == 4 and shape[1] == 0:
         raise ValueError(f"{name}: {argument}[{i}] must have at least one head, got {shape}")
-    batch, seq = first.shape[0], first.shape[-1]
+    batch, seq = first[0], first[-1]
     if shape[0] != batch or shape[-1] != seq:
         raise ValueError(
             f"{name}: {argument}[{i}] must have the B = {batch} and S = {seq} of {argument}[0], got {shape}"
         )
-    same_device(name, first.device, f"{argument}[{i}]", tensor)
-
 
 def gradients(name: str, values: object, attentions: list[Tensor], layers: int) -> list[Tensor]:
     """The gradients, shaped like the maps.

@@ -70,11 +70,11 @@ class Compiled:
         """Loads of 16 bytes a thread, to registers or to shared memory."""
         return self.count(r"(LDG|LDGSTS)[.A-Z0-9]*\.128")
 
-    def reductions(self, dtype: str, shape: str) -> list[str]:
-        """The layouts in which tensors of one shape and type are reduced, spelled out, in a fixed order."""
-        layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", self.ttgir, re.MULTILINE))
-        used = re.findall(rf'"tt\.reduce".*?\}}\) : \(tensor<{shape}x{dtype}, (#\w+)>\)', self.ttgir, re.DOTALL)
-        return sorted({layouts[name] for name in used})
+    def summed(self, dtype: str) -> list[int]:
+        """How many numbers of one type each reduction takes together."""
+        pattern = rf'"tt.reduce".*?axis = (\d).*?\}}\) : \(tensor<([0-9x]+)x{dtype}, '
+        found = re.findall(pattern, self.ttgir, re.DOTALL)
+        return [int(shape.split("x")[int(axis)]) for axis, shape in found]
 
     def inner_loop(self, containing: str) -> str:
         """The shortest loop of the listing with an instruction that matches, from its label to its branch back."""

@@ -90,7 +90,7 @@ def rows_from_maps(problem: Problem, split: bool | None = None) -> Tensor:
     if arguments.out.numel() == 0:
         return shape_result(problem, arguments.out)
     target = launch.target(problem.device)
-    config = inputs.launch_of(problem, target.table)
+    config = inputs.launch_of(problem, arguments, target.table)
     if split is None:
         chains = problem.batch * arguments.out.shape[1]
         split = launch.splits(chains, problem.seq, target.table, target.processors)
@@ -116,7 +116,7 @@ def full_from_maps(problem: Problem) -> Tensor:
         return out
     arguments = inputs.map_inputs(problem)
     name = launch.target(device).table
-    fuse = inputs.launch_of(problem, name)
+    fuse = inputs.launch_of(problem, arguments, name)
     product = launch.product_launch(name)
     precision = "ieee" if launch.interpreting() else "bf16x6"
     padded = -(-seq // 4) * 4  # rows that start on 16 bytes

@@ -20,7 +20,7 @@ def without_discard(problem: MapsProblem) -> MapsProblem:
         method=replace(problem.method, residual=0.0, attention=1.0, renormalize=False),
     )  # fmt: skip
     arguments = inputs.map_inputs(bare)
-    fuse = inputs.launch_of(bare, name)
+    fuse = inputs.launch_of(bare, arguments, name)
     maps = []
     for layer in range(problem.layers):
         fused = torch.empty(problem.batch, problem.seq, problem.seq, dtype=torch.float32, device=problem.device)

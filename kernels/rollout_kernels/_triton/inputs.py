@@ -14,7 +14,8 @@ from rollout_kernels._triton import launch, layer
 from rollout_kernels._triton.prepare import Prepared, Values, encode, flatten, prepare
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-Layout = tuple[tuple[int, ...], int, torch.dtype]  # of one tensor: strides, heads, dtype
+LONGEST_IN_PAIRS = 4096  # beyond it, and with gradients, words of 4 bytes and the shifts take too many registers
+Layout = tuple[tuple[int, ...], int]  # of one tensor: strides, heads
 _FUSIONS = {"mean": layer.MEAN.value, "max": layer.MAX.value, "min": layer.MIN.value, "weights": layer.WEIGHTS.value}
 _GRADIENTS = {
     None: layer.NO_GRADIENTS.value,
@@ -49,6 +50,11 @@ class MapInputs:
         return self.problem.layers
 
     @property
+    def vector(self) -> int:
+        """Elements of one load."""
+        return int(self.flags["VEC"])  # type: ignore[call-overload]
+
+    @property
     def flags(self) -> dict[str, object]:
         """The compile-time flags by name."""
         return _flags(*self.key)
@@ -79,8 +85,9 @@ def map_inputs(problem: MapsProblem) -> MapInputs:
     method, batch, seq = problem.method, problem.batch, problem.seq
     tensors = problem.maps if problem.gradients is None else (*problem.maps, *problem.gradients)
     addresses = [tensor.data_ptr() for tensor in tensors]
-    layouts = tuple([(tensor.stride(), tensor.shape[1], tensor.dtype) for tensor in tensors])
-    vector, pairs, unit = vectors(layouts, seq, addresses)
+    layouts = tuple([(tensor.stride(), tensor.size(1)) for tensor in tensors])
+    dtype, grad_dtype = tensors[0].dtype, tensors[-1].dtype
+    vector, pairs, unit = vectors(layouts, seq, (dtype.itemsize, grad_dtype.itemsize), addresses)
     fusion, head_weights, stride_weights = method.head_fusion, (), 0
     if problem.head_weights is not None:
         fusion, (head_weights, stride_weights) = "weights", flatten(problem.head_weights)
@@ -94,7 +101,7 @@ def map_inputs(problem: MapsProblem) -> MapInputs:
         scalars=(len(problem.maps), starts, seq, stride_weights, float(method.residual), method.attention_weight),
         key=(
             weights is None, problem.lengths is not None, method.renormalize, fusion, method.gradients,
-            layouts[0][2], layouts[-1][2], vector, pairs, unit,
+            dtype, grad_dtype, vector, pairs and problem.gradients is None and seq <= LONGEST_IN_PAIRS, unit,
         ),
         out=torch.empty(batch, starts, seq, dtype=torch.float32, device=problem.device),
     )  # fmt: skip
@@ -113,13 +120,17 @@ def _flags(
     }  # fmt: skip
 
 
-def launch_of(problem: MapsProblem, name: str) -> launch.RowsLaunch:
+def launch_of(problem: MapsProblem, arguments: MapInputs, name: str) -> launch.RowsLaunch:
     """The launch of the kernels over maps for one problem."""
-    return launch.rows_launch(problem.seq, problem.maps[0].dtype, problem.gradients is not None, name)
+    return launch.rows_launch(
+        problem.seq, problem.maps[0].dtype, problem.gradients is not None, arguments.vector == 1, name
+    )
 
 
-def vectors(layouts: tuple[Layout, ...], seq: int, addresses: Sequence[int]) -> tuple[int, bool, bool]:
-    """How a kernel may read tensors [B, H, S, S].
+def vectors(
+    layouts: tuple[Layout, ...], seq: int, sizes: tuple[int, ...], addresses: Sequence[int]
+) -> tuple[int, bool, bool]:
+    """How a kernel may read tensors [B, H, S, S] of elements of some sizes.
 
     Returns:
         The elements of one load of 16 bytes or less: the largest power of two that divides S and every stride, and
@@ -127,40 +138,36 @@ def vectors(layouts: tuple[Layout, ...], seq: int, addresses: Sequence[int]) -> 
         Whether that is one element of 16 bits, next to its neighbour, so that loads go by words of 4 bytes.
         Whether every last axis is contiguous.
     """
-    vector, size, unit, small = _fitting(layouts, seq)
-    if vector > 1:
-        common = 0
-        for address in addresses:
-            common |= address
-        while common % (vector * size):
-            vector //= 2
-    return max(vector, 1), vector <= 1 and unit and small, unit
+    power, unit = _common_power(layouts, seq)
+    size, common = max(sizes), 0
+    for address in addresses:
+        common |= address
+    aligned = (common & -common) // size  # in elements
+    vector = max(1, min(16 // size, power, aligned))
+    return vector, vector == 1 and unit and size == 2, unit
 
 
 @lru_cache(1024)
-def _fitting(layouts: tuple[Layout, ...], seq: int) -> tuple[int, int, bool, bool]:
-    """Elements of one load, as far as strides and S go; the size of the largest element; whether every last axis is
-    contiguous; whether every element has 16 bits."""
-    sizes = [dtype.itemsize for _, _, dtype in layouts]
-    unit = all(strides[3] == 1 for strides, _, _ in layouts)
-    common = seq
-    for strides, _, _ in layouts:
-        common = math.gcd(common, *strides[:3])
-    vector = min(16 // max(sizes), common & -common) if unit else 1
-    return vector, max(sizes), unit, max(sizes) == 2
+def _common_power(layouts: tuple[Layout, ...], seq: int) -> tuple[int, bool]:
+    """The largest power of two that divides S and every stride; whether every last axis is contiguous: else it is 1."""
+    if any(strides[3] != 1 for strides, _ in layouts):
+        return 1, False
+    common = math.gcd(seq, *(stride for strides, _ in layouts for stride in strides[:3]))
+    return common & -common, True
 
 
 def _table(layouts: tuple[Layout, ...], vector: int, addresses: Sequence[int]) -> tuple[int, ...]:
     """[L, 6], row after row and encoded: address, strides of batch, head and row in units of `vector`, of column,
     heads."""
-    numbers: list[int] = []
-    for layout, address in zip(layouts, addresses, strict=True):
-        numbers.append(encode(address))
-        numbers += _encoded(layout, vector)
+    numbers = list(_encoded(layouts, vector))
+    numbers[::6] = [encode(address) for address in addresses]
     return tuple(numbers)
 
 
 @lru_cache(1024)
-def _encoded(layout: Layout, vector: int) -> tuple[int, ...]:
-    (batch, head, row, column), heads, _ = layout
-    return tuple([encode(number) for number in (batch // vector, head // vector, row // vector, column, heads)])
+def _encoded(layouts: tuple[Layout, ...], vector: int) -> tuple[int, ...]:
+    """The table of tensors at address 0."""
+    rows = [
+        (0, *(stride // vector for stride in strides[:3]), strides[3], heads) for strides, heads in layouts
+    ]
+    return tuple(encode(number) for row in rows for number in row)

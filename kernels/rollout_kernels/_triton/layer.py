@@ -21,20 +21,21 @@ def clamp_below(x):
 
 @triton.jit
 def sum_columns(x):
-    """Sums [BI, SP] over its columns, [BI], in an order that is a function of SP alone.
+    """Sums [BI, SP] over its columns, [BI]: neighbours meet, then pairs of neighbours, and so on.
 
-    Column j meets j + SP/2, then j + SP/4, …: every addition has two operands, and so the same bits in any layout. The
-    layout of a plain `tl.sum` follows the width of the loads, the number of warps and the release of Triton.
+    Every addition has two operands, so the bits are the same in any layout: that of a plain `tl.sum` follows the width
+    of the loads, the number of warps and the release of Triton. It takes as many shuffles as that.
     """
     for _ in tl.static_range(16):
         if x.shape[1] > 1:
-            x = tl.sum(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), 1)
+            x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), 2)
     return tl.reshape(x, (x.shape[0],))
 
 
 @triton.jit
 def sum_rows(x):
-    """Sums [BI, SP] over its rows, [SP], as `sum_columns` does over columns."""
+    """Sums [BI, SP] over its rows, [SP], two operands at a time as `sum_columns`: row i meets row i + BI/2, and so on,
+    which one thread often holds."""
     for _ in tl.static_range(16):
         if x.shape[0] > 1:
             x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), 0)

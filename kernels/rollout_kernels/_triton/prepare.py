@@ -7,7 +7,7 @@ wait for one another, and writes where each sample's chain starts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -86,8 +86,7 @@ def encode(value: int) -> int:
     return _BIAS + 4 * value + 3
 
 
-@dataclass(frozen=True)
-class Values:
+class Values(NamedTuple):
     """What one call writes; see `Prepared` for where.
 
     Attributes:
@@ -99,8 +98,7 @@ class Values:
     weights: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """What one launch wrote, on the device and its current stream.
 
     Attributes:
