@@ -4,18 +4,17 @@
         rollout.attention_rollout(maps, query=0, backend="triton", validate=False)
     assert card.kernels == ["prepare_kernel", "rows_split_kernel"]
 
-Triton binds, specialises and compiles for the target as on a card; the launch itself is written down and not made, so
-results hold whatever was in memory. Tensors are in the memory of the CPU and count as the device's, but for those that
+Triton binds and specialises, and compiles for the target if asked to, as on a card; the launch itself is written down
+and not made, so results hold whatever was in memory. Tensors are in the memory of the CPU and count as the device's, but for those that
 `host` names and what is computed from them.
 
 How long a call takes on the host, in µs: `python -m tests.support.stand_in`.
 """
 
-import argparse
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -23,13 +22,15 @@ from unittest.mock import patch
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver as active
 
-from rollout_kernels._triton import launch
+import rollout
+from rollout_kernels._triton import launch, run
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -64,6 +65,7 @@ class Card:
         operations: names of ATen operations that would have run a kernel on the device.
         waits: what made the host wait for the device.
         copies: what copied from pageable memory of the host to the device.
+        making_on_host: whether a call that names no device is being made.
     """
 
     launches: deque[Launch] = field(default_factory=lambda: deque(maxlen=256))
@@ -71,6 +73,7 @@ class Card:
     operations: list[str] = field(default_factory=list)
     waits: list[str] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
+    making_on_host: bool = False
 
     @property
     def kernels(self) -> list[str]:
@@ -94,6 +97,7 @@ class _Driver:
         self.card, self.target, self.utils = card, target, self
         self.device = f"stand-in {next(_numbers)}"  # Triton keeps compiled kernels by device
         self.functions: set[Any] = set()
+        self.compile = triton.compiler.compile
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         self.functions.add(source.fn)
@@ -113,6 +117,7 @@ class _Driver:
         for function in self.functions:
             for kernel in function.device_caches.pop(self.device)[0].values():
                 kernel.module = None
+            function.compile = self.compile
 
     def get_device_properties(self, _: Any) -> dict[str, int]:
         return {"max_shared_mem": 232448}
@@ -127,11 +132,37 @@ class _Driver:
         return self.target
 
 
+class _Uncompiled:
+    """Stands for a compiled kernel where nobody asks what the compiler makes of it."""
+
+    function, packed_metadata, module = 0, None, None
+
+    def __init__(self, run: Callable[..., None]) -> None:
+        self.run = run
+
+    def launch_metadata(self, *_: Any) -> None:
+        return None
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return lambda *arguments: self.run(*grid, 0, 0, *arguments)
+
+
 @contextmanager
-def device(name: str = "sm_90", processors: int = PROCESSORS) -> Iterator[Card]:
-    """A card takes the calls of Triton kernels on tensors of the CPU; everything is as before at the end."""
+def device(name: str = "sm_90", processors: int = PROCESSORS, compiles: bool = False) -> Iterator[Card]:
+    """A card takes the calls of Triton kernels on tensors of the CPU; everything is as before at the end.
+
+    Args:
+        name: of `TARGETS`.
+        processors: how many the card has.
+        compiles: whether kernels are compiled too, in seconds each, and launched by Triton's own objects. Otherwise a
+            call goes as far as the choice of the variant and of the compiler's options.
+    """
     card = Card()
     driver = _Driver(card, TARGETS[name])
+
+    def uncompiled(source: Any, **_: Any) -> _Uncompiled:
+        return _Uncompiled(driver.launcher_cls(source, None))
+
     table = name if name.startswith("sm_") else "default"
     facts = launch.Target(table, processors)
     before = active._active
@@ -140,6 +171,8 @@ def device(name: str = "sm_90", processors: int = PROCESSORS) -> Iterator[Card]:
         with (
             patch.object(launch, "target", lambda _: facts),
             patch.object(launch, "rocm", lambda: driver.target.backend == "hip"),
+            patch.object(triton.compiler, "compile", driver.compile if compiles else uncompiled),
+            patch.dict(run._variants),
         ):
             yield card
     finally:
@@ -191,10 +224,11 @@ class _Calls(TorchFunctionMode):
         from_host = (name in FROM_HOST and not tensors) or (bool(tensors) and all(map(is_host, tensors)))
         if from_host and (asked or name == "cuda"):
             self.card.copies.append(name)
+        self.card.making_on_host = not tensors and not asked  # torch.zeros(3): nobody said where
         result = function(*args, **kwargs)
-        made_on_host = not tensors and not asked  # torch.zeros(3): nobody said where
-        if isinstance(result, Tensor) and not asked and (from_host or made_on_host):
+        if isinstance(result, Tensor) and (self.card.making_on_host or (from_host and not asked)):
             host(result)
+        self.card.making_on_host = False
         return result
 
 
@@ -208,7 +242,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = function.__name__.split(".")[0], kwargs or {}
         tensors = list(_tensors([*args, *kwargs.values()]))
-        on_host = bool(tensors) and all(map(is_host, tensors))
+        on_host = all(map(is_host, tensors)) if tensors else self.card.making_on_host
         result = function(*args, **kwargs)
         if on_host:
             for tensor in _tensors([result]):
@@ -221,3 +255,54 @@ class _Operations(TorchDispatchMode):
         if not function.is_view and name not in ALLOCATIONS:
             self.card.operations.append(name)
         return result
+
+
+@triton.jit
+def next_to_nothing(x_ptr, n):
+    """A kernel whose launch is Triton's own time, and hardly an argument's."""
+    tl.store(x_ptr, n)
+
+
+def trivial_call() -> Callable[[], object]:
+    """The least that a launch takes, to measure others by."""
+    x = torch.zeros(4)
+    return lambda: next_to_nothing[(1,)](x, 5)
+
+
+def small_call() -> Callable[[], object]:
+    """Rows from maps as a small vision model has them: B = 8, H = 12, S = 197, L = 12."""
+    maps = [torch.rand(8, 12, 197, 197) for _ in range(12)]
+    return lambda: rollout.attention_rollout(maps, query=0, backend="triton", validate=False)
+
+
+def small_qk_call() -> Callable[[], object]:
+    """Rows from queries and keys: B = 8, H = 12, S = 197, D = 64, L = 4."""
+    heads = [torch.rand(8, 12, 197, 64) for _ in range(8)]
+    return lambda: rollout.attention_rollout_qk(heads[:4], heads[4:], query=0, backend="triton", validate=False)
+
+
+def host_times(calls: Sequence[Callable[[], object]], runs: int = 20, times: int = 100) -> list[float]:
+    """µs of this thread's processor that each call takes: the least of `runs` means over `times`, in turn."""
+    least = [float("inf")] * len(calls)
+    for _ in range(runs):
+        for i, call in enumerate(calls):
+            call()
+            begun = time.thread_time()
+            for _ in range(times):
+                call()
+            least[i] = min(least[i], 1e6 * (time.thread_time() - begun) / times)
+    return least
+
+
+def main() -> int:
+    """Prints the host's time of a launch of next to nothing and of two calls, in µs."""
+    torch.set_num_threads(1)
+    with device("sm_90", compiles=True):
+        found = host_times([trivial_call(), small_call(), small_qk_call()])
+    for name, each in zip(("a launch", "rows from maps", "rows from Q and K"), found, strict=True):
+        print(f"{name}: {each:.1f} µs on the host, {each / found[0]:.1f} launches")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
