@@ -94,6 +94,7 @@ def _check_shape(name: str, argument: str, i: int, shape: list[int], first: torc
             f"{name}: {argument}[{i}] must have the B = {batch} and S = {seq} of {argument}[0], got {shape}"
         )
 
+
 def gradients(name: str, values: object, attentions: list[Tensor], layers: int) -> list[Tensor]:
     """The gradients, shaped like the maps.
 

@@ -3,7 +3,9 @@
 Nothing is computed: the kernels' numbers are the interpreter's and the GPU lane's matter.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from tests.support import stand_in
 from tests.support.triton_cases import INTERPRETING
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter launches nothing")
+EXAMPLES = Path(__file__).parents[2] / "examples"
 B, H, S, L = 3, 4, 33, 3
 MANY = 2 * stand_in.PROCESSORS  # samples enough for one program each
 
@@ -47,9 +50,7 @@ def rows(query: object = 0, **options: object) -> Callable[[], object]:
 
 def rows_qk(query: object = 0, **options: object) -> Callable[[], object]:
     queries, keys = heads(), heads()
-    return lambda: rollout.attention_rollout_qk(
-        queries, keys, query=query, backend="triton", validate=False, **options
-    )
+    return lambda: rollout.attention_rollout_qk(queries, keys, query=query, backend="triton", validate=False, **options)
 
 
 LENGTHS = torch.tensor([S, 1, 20])
@@ -233,6 +234,21 @@ def test_loads_are_as_wide_as_strides_and_addresses_allow(tensor: Tensor, wanted
     problem = ops.maps_problem([tensor], query=0, validate=False)
     flags = inputs.map_inputs(problem).flags
     assert (flags["VEC"], flags["PAIRS"], flags["UNIT_COLUMN"]) == wanted
+
+
+def test_the_example_of_a_graph_can_be_captured(card: stand_in.Card) -> None:
+    """What it captures waits for nothing and copies nothing, and hands its own maps to the kernels."""
+    spec = importlib.util.spec_from_file_location("cuda_graph", EXAMPLES / "cuda_graph.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    model, x = example.Encoder(), torch.randn(2, 17, example.WIDTH)
+    with stand_in.watch(card):
+        result = example.explain(model, x)
+    assert (card.waits, card.copies, card.kernels) == ([], [], ROWS)
+    assert len(card.launches[0].arguments["integers"]) == 6 * example.LAYERS
+    assert result.data_ptr() == card.launches[1].arguments["out_ptr"].data_ptr()
+    assert result.shape == (2, 17)
 
 
 def test_the_stand_in_leaves_nothing() -> None:

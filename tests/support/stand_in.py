@@ -5,8 +5,8 @@
     assert card.kernels == ["prepare_kernel", "rows_split_kernel"]
 
 Triton binds and specialises, and compiles for the target if asked to, as on a card; the launch itself is written down
-and not made, so results hold whatever was in memory. Tensors are in the memory of the CPU and count as the device's, but for those that
-`host` names and what is computed from them.
+and not made, so results hold whatever was in memory. Tensors are in the memory of the CPU and count as the device's,
+but for those that `host` names and what is computed from them.
 
 How long a call takes on the host, in µs: `python -m tests.support.stand_in`.
 """

@@ -72,9 +72,12 @@ class Compiled:
 
     def summed(self, dtype: str) -> list[int]:
         """How many numbers of one type each reduction takes together."""
-        pattern = rf'"tt.reduce".*?axis = (\d).*?\}}\) : \(tensor<([0-9x]+)x{dtype}, '
-        found = re.findall(pattern, self.ttgir, re.DOTALL)
-        return [int(shape.split("x")[int(axis)]) for axis, shape in found]
+        found = []
+        for each in self.ttgir.split('"tt.reduce"')[1:]:
+            axis, result = re.search(r"axis = (\d)", each), re.search(r"\}\) : \(tensor<([0-9x]+)x(\w+)", each)
+            if axis and result and result[2] == dtype:
+                found.append(int(result[1].split("x")[int(axis[1])]))
+        return found
 
     def inner_loop(self, containing: str) -> str:
         """The shortest loop of the listing with an instruction that matches, from its label to its branch back."""

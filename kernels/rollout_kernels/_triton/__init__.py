@@ -169,4 +169,3 @@ def _with_fallback(first: Callable[..., None], then: Callable[..., None], *argum
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-

@@ -88,7 +88,7 @@ def map_inputs(problem: MapsProblem) -> MapInputs:
     layouts = tuple([(tensor.stride(), tensor.size(1)) for tensor in tensors])
     dtype, grad_dtype = tensors[0].dtype, tensors[-1].dtype
     vector, pairs, unit = vectors(layouts, seq, (dtype.itemsize, grad_dtype.itemsize), addresses)
-    fusion, head_weights, stride_weights = method.head_fusion, (), 0
+    fusion, head_weights, stride_weights = method.head_fusion, tuple[float, ...](), 0
     if problem.head_weights is not None:
         fusion, (head_weights, stride_weights) = "weights", flatten(problem.head_weights)
     weights, starts = None, 0 if problem.rows is None else 1
@@ -167,7 +167,5 @@ def _table(layouts: tuple[Layout, ...], vector: int, addresses: Sequence[int]) -
 @lru_cache(1024)
 def _encoded(layouts: tuple[Layout, ...], vector: int) -> tuple[int, ...]:
     """The table of tensors at address 0."""
-    rows = [
-        (0, *(stride // vector for stride in strides[:3]), strides[3], heads) for strides, heads in layouts
-    ]
+    rows = [(0, *(stride // vector for stride in strides[:3]), strides[3], heads) for strides, heads in layouts]
     return tuple(encode(number) for row in rows for number in row)

@@ -38,7 +38,7 @@ class RowsLaunch:
 
     @property
     def options(self) -> dict[str, object]:
-        options = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+        options: dict[str, object] = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
         return options if rocm() else {**options, "maxnreg": self.maxnreg}
 
 
