@@ -269,7 +269,8 @@ def test_the_stand_in_leaves_nothing() -> None:
 
 
 def test_the_time_of_a_call_on_the_host() -> None:
-    """B = 8, H = 12, S = 197, L = 12, in launches of a kernel with next to no arguments: it was 35 of them, now 17."""
+    """B = 8, H = 12, S = 197, L = 12, in launches of a kernel with next to no arguments, on a machine however busy: it
+    takes 12 to 17 of them (`python -m tests.support.stand_in`), and took more than 40."""
     with stand_in.device("sm_90", compiles=True):
         launch_alone, call = stand_in.host_times([stand_in.trivial_call(), stand_in.small_call()])
-    assert call < 26 * launch_alone
+    assert call < 28 * launch_alone

@@ -60,7 +60,7 @@ class Card:
     """What happened on the stand-in.
 
     Attributes:
-        launches: of kernels of Triton, in order; the last 256.
+        launched: of kernels of Triton, in order, the last 256, as they came; `launches` makes them readable.
         compiled: (name, handle) of each kernel that was made ready: one variant each.
         operations: names of ATen operations that would have run a kernel on the device.
         waits: what made the host wait for the device.
@@ -68,12 +68,24 @@ class Card:
         making_on_host: whether a call that names no device is being made.
     """
 
-    launches: deque[Launch] = field(default_factory=lambda: deque(maxlen=256))
+    launched: deque[tuple[Any, tuple[int, int, int], tuple[Any, ...]]] = field(
+        default_factory=lambda: deque(maxlen=256)
+    )
     compiled: list[str] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
     waits: list[str] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
     making_on_host: bool = False
+
+    @property
+    def launches(self) -> list[Launch]:
+        """The launches, in order."""
+        return [
+            Launch(
+                function.fn.__name__, grid, dict(zip(function.arg_names, rest[-len(function.arg_names) :], strict=True))
+            )
+            for function, grid, rest in self.launched
+        ]
 
     @property
     def kernels(self) -> list[str]:
@@ -86,7 +98,7 @@ class Card:
 
     def clear(self) -> None:
         """Forgets what happened; variants stay."""
-        for each in (self.launches, self.operations, self.waits, self.copies):
+        for each in (self.launched, self.operations, self.waits, self.copies):
             each.clear()
 
 
@@ -100,12 +112,12 @@ class _Driver:
         self.compile = triton.compiler.compile
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        self.functions.add(source.fn)
-        name, names, record = source.fn.fn.__name__, source.fn.arg_names, self.card.launches.append
-        self.card.compiled.append(name)
+        function, record = source.fn, self.card.launched.append
+        self.functions.add(function)
+        self.card.compiled.append(function.fn.__name__)
 
-        def run(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
-            record(Launch(name, (x, y, z), dict(zip(names, rest[-len(names) :], strict=True))))
+        def run(x: int, y: int, z: int, *rest: Any) -> None:
+            record((function, (x, y, z), rest))
 
         return run
 
