@@ -45,6 +45,11 @@ def naive_rollout(maps: list[torch.Tensor]) -> torch.Tensor:
     return full
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_graph_says_what_it_needs() -> None:
+    assert "needs a CUDA device" in run("cuda_graph.py")[0]
+
+
 def test_quickstart() -> None:
     out, _ = run("quickstart.py")
     blocks = [[numbers(line) for line in block.splitlines()[1:]] for block in out.strip().split("\n\n")]

@@ -31,21 +31,30 @@ def tensor_list(name: str, argument: str, values: object, what: str) -> list[Ten
     tensors = list(values)
     if not tensors:
         raise ValueError(f"{name}: {argument} must have one tensor {what} per layer, got an empty sequence")
+    first = tensors[0]
+    _check_tensor(name, f"{argument}[0]", first, what)
+    dtype, device = first.dtype, first.device
     for i, tensor in enumerate(tensors):
-        if tensor is None:
-            raise TypeError(
-                f"{name}: {argument}[{i}] must be a tensor {what}, got None; fused attention returns no maps: "
-                f"run the model with its plain attention, or use attention_rollout_qk"
-            )
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: {argument}[{i}] must be a tensor {what}, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOATS:
-            raise TypeError(
-                f"{name}: {argument}[{i}] must be float32, float64, bfloat16 or float16, got {tensor.dtype}"
-            )
-        if tensor.device.type == "meta":
-            raise ValueError(f"{name}: {argument}[{i}] must hold data, got a tensor on the meta device")
-    return [tensor.detach() for tensor in tensors]
+        # A layer like the first, which has been checked, needs no check of its own: the usual call is mostly these.
+        if type(tensor) is Tensor and tensor.dtype == dtype and tensor.device == device:
+            continue
+        _check_tensor(name, f"{argument}[{i}]", tensor, what)
+        same_device(name, device, f"{argument}[{i}]", tensor)
+    return [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
+
+
+def _check_tensor(name: str, argument: str, tensor: object, what: str) -> None:
+    if tensor is None:
+        raise TypeError(
+            f"{name}: {argument} must be a tensor {what}, got None; fused attention returns no maps: "
+            f"run the model with its plain attention, or use attention_rollout_qk"
+        )
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: {argument} must be a tensor {what}, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name}: {argument} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name}: {argument} must hold data, got a tensor on the meta device")
 
 
 def same_device(name: str, device: torch.device, argument: str, tensor: Tensor) -> None:
@@ -63,24 +72,27 @@ def maps(name: str, argument: str, values: object) -> list[Tensor]:
         TypeError, ValueError: a rank, size, dtype or device is wrong, or layers disagree in B or S.
     """
     tensors = tensor_list(name, argument, values, "[B, H, S, S] or [B, S, S]")
-    for i, tensor in enumerate(tensors):
-        shape = list(tensor.shape)
-        if tensor.dim() not in (3, 4):
-            raise ValueError(f"{name}: {argument}[{i}] must be [B, H, S, S] or [B, S, S], got {shape}")
-        if shape[-1] != shape[-2] or shape[-1] == 0:
-            raise ValueError(
-                f"{name}: {argument}[{i}] must be [B, H, S, S] or [B, S, S] with equal last sizes of 1 or more, "
-                f"got {shape}"
-            )
-        if tensor.dim() == 4 and shape[1] == 0:
-            raise ValueError(f"{name}: {argument}[{i}] must have at least one head, got {shape}")
-        batch, seq = tensors[0].shape[0], tensors[0].shape[-1]
-        if shape[0] != batch or shape[-1] != seq:
-            raise ValueError(
-                f"{name}: {argument}[{i}] must have the B = {batch} and S = {seq} of {argument}[0], got {shape}"
-            )
-        same_device(name, tensors[0].device, f"{argument}[{i}]", tensor)
-    return [tensor if tensor.dim() == 4 else tensor.unsqueeze(1) for tensor in tensors]
+    shapes = [tensor.shape for tensor in tensors]
+    for i, shape in enumerate(shapes):
+        if i == 0 or shape != shapes[0]:
+            _check_shape(name, argument, i, list(shape), shapes[0])
+    return [tensor if len(shape) == 4 else tensor.unsqueeze(1) for tensor, shape in zip(tensors, shapes, strict=True)]
+
+
+def _check_shape(name: str, argument: str, i: int, shape: list[int], first: torch.Size) -> None:
+    if len(shape) not in (3, 4):
+        raise ValueError(f"{name}: {argument}[{i}] must be [B, H, S, S] or [B, S, S], got {shape}")
+    if shape[-1] != shape[-2] or shape[-1] == 0:
+        raise ValueError(
+            f"{name}: {argument}[{i}] must be [B, H, S, S] or [B, S, S] with equal last sizes of 1 or more, got {shape}"
+        )
+    if len(shape) == 4 and shape[1] == 0:
+        raise ValueError(f"{name}: {argument}[{i}] must have at least one head, got {shape}")
+    batch, seq = first[0], first[-1]
+    if shape[0] != batch or shape[-1] != seq:
+        raise ValueError(
+            f"{name}: {argument}[{i}] must have the B = {batch} and S = {seq} of {argument}[0], got {shape}"
+        )
 
 
 def gradients(name: str, values: object, attentions: list[Tensor], layers: int) -> list[Tensor]:
@@ -138,8 +150,8 @@ def query(
     device: torch.device,
     dtype: torch.dtype,
     validate: bool,
-) -> tuple[Tensor | None, Tensor | None, bool]:
-    """`query` as (rows long [B] or None, weights [B, R, S] or None, whether the result is [B, S]).
+) -> tuple[int | Tensor | None, Tensor | None, bool]:
+    """`query` as (rows: an int or long [B], or None; weights [B, R, S] or None; whether the result is [B, S]).
 
     Raises:
         TypeError: neither None, an int, nor a tensor of integers or floats.
@@ -148,13 +160,19 @@ def query(
     if value is None:
         return None, None, False
     if not isinstance(value, Tensor):
-        return _row_of_int(name, value, lengths, batch, seq, device, validate), None, True
+        row = _row(name, value, seq)
+        if validate and lengths is not None and batch:
+            _check_rows(name, torch.full_like(lengths, row), lengths, seq)
+        return row, None, True
     same_device(name, device, "query", value)
     value = value.detach()
     if value.dtype in INTEGERS:
         if tuple(value.shape) != (batch,):
             raise ValueError(f"{name}: an integer query must be [B] = [{batch}], got {list(value.shape)}")
-        return _resolve_rows(name, value.to(torch.int64), lengths, seq, validate), None, True
+        rows = value.to(torch.int64)
+        if validate:
+            _check_rows(name, rows, lengths, seq)
+        return rows, None, True
     if value.dtype not in FLOATS:
         raise TypeError(
             f"{name}: query must be None, an int, a long tensor [B] or a float tensor [B, S] or [B, R, S], "
@@ -174,9 +192,8 @@ def query(
     return None, weights, value.dim() == 2
 
 
-def _row_of_int(
-    name: str, value: object, lengths: Tensor | None, batch: int, seq: int, device: torch.device, validate: bool
-) -> Tensor:
+def _row(name: str, value: object, seq: int) -> int:
+    """An int query, checked against S."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -188,20 +205,16 @@ def _row_of_int(
         ) from None
     if not -seq <= row < seq:
         raise ValueError(f"{name}: query must be a row in -{seq}..{seq - 1}, got {row}")
-    rows = torch.full((batch,), row, dtype=torch.int64, device=device)
-    return _resolve_rows(name, rows, lengths, seq, validate)
+    return row
 
 
-def _resolve_rows(name: str, rows: Tensor, lengths: Tensor | None, seq: int, validate: bool) -> Tensor:
-    """Negative rows count from each sample's own end; every row must be inside its sample."""
+def _check_rows(name: str, rows: Tensor, lengths: Tensor | None, seq: int) -> None:
+    """Every row, counted from either end, must be inside its sample."""
     ends = torch.full_like(rows, seq) if lengths is None else lengths
-    resolved = torch.where(rows < 0, rows + ends, rows)
-    if validate:
-        bad = (resolved < 0) | (resolved >= ends)
-        if bool(bad.any()):
-            b = int(bad.nonzero()[0, 0])
-            raise ValueError(
-                f"{name}: query must be a row inside each sample, -{int(ends[b])}..{int(ends[b]) - 1} "
-                f"for sample {b} of length {int(ends[b])}, got {int(rows[b])}"
-            )
-    return resolved
+    bad = (rows < -ends) | (rows >= ends)
+    if bool(bad.any()):
+        b = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"{name}: query must be a row inside each sample, -{int(ends[b])}..{int(ends[b]) - 1} "
+            f"for sample {b} of length {int(ends[b])}, got {int(rows[b])}"
+        )

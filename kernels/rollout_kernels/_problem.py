@@ -4,6 +4,7 @@ Letters: B batch, L layers, H heads, S sequence length, D head dimension, R star
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -23,7 +24,8 @@ class Problem:
         method: how M_l is formed. Its `start_layer` has been applied already: `layers` counts what is left.
         first_layer: the number of layers left out below; messages count the caller's layers.
         head_weights: None, or per layer a float64 [H_l] on CPU that sums to 1.
-        rows: long [B], non-negative: the one-hot start row of each sample.
+        rows: the one-hot start row of each sample as the caller gave it: one int for all, or long [B]; a negative one
+            counts from the sample's own end. `start_rows` is what they come to.
         weights: [B, R, S] in `compute_dtype`, 0 on padded rows: a weighting over rows.
         lengths: long [B], the valid prefix of each sample, or None for S everywhere.
         squeeze: the result of the row form is [B, S] rather than [B, R, S].
@@ -36,7 +38,7 @@ class Problem:
     method: Method
     first_layer: int
     head_weights: tuple[Tensor, ...] | None
-    rows: Tensor | None
+    rows: int | Tensor | None
     weights: Tensor | None
     lengths: Tensor | None
     squeeze: bool
@@ -49,6 +51,17 @@ class Problem:
     def layers(self) -> int:
         """L, the number of layers in the chain."""
         raise AttributeError("a problem of maps or of queries and keys has layers")
+
+    @cached_property
+    def start_rows(self) -> Tensor:
+        """`rows` as long [B], none of them negative. The GPU kernels find them out on their own."""
+        rows, ends = self.rows, self.seq if self.lengths is None else self.lengths
+        assert rows is not None
+        if isinstance(rows, Tensor):
+            return torch.where(rows < 0, rows + ends, rows)
+        if rows < 0:
+            rows = ends + rows
+        return rows if isinstance(rows, Tensor) else torch.full((self.batch,), rows, device=self.device)
 
     @property
     def form(self) -> Literal["full", "row", "weights"]:
@@ -115,9 +128,8 @@ def start_weights(problem: Problem) -> Tensor:
     """The start rows [B, R, S] as weights: `weights`, or `rows` as one-hot vectors."""
     if problem.weights is not None:
         return problem.weights
-    assert problem.rows is not None
     weights = torch.zeros(problem.batch, 1, problem.seq, dtype=problem.compute_dtype, device=problem.device)
-    return weights.scatter_(2, problem.rows.view(-1, 1, 1), 1.0)
+    return weights.scatter_(2, problem.start_rows.view(-1, 1, 1), 1.0)
 
 
 def shape_result(problem: Problem, result: Tensor) -> Tensor:

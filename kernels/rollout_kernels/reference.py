@@ -26,9 +26,8 @@ def rollout(problem: Problem) -> Tensor:
         full[b, :n, :n] = product
 
     if problem.rows is not None:
-        rows = (
-            torch.stack([full[b, int(problem.rows[b])] for b in range(problem.batch)]) if problem.batch else full[:, 0]
-        )
+        starts = problem.start_rows.tolist()
+        rows = torch.stack([full[b, start] for b, start in enumerate(starts)]) if starts else full[:, 0]
         return rows if problem.squeeze else rows[:, None]
     if problem.weights is not None:
         rows = problem.weights.double() @ full

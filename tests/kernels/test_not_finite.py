@@ -101,7 +101,7 @@ def test_validate_false_asks_the_device_nothing():
         with NoReads():
             problem = ops.maps_problem(maps, **call, validate=False)
         if problem.rows is not None:
-            assert problem.rows.tolist() == ([1, 1] if isinstance(query, int) else [4, 2])
+            assert problem.start_rows.tolist() == ([1, 1] if isinstance(query, int) else [4, 2])
         with NoReads(), pytest.raises(AssertionError, match="_local_scalar_dense"):
             ops.maps_problem(maps, **call)
 

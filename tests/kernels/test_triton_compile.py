@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
 
-from rollout_kernels._triton import HEAD_DIMENSIONS, launch
+from rollout_kernels._triton import HEAD_DIMENSIONS, inputs, launch
 from rollout_kernels._triton.fuse_heads import fuse_heads_kernel
 from rollout_kernels._triton.matrix_product import matrix_product_kernel
 from rollout_kernels._triton.qk_columns import columns_kernel
@@ -109,43 +109,69 @@ def map_sampled(case: tuple[str, str, str, int, int]) -> bool:
     as_parameters(MAP_CASES, {case: map_sampled(case) for case in MAP_CASES}),
 )
 def test_rows_from_maps(kernel: str, form: str, dtype: str, seq: int, capability: int) -> None:
-    config = launch.rows_launch(seq, DTYPES[dtype], form == "gradients", True, TABLES[capability])
+    config = launch.rows_launch(seq, DTYPES[dtype], form == "gradients", name=TABLES[capability])
     constants = map_constants(form, DTYPES[dtype], config)
     name = f"rows_{kernel} {dtype} {config.rows}x{config.padded} w{config.num_warps}"
     found = compiled(name, form, capability, MAP_KERNELS[kernel], constants, config, "LDGSTS")
     assert found.wide_loads > 0
     assert found.registers <= config.maxnreg
-    if form != "gradients":  # they take the registers of a second program, see `rows_launch`
-        assert found.resident_warps >= WARPS_TO_HIDE_LOADS, _rows[-1]
+    assert found.resident_warps >= WARPS_TO_HIDE_LOADS, _rows[-1]
 
 
-@pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("kernel", list(MAP_KERNELS))
-def test_odd_lengths_compile_without_wide_loads(kernel: str, dtype: str) -> None:
-    """S = 197: rows do not start on 16 bytes, so loads are one element wide; still nothing spills."""
-    config = launch.rows_launch(197, DTYPES[dtype], False, False, "sm_90")
-    constants = {**map_constants("max", DTYPES[dtype], config), "VEC": 1}
-    compiled(f"rows_{kernel} {dtype} S197", "max", 90, MAP_KERNELS[kernel], constants, config, "LDG")
+# Elements of one load where 16 bytes are too many: 4-byte words of two where they are of 16 bits and one.
+NARROW = [("fp32", 2), ("fp32", 1), ("bf16", 4), ("bf16", 2), ("bf16", 1)]
+NARROW_CASES = [
+    (kernel, form, dtype, vector, seq, capability)
+    for kernel in MAP_KERNELS
+    for form in MAP_FORMS
+    for dtype, vector in NARROW
+    for seq in LENGTHS
+    for capability in (80, 90, 100)
+    if not (kernel == "resident" and seq > launch.tables(TABLES[capability])["resident_longest"])
+]
 
 
-@pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("seq", [64, 512, 1024])
+def narrow_sampled(case: tuple[str, str, str, int, int, int]) -> bool:
+    """S = 197 and 577, one kernel in the heaviest forms, on sm_90."""
+    kernel, form, _, _, seq, capability = case
+    return kernel == "split" and form in ("max", "gradients") and seq in (256, 1024) and capability == 90
+
+
+@pytest.mark.parametrize(
+    ("kernel", "form", "dtype", "vector", "seq", "capability"),
+    as_parameters(NARROW_CASES, {case: narrow_sampled(case) for case in NARROW_CASES}),
+)
+def test_narrow_loads(kernel: str, form: str, dtype: str, vector: int, seq: int, capability: int) -> None:
+    """Rows that do not start on 16 bytes: as many warps are resident, and copies are asynchronous from 4 bytes on, as
+    wide as the rows allow."""
+    gradients, one, size = form == "gradients", vector == 1, DTYPES[dtype].itemsize
+    config = launch.rows_launch(seq, DTYPES[dtype], gradients, one, TABLES[capability])
+    pairs = vector * size == 2 and not gradients and seq <= inputs.LONGEST_IN_PAIRS
+    constants = map_constants(form, DTYPES[dtype], config, vector, pairs)
+    name = f"rows_{kernel} {dtype} {config.rows}x{config.padded} w{config.num_warps} in {vector}"
+    found = compiled(name, form, capability, MAP_KERNELS[kernel], constants, config, "LDG")
+    assert found.resident_warps >= WARPS_TO_HIDE_LOADS, _rows[-1]
+    if vector * size == 8:
+        assert found.count(r"LDGSTS[.A-Z0-9]*\.64") > 0
+    elif vector * size == 4 or pairs:
+        assert found.count("LDGSTS") > 0
+
+
+@pytest.mark.parametrize(("dtype", "vector"), [("fp32", 4), ("bf16", 8), *NARROW])
 @pytest.mark.parametrize("form", ["max", "gradients"])
-def test_both_regimes_reduce_in_the_same_layouts(form: str, seq: int, dtype: str) -> None:
-    """A sum's order follows from the layout it is taken in: equal layouts are half of why both give the same bits."""
-    config = launch.rows_launch(seq, DTYPES[dtype], form == "gradients", True, "sm_90")
-    constants = map_constants(form, DTYPES[dtype], config)
-    found = [
-        compile_kernel(kernel, constants, 90, config.options).reductions("f32", f"{config.rows}x{config.padded}")
-        for kernel in MAP_KERNELS.values()
-    ]
-    assert found[0]
-    assert found[0] == found[1]
+def test_sums_are_of_two(form: str, dtype: str, vector: int) -> None:
+    """However wide the loads and many the warps, and in both regimes, a sample's sums are taken in one order: each adds
+    two numbers, so that no layout has a part in it."""
+    config = launch.rows_launch(512, DTYPES[dtype], form == "gradients", vector == 1, "sm_90")
+    constants = map_constants(form, DTYPES[dtype], config, vector, vector == 1 and dtype == "bf16" and form == "max")
+    found = compile_kernel(rows_split_kernel, constants, 90, config.options).summed("f32")
+    assert len(found) >= config.rows.bit_length() - 1
+    assert set(found) <= {1, 2}
 
 
 def test_more_registers_are_asked_for_than_a_program_may_have() -> None:
     """The check of spills can fail: a cap far too low does spill."""
-    config = replace(launch.rows_launch(512, torch.float32, False, True, "sm_90"), maxnreg=32)
+    config = replace(launch.rows_launch(512, torch.float32, name="sm_90"), maxnreg=32)
     constants = map_constants("max", torch.float32, config)
     with pytest.raises(AssertionError, match="rows_split"):
         compiled("rows_split capped", "max", 90, rows_split_kernel, constants, config, "LDG")
@@ -232,7 +258,7 @@ def test_programs_wait_with_acquire_and_signal_with_release(kernel: str) -> None
     """The loop that waits reads the counter at device scope and drops the first-level cache after it; a fence stands
     before the counter goes up. Compilers have lost the first before."""
     if kernel == "rows_split":
-        config = launch.rows_launch(512, torch.float32, False, True, "sm_90")
+        config = launch.rows_launch(512, torch.float32, name="sm_90")
         found = compile_kernel(rows_split_kernel, map_constants("plain", torch.float32, config), 90, config.options)
     else:
         constants, scores = plain_columns()
@@ -260,7 +286,7 @@ def test_product_of_the_full_chain(capability: int) -> None:
 )
 @pytest.mark.parametrize("form", ["max", "gradients"])
 def test_fused_heads_of_the_full_chain(form: str, seq: int) -> None:
-    config = launch.rows_launch(seq, torch.float32, form == "gradients", True, "sm_90")
+    config = launch.rows_launch(seq, torch.float32, form == "gradients", name="sm_90")
     constants = {**map_constants(form, torch.float32, config), "OUT_VEC": 4}
     del constants["ONE_HOT"], constants["PARTS"]
     name = f"fuse_heads fp32 {config.rows}x{config.padded} w{config.num_warps}"

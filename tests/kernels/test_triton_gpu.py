@@ -94,10 +94,66 @@ def test_rows_from_qk(dtype: str, seq: int, size: int, options: dict) -> None:
 def test_a_sample_has_the_same_bits_in_any_batch_and_run(seq: int) -> None:
     problem = maps_problem(600, seq, torch.bfloat16, Method())
     whole = _triton.rows_from_maps(problem)
-    few = ops.maps_problem([m[7:9] for m in problem.maps], query=problem.rows[7:9])
+    few = ops.maps_problem([m[7:9] for m in problem.maps], query=-1)
     for _ in range(50):
         assert torch.equal(_triton.rows_from_maps(few), whole[7:9])
         assert torch.equal(_triton.rows_from_maps(problem), whole)
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["split", "resident"])
+@pytest.mark.parametrize(("dtype", "columns"), [("fp32", 2), ("fp32", 1), ("bf16", 4), ("bf16", 2), ("bf16", 1)])
+def test_the_width_of_loads_changes_no_bit(dtype: str, columns: int, split: bool) -> None:
+    problem = maps_problem(3, 512, DTYPES[dtype], Method())
+    longer = [torch.nn.functional.pad(m, (columns, 0))[..., columns:] for m in problem.maps]
+    other = ops.maps_problem(longer, query=-1)
+    assert torch.equal(_triton.rows_from_maps(other, split), _triton.rows_from_maps(problem, split))
+
+
+@pytest.mark.parametrize("query", [-1, "rows", "weights"])
+def test_nothing_waits_without_validation(query: object) -> None:
+    """No call synchronises from the first one on, and its result is that of a call that validates."""
+    given = maps_problem(3, 197, torch.bfloat16, METHODS["weights"], ragged=True)
+    if query == "rows":
+        query = torch.tensor([0, -1, 3], device="cuda")
+    if query == "weights":
+        query = torch.rand(3, 197, device="cuda")
+    options = {"query": query, "lengths": given.lengths, "method": METHODS["weights"], "backend": "triton"}
+    wanted = rollout.attention_rollout(given.maps, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = rollout.attention_rollout(given.maps, **options, validate=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["split", "resident"])
+def test_a_graph_keeps_what_it_needs(split: bool) -> None:
+    """Captured with the model that makes the maps, replayed on other input after other calls in between."""
+    batch = 4 if split else 600
+    scores = torch.randn(batch, 3, 64, 64, device="cuda")
+
+    def run() -> Tensor:
+        maps = [(scores * (i + 1)).softmax(-1) for i in range(3)]
+        return rollout.attention_rollout(maps, query=-1, backend="triton", validate=False)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        scores.copy_(torch.randn_like(scores))
+        wanted = run()
+        for size in range(1, 300):  # other tables take the memory that is free
+            small = [torch.rand(1, 2, 8, 8, device="cuda")] * (1 + size % 3)
+            rollout.attention_rollout(small, query=0, backend="triton", validate=False)
+        graph.replay()
+        assert torch.equal(captured, wanted)
 
 
 def test_the_wait_between_programs_under_load() -> None:

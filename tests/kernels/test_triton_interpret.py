@@ -39,6 +39,7 @@ if INTERPRETING:
 
     from rollout_kernels import _triton
     from rollout_kernels._triton import inputs, launch
+    from rollout_kernels._triton.prepare import CHUNK
     from rollout_kernels._triton.rows_resident import rows_resident
     from rollout_kernels._triton.rows_split import rows_split
 
@@ -183,7 +184,7 @@ def test_several_row_blocks_in_a_part(parts: int) -> None:
     problem = ops.maps_problem(maps, query=torch.randn(2, 2, 64), lengths=lengths)
     results = []
     for kernel in (rows_resident, rows_split):
-        arguments = inputs.map_inputs(problem, problem.weights, 2)
+        arguments = inputs.map_inputs(problem)
         kernel(arguments, config)
         results.append(arguments.out)
         assert error(arguments.out, problem) <= MAPS_BOUND
@@ -223,6 +224,28 @@ def test_a_sample_has_the_same_bits_in_any_batch() -> None:
     for b in range(5):
         one = ops.maps_problem([m[b : b + 1] for m in maps], query=-1)
         assert torch.equal(_triton.rows_from_maps(one, split=True)[0], whole[b])
+
+
+@pytest.mark.parametrize(("dtype", "columns"), [("fp32", 2), ("fp32", 1), ("bf16", 4), ("bf16", 2), ("bf16", 1)])
+def test_the_width_of_loads_changes_no_bit(dtype: str, columns: int) -> None:
+    """The same values in rows that allow 16 bytes a load, and in rows some columns longer that allow less."""
+    maps = [m.to(DTYPES[dtype]) for m in softmax_maps((2, 3, 32, 32), 3, seed=9)]
+    longer = [torch.nn.functional.pad(m, (columns, 0), value=math.nan)[..., columns:] for m in maps]
+    results, widths = [], []
+    for tensors in (maps, longer):
+        problem = ops.maps_problem(tensors, query=-1)
+        widths.append(inputs.map_inputs(problem).vector)
+        results.append(_triton.rows_from_maps(problem))
+    assert widths == [16 // DTYPES[dtype].itemsize, columns]
+    assert torch.equal(*results)
+
+
+def test_head_weights_and_layers_beyond_one_launch_of_tables() -> None:
+    """A table of more numbers than a launch carries is filled by several."""
+    maps = softmax_maps((1, 3, 5, 5), 50, seed=10)
+    problem = ops.maps_problem(maps, query=-1, method=METHODS["weights"])
+    assert len(inputs.map_inputs(problem).values.integers) > CHUNK
+    check_rows(problem)
 
 
 def test_a_regime_the_device_cannot_hold_gives_way_to_the_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(tool("cuobjdump") is None, reason="cuobjdump is 
 
 def of_maps(kernel: str) -> Callable[[], Compiled]:
     """S = 512, float32, in the heaviest form."""
-    config = launch.rows_launch(512, torch.float32, False, True, "sm_90")
+    config = launch.rows_launch(512, torch.float32, name="sm_90")
     constants = map_constants("max", torch.float32, config)
     return lambda: compile_kernel(MAP_KERNELS[kernel], constants, 90, config.options)
 

@@ -70,11 +70,14 @@ class Compiled:
         """Loads of 16 bytes a thread, to registers or to shared memory."""
         return self.count(r"(LDG|LDGSTS)[.A-Z0-9]*\.128")
 
-    def reductions(self, dtype: str, shape: str) -> list[str]:
-        """The layouts in which tensors of one shape and type are reduced, spelled out, in a fixed order."""
-        layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", self.ttgir, re.MULTILINE))
-        used = re.findall(rf'"tt\.reduce".*?\}}\) : \(tensor<{shape}x{dtype}, (#\w+)>\)', self.ttgir, re.DOTALL)
-        return sorted({layouts[name] for name in used})
+    def summed(self, dtype: str) -> list[int]:
+        """How many numbers of one type each reduction takes together."""
+        found = []
+        for each in self.ttgir.split('"tt.reduce"')[1:]:
+            axis, result = re.search(r"axis = (\d)", each), re.search(r"\}\) : \(tensor<([0-9x]+)x(\w+)", each)
+            if axis and result and result[2] == dtype:
+                found.append(int(result[1].split("x")[int(axis[1])]))
+        return found
 
     def inner_loop(self, containing: str) -> str:
         """The shortest loop of the listing with an instruction that matches, from its label to its branch back."""

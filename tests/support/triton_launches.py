@@ -25,12 +25,13 @@ QK_FORMS = {
 }
 
 
-def map_constants(form: str, dtype: torch.dtype, config: launch.RowsLaunch) -> dict[str, object]:
-    """Of `MAP_KERNELS`, for maps whose rows start on 16 bytes."""
+def map_constants(
+    form: str, dtype: torch.dtype, config: launch.RowsLaunch, vector: int = 0, pairs: bool = False
+) -> dict[str, object]:
+    """Of `MAP_KERNELS`, for maps read `vector` elements at a time; 0: 16 bytes."""
     triton_type = inputs.DTYPES[dtype]
-    vector = 16 // dtype.itemsize
-    layout = {"DTYPE": triton_type, "GRAD_DTYPE": triton_type, "VEC": vector, "ALIGNED": True, "UNIT_COLUMN": True}
-    return {**MAP_FORMS[form], **layout, **config.blocks}
+    layout = {"DTYPE": triton_type, "GRAD_DTYPE": triton_type, "UNIT_COLUMN": True}
+    return {**MAP_FORMS[form], **layout, **config.blocks, "VEC": vector or 16 // dtype.itemsize, "PAIRS": pairs}
 
 
 def score_constants(

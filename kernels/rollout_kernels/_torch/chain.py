@@ -67,13 +67,12 @@ def _rows(problem: Problem, source: Source) -> Tensor:
 
 def _top_row(problem: Problem, source: Source) -> Tensor:
     """Row `rows[b]` of M_L, [B, 1, S]: the chain's first step from a one-hot start."""
-    assert problem.rows is not None
     values, factor = source.top_rows()
     row = values * (problem.method.attention_weight * factor)
     if problem.lengths is not None:
         padded = torch.arange(problem.seq, device=problem.device) >= problem.lengths[:, None]
         row.masked_fill_(padded[:, None], 0.0)
-    row.scatter_add_(2, problem.rows.view(-1, 1, 1), torch.full_like(row[:, :, :1], problem.method.residual))
+    row.scatter_add_(2, problem.start_rows.view(-1, 1, 1), torch.full_like(row[:, :, :1], problem.method.residual))
     return row.div_(row.sum(-1, keepdim=True)) if problem.method.renormalize else row
 
 

@@ -57,10 +57,10 @@ class MapsSource:
     def top_rows(self) -> tuple[Tensor, float]:
         problem = self._problem
         samples = torch.arange(problem.batch, device=problem.device)
-        maps = problem.maps[-1][samples, :, problem.rows].unsqueeze(2)
+        maps = problem.maps[-1][samples, :, problem.start_rows].unsqueeze(2)
         gradients = None
         if problem.gradients is not None:
-            gradients = problem.gradients[-1][samples, :, problem.rows].unsqueeze(2)
+            gradients = problem.gradients[-1][samples, :, problem.start_rows].unsqueeze(2)
         return self._fuse(problem.layers - 1, maps, gradients)
 
     def _fuse(self, layer: int, maps: Tensor, gradients: Tensor | None, own: bool = False) -> tuple[Tensor, float]:

@@ -65,10 +65,9 @@ class QKSource:
 
     def top_rows(self) -> tuple[Tensor, float]:
         problem, layer, factor = self._problem, self._problem.layers - 1, 1.0
-        assert problem.rows is not None
         top = torch.empty(problem.batch, 1, problem.seq, dtype=problem.compute_dtype, device=problem.device)
         for samples in self.chunks(layer):
-            top[samples], factor = self._fuse(layer, self.row_maps(layer, samples, problem.rows[samples]))
+            top[samples], factor = self._fuse(layer, self.row_maps(layer, samples, problem.start_rows[samples]))
         return top, factor
 
     def chunks(self, layer: int) -> list[slice]:

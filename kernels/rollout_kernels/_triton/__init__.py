@@ -1,8 +1,7 @@
 """The GPU kernels, behind three functions and the reasons why they cannot serve a call."""
 
-import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -23,44 +22,40 @@ from rollout_kernels._triton.rows_split import rows_split
 __all__ = ["full_from_maps", "refusals_maps", "refusals_qk", "rows_from_maps", "rows_from_qk"]
 
 HEAD_DIMENSIONS = (16, 32, 64, 128)
-
-
-def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels, so that tensors may be on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+CANNOT = (CompilationError, OutOfResources, PTXASError, RuntimeError)  # what compiling for a device may raise
+PASS_FAILED = "PassManager::run failed"  # as a compiler's pass does, in a RuntimeError; others are not ours to catch
 
 
 def refusals_maps(problem: Problem) -> list[str]:
     """Why the kernels cannot compute this problem; empty when they can."""
     assert isinstance(problem, MapsProblem)
-    reasons = _device_refusals(problem.device)
-    tensors = problem.maps if problem.gradients is None else (*problem.maps, *problem.gradients)
+    reasons = launch.target(problem.device).refusals()
     for name, group in (("maps", problem.maps), ("gradients", problem.gradients or ())):
-        dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in group})
-        if len(dtypes) > 1:
-            reasons.append(f"{name} have different dtypes ({', '.join(dtypes)})")
-        elif group and group[0].dtype not in inputs.DTYPES:
-            reasons.append(f"{name} are {dtypes[0]}, not float32, bfloat16 or float16")
+        reasons += _dtype_refusals(name, group)
     if problem.compute_dtype == torch.float64 and not any("float64" in reason for reason in reasons):
         reasons.append("the result is wanted in float64")
     if callable(problem.method.head_fusion):
         reasons.append("head_fusion is a Python function")
     if problem.seq > launch.MAX_ROW:
         reasons.append(f"S = {problem.seq} is beyond the {launch.MAX_ROW} columns of a row held on chip")
-    if any(t.shape[1] == 0 for t in tensors):
-        reasons.append("a map has no heads")
     return reasons
+
+
+def _dtype_refusals(name: str, tensors: Sequence[Tensor]) -> list[str]:
+    found = {tensor.dtype for tensor in tensors}
+    if len(found) <= 1 and found <= inputs.DTYPES.keys():
+        return []
+    dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in found)
+    if len(dtypes) > 1:
+        return [f"{name} have different dtypes ({', '.join(dtypes)})"]
+    return [f"{name} are {dtypes[0]}, not float32, bfloat16 or float16"]
 
 
 def refusals_qk(problem: QKProblem) -> list[str]:
     """Why the kernels cannot compute this problem; empty when they can."""
-    reasons = _device_refusals(problem.device)
+    reasons = launch.target(problem.device).refusals()
     tensors = (*problem.queries, *problem.keys)
-    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors})
-    if len(dtypes) > 1:
-        reasons.append(f"queries and keys have different dtypes ({', '.join(dtypes)})")
-    elif tensors[0].dtype not in inputs.DTYPES:
-        reasons.append(f"queries and keys are {dtypes[0]}, not float32, bfloat16 or float16")
+    reasons += _dtype_refusals("queries and keys", tensors)
     for name, group in (("queries", problem.queries), ("keys", problem.keys)):
         if len({t.shape for t in group}) > 1:
             reasons.append(f"layers differ in the shape of their {name}")
@@ -84,16 +79,6 @@ def refusals_qk(problem: QKProblem) -> list[str]:
     return reasons
 
 
-def _device_refusals(device: torch.device) -> list[str]:
-    if device.type == "cpu":
-        return [] if interpreting() else ["tensors are on cpu"]
-    if device.type != "cuda":
-        return [f"tensors are on {device.type}"]
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return [f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"]
-    return []
-
-
 def rows_from_maps(problem: Problem, split: bool | None = None) -> Tensor:
     """Start rows times R from maps, [B, S] or [B, R, S] float32: every layer in one launch, after a
     first pass over the maps when entries are to be discarded.
@@ -105,17 +90,14 @@ def rows_from_maps(problem: Problem, split: bool | None = None) -> Tensor:
     assert isinstance(problem, MapsProblem)
     if problem.method.discard_ratio > 0:
         problem = without_discard(problem)
-    start, starts = problem.rows, 1
-    if start is None:
-        assert problem.weights is not None
-        start, starts = problem.weights.float().contiguous(), problem.weights.shape[1]
-    arguments = inputs.map_inputs(problem, start.contiguous(), starts)
+    arguments = inputs.map_inputs(problem)
     if arguments.out.numel() == 0:
         return shape_result(problem, arguments.out)
-    name = launch.table_name(problem.device)
-    config = inputs.launch_of(problem, arguments, name)
+    target = launch.target(problem.device)
+    config = inputs.launch_of(problem, arguments, target.table)
     if split is None:
-        split = launch.splits(problem.batch * starts, problem.seq, name, _processors(problem.device))
+        chains = problem.batch * arguments.out.shape[1]
+        split = launch.splits(chains, problem.seq, target.table, target.processors)
     with _on(problem.device):
         if split:
             _with_fallback(rows_split, rows_resident, arguments, config)
@@ -136,12 +118,11 @@ def full_from_maps(problem: Problem) -> Tensor:
     out = torch.empty(batch, seq, seq, dtype=torch.float32, device=device)
     if out.numel() == 0:
         return out
-    nothing = torch.empty(batch, 0, dtype=torch.float32, device=device)
-    arguments = inputs.map_inputs(problem, nothing, 0)
-    name = launch.table_name(device)
+    arguments = inputs.map_inputs(problem)
+    name = launch.target(device).table
     fuse = inputs.launch_of(problem, arguments, name)
     product = launch.product_launch(name)
-    precision = "ieee" if interpreting() else "bf16x6"
+    precision = "ieee" if launch.interpreting() else "bf16x6"
     padded = -(-seq // 4) * 4  # rows that start on 16 bytes
     scratch = [torch.empty(batch, seq, padded, dtype=torch.float32, device=device)[..., :seq] for _ in range(3)]
     with _on(device):
@@ -162,10 +143,10 @@ def rows_from_qk(problem: QKProblem) -> Tensor:
     Args:
         problem: one that `refusals_qk` has nothing against.
     """
-    arguments = qk_inputs.qk_inputs(problem, interpreting())
+    arguments = qk_inputs.qk_inputs(problem, launch.interpreting())
     if arguments.out.numel() == 0:
         return shape_result(problem, arguments.out)
-    name, dtype, size = launch.table_name(problem.device), problem.queries[0].dtype, problem.queries[0].shape[-1]
+    name, dtype, size = launch.target(problem.device).table, problem.queries[0].dtype, problem.queries[0].shape[-1]
     with _on(problem.device):
         if arguments.lse is not None:
             logsumexp(arguments, launch.scores_launch("logsumexp", dtype, size, name))
@@ -177,7 +158,9 @@ def _with_fallback(first: Callable[..., None], then: Callable[..., None], *argum
     """Runs `first`; when this device cannot compile or hold it, says so and runs `then`."""
     try:
         first(*arguments)
-    except (CompilationError, OutOfResources, PTXASError) as error:
+    except CANNOT as error:
+        if type(error) is RuntimeError and PASS_FAILED not in str(error):
+            raise
         warnings.warn(
             f"rollout_kernels: {first.__name__} cannot run on this device "
             f"({type(error).__name__}: {error}); {then.__name__} takes its place",
@@ -190,7 +173,3 @@ def _with_fallback(first: Callable[..., None], then: Callable[..., None], *argum
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -14,9 +14,12 @@ SORT_BYTES = 1 << 30  # what sorting a piece of the batch may take: values and i
 
 def without_discard(problem: MapsProblem) -> MapsProblem:
     """The same problem with the discarded maps F_l as its maps, float32 [B, 1, S, S] a layer, 1/H of the maps given."""
-    name = launch.table_name(problem.device)
-    bare = replace(problem, method=replace(problem.method, residual=0.0, attention=1.0, renormalize=False))
-    arguments = inputs.map_inputs(bare, torch.empty(problem.batch, 0, device=problem.device), 0)
+    name = launch.target(problem.device).table
+    bare = replace(
+        problem, rows=None, weights=None,
+        method=replace(problem.method, residual=0.0, attention=1.0, renormalize=False),
+    )  # fmt: skip
+    arguments = inputs.map_inputs(bare)
     fuse = inputs.launch_of(bare, arguments, name)
     maps = []
     for layer in range(problem.layers):

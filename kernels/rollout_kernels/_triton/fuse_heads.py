@@ -6,10 +6,13 @@ from torch import Tensor
 
 from rollout_kernels._triton.inputs import MapInputs
 from rollout_kernels._triton.launch import RowsLaunch
-from rollout_kernels._triton.layer import layer_rows
+from rollout_kernels._triton.layer import layer_rows, sum_columns
+from rollout_kernels._triton.run import run
 
 
-@triton.jit(do_not_specialize=["S", "stride_weights", "layer", "stride_out"])
+@triton.jit(
+    do_not_specialize=["S", "stride_weights", "layer", "stride_out"], do_not_specialize_on_alignment=["lengths_ptr"]
+)
 def fuse_heads_kernel(
     # pointers
     maps_ptr,  # int64 [L, 6]: address, strides of batch, head, row and column, heads
@@ -22,7 +25,7 @@ def fuse_heads_kernel(
     # flags
     HAS_LENGTHS: tl.constexpr, RENORMALIZE: tl.constexpr,
     FUSION: tl.constexpr, GRADIENTS: tl.constexpr, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
-    VEC: tl.constexpr, ALIGNED: tl.constexpr, UNIT_COLUMN: tl.constexpr,
+    VEC: tl.constexpr, PAIRS: tl.constexpr, UNIT_COLUMN: tl.constexpr,
     # blocks
     OUT_VEC: tl.constexpr, BLOCK_I: tl.constexpr, SP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -37,10 +40,10 @@ def fuse_heads_kernel(
 
     rows = layer_rows(
         maps_ptr, grads_ptr, head_weights_ptr, layer, sample, offs_i, offs_j, n, stride_weights, residual, attention,
-        FUSION, GRADIENTS, DTYPE, GRAD_DTYPE, VEC, ALIGNED, UNIT_COLUMN, STAGES,
+        FUSION, GRADIENTS, DTYPE, GRAD_DTYPE, VEC, PAIRS, UNIT_COLUMN, STAGES,
     )  # fmt: skip
     if RENORMALIZE:
-        rows = rows / tl.where(offs_i < n, tl.sum(rows, 1), 1.0)[:, None]
+        rows = rows / tl.where(offs_i < n, sum_columns(rows), 1.0)[:, None]
 
     row_out = stride_out * OUT_VEC
     row = (sample.to(tl.int64) * S + offs_i) * row_out
@@ -55,11 +58,15 @@ def fuse_heads(inputs: MapInputs, launch: RowsLaunch, layer: int, out: Tensor) -
     """
     batch, seq, _ = out.shape
     vector = 4 if out.stride(1) % 4 == 0 else 1
-    blocks = {name: size for name, size in launch.blocks.items() if name != "PARTS"}
-    flags = {name: flag for name, flag in inputs.flags.items() if name != "ONE_HOT"}
     maps, grads, weights, _, lengths = inputs.pointers
     _, _, _, stride_weights, residual, attention = inputs.scalars
-    fuse_heads_kernel[(batch * -(-seq // launch.rows),)](
-        maps, grads, weights, lengths, out, seq, stride_weights, residual, attention, layer, out.stride(1) // vector,
-        **flags, OUT_VEC=vector, **blocks, **launch.options,
+
+    def constants() -> dict[str, object]:
+        given = {**inputs.flags, "OUT_VEC": vector, **launch.blocks, **launch.options}
+        return {name: value for name, value in given.items() if name not in ("ONE_HOT", "PARTS")}
+
+    run(
+        fuse_heads_kernel, batch * -(-seq // launch.rows),
+        (maps, grads, weights, lengths, out, seq, stride_weights, residual, attention, layer, out.stride(1) // vector),
+        (inputs.key, launch, vector), constants,
     )  # fmt: skip

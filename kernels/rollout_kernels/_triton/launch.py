@@ -7,6 +7,7 @@ than how the same sums are spread over programs.
 """
 
 import json
+import os
 import re
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,6 +18,7 @@ import torch
 
 _FOLDER = Path(__file__).parent / "tuned"
 MAX_ROW = 8192  # the longest row of a map held on chip
+PREPARE = {"num_warps": 4, "num_stages": 1}  # options of a launch of next to no work
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class RowsLaunch:
 
     @property
     def options(self) -> dict[str, object]:
-        return {"num_warps": self.num_warps, "num_stages": 1, "maxnreg": self.maxnreg, "enable_fp_fusion": True}
+        options: dict[str, object] = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+        return options if rocm() else {**options, "maxnreg": self.maxnreg}
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,54 @@ class ProductLaunch:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
+@dataclass(frozen=True)
+class Target:
+    """A device, as far as a launch depends on it.
+
+    Attributes:
+        table: the table of `tuned/` that serves it.
+        processors: its multiprocessors.
+        cannot: why no kernel runs on it, or "".
+    """
+
+    table: str
+    processors: int = 1
+    cannot: str = ""
+
+    def refusals(self) -> list[str]:
+        return [self.cannot] if self.cannot else []
+
+
 @cache
-def table_name(device: torch.device) -> str:
-    """The table that serves a device: its own (`nvidia_h200`), its architecture's (`sm_90`), or `default`."""
+def target(device: torch.device) -> Target:
+    """What is known of a device."""
+    if device.type == "cpu":
+        return Target("default", cannot="" if interpreting() else "tensors are on cpu")
     if device.type != "cuda":
-        return "default"
-    major, minor = torch.cuda.get_device_capability(device)
-    own = re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name(device).lower()).strip("_")
-    names = (own,) if torch.version.hip else (own, f"sm_{major}{minor}")
+        return Target("default", cannot=f"tensors are on {device.type}")
+    capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    old = not rocm() and capability < (8, 0)
+    return Target(
+        table_name(name, capability),
+        torch.cuda.get_device_properties(device).multi_processor_count,
+        f"{name} is older than compute capability 8.0" if old else "",
+    )
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, so that tensors may be on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def rocm() -> bool:
+    """Whether kernels are compiled for AMD, whose compiler refuses options that are Nvidia's alone."""
+    return torch.version.hip is not None
+
+
+def table_name(name: str, capability: tuple[int, int]) -> str:
+    """The table that serves a device: its own (`nvidia_h200`), its architecture's (`sm_90`), or `default`."""
+    own = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    names = (own,) if rocm() else (own, f"sm_{capability[0]}{capability[1]}")
     return next((name for name in names if (_FOLDER / f"{name}.json").is_file()), "default")
 
 
@@ -105,17 +148,25 @@ def padded(seq: int) -> int:
     return max(32, 1 << (seq - 1).bit_length())
 
 
+@cache
 def rows_launch(
-    seq: int, dtype: torch.dtype, gradients: bool = False, wide: bool = True, name: str = "default"
+    seq: int, dtype: torch.dtype, gradients: bool = False, narrow: bool = False, name: str = "default"
 ) -> RowsLaunch:
-    """The launch of the kernels over maps. With gradients two tensors are in flight, each half as deep; their
-    addresses, or one for every element where loads are not wide, take the registers of a second resident program."""
+    """The launch of the kernels over maps.
+
+    Two tensors, or an address for every element where loads are narrow, take registers that two programs of a
+    multiprocessor do not have: one program of twice the warps has as many threads, each with half as much to hold. The
+    bits of a sample stay, as warps have no part in the order of its sums.
+    """
     size = padded(seq)
     launch = RowsLaunch(padded=size, **tables(name)["rows"][width(dtype)][str(size)])
-    if gradients:
+    if gradients or narrow:
+        most = launch.rows * size // (32 * 8)  # eight elements a thread: one load of 16 bytes where they have 16 bits
+        launch = replace(launch, num_warps=max(launch.num_warps, min(16, 2 * launch.num_warps, most)))
+    if gradients:  # each half as deep in flight
         launch = replace(launch, stages=max(1, launch.stages // 2))
-    if gradients or not wide:
-        launch = replace(launch, maxnreg=min(255, 65536 // (32 * launch.num_warps)))
+    elif narrow and width(dtype) == "16":  # words of 4 bytes of which 2 are wanted
+        launch = replace(launch, stages=launch.stages + 2)
     return launch
 
 

@@ -10,7 +10,6 @@ which running programs hold, so no order of starting programs can deadlock. w li
 and writes the other, and the step after it begins for a chain when it has ended.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -174,12 +173,10 @@ def columns(inputs: QKInputs, launch: ScoresLaunch) -> None:
     """
     batch, starts, seq = inputs.out.shape
     chains = batch * starts
-    counters = torch.zeros(inputs.layers * chains + 1, dtype=torch.int32, device=inputs.out.device)
-    w = torch.empty(2, batch, starts, seq, dtype=torch.float32, device=inputs.out.device)
-    w[0] = inputs.weights
+    ticket, ready, w = inputs.scratch()
     grid = (inputs.layers * chains * -(-seq // launch.block_n),)
     columns_kernel[grid](
-        *inputs.score_pointers, *inputs.column_pointers, w, inputs.out, counters, counters[-1:],
+        *inputs.score_pointers, *inputs.column_pointers, w, inputs.out, ready, ticket,
         *inputs.score_scalars, starts, chains, *inputs.column_scalars,
         **inputs.score_flags, **inputs.column_flags, PRECISION="ieee" if inputs.exact else launch.precision,
         **launch.blocks, **launch.options,

@@ -2,77 +2,122 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from rollout_kernels._problem import QKProblem, start_weights
-from rollout_kernels._triton.inputs import DTYPES, device_table, head_weights
+from rollout_kernels._problem import QKProblem
+from rollout_kernels._triton.inputs import DTYPES
+from rollout_kernels._triton.prepare import Prepared, Values, encode, flatten, prepare
 
 LOG2_E = math.log2(math.e)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class QKInputs:
     """Arguments that the two kernels share or hand on.
 
     Attributes:
-        score_pointers: tables of queries and keys, lengths, valid keys.
+        problem: what they were made from.
+        values: tables of queries, keys and log-sum-exp, one after another, and head weights.
+        masks: uint8 [B, S] of valid keys and of dead rows, or None.
         score_scalars: L, B, H, S, queries a key head serves, scale·log2 e, left, right.
         score_flags: the compile-time flags of both kernels.
         column_flags: those of the columns alone.
         exact: whether products need no decomposition: 16-bit operands, or the interpreter, which knows none.
-        column_pointers: table of the log-sum-exp, dead rows, head weights.
         column_scalars: factor that makes the log-sum-exp base 2, residual, attention.
-        start: long [B] when `one_hot`.
-        weights: float32 [B, R, S], the start rows.
         lse: float32 [L, B, H, S] to be filled, base 2, or None when the caller gave it.
         kept: tensors that a table points to and nobody else holds.
         out: float32 [B, R, S], not initialised.
     """
 
-    score_pointers: tuple[Tensor, ...]
+    problem: QKProblem
+    values: Values
+    masks: tuple[Tensor | None, Tensor | None]
     score_scalars: tuple[int | float, ...]
     score_flags: dict[str, object]
-    column_pointers: tuple[Tensor, ...]
     column_scalars: tuple[float, ...]
     column_flags: dict[str, object]
     exact: bool
-    start: Tensor
-    one_hot: bool
-    weights: Tensor
     lse: Tensor | None
     kept: list[Tensor]
     out: Tensor
+    _prepared: Prepared | None = field(default=None, init=False)
+    _weights: Tensor | None = field(default=None, init=False)
 
     @property
     def layers(self) -> int:
         return int(self.score_scalars[0])
 
+    @property
+    def one_hot(self) -> bool:
+        """Whether each sample's chain starts from a row of its own."""
+        return self.problem.rows is not None
+
+    @property
+    def start(self) -> Tensor:
+        """The start rows, long [B], when `one_hot`."""
+        return self._ready.start
+
+    @property
+    def score_pointers(self) -> tuple[Tensor, ...]:
+        """Tables of queries and keys, lengths, valid keys."""
+        table, lengths, valid = self._ready.table, self.problem.lengths, self.masks[0]
+        return (
+            table, table[4 * self.layers :],
+            table if lengths is None else lengths.contiguous(), table if valid is None else valid,
+        )  # fmt: skip
+
+    @property
+    def column_pointers(self) -> tuple[Tensor, ...]:
+        """Table of the log-sum-exp, dead rows, head weights."""
+        ready, dead = self._ready, self.masks[1]
+        return ready.table[8 * self.layers :], ready.table if dead is None else dead, ready.weights
+
+    def scratch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A ticket, int32 [1]; counters, int32 [L·B·R]; w, float32 [2, B, R, S]. Zeros, and w[0] the start weights:
+        as new at each call."""
+        ready = self._ready if self._weights is not None else self._prepare()
+        weights, self._weights = self._weights, None
+        assert weights is not None
+        return ready.ticket, ready.ready, weights
+
+    @property
+    def _ready(self) -> Prepared:
+        return self._prepared or self._prepare()
+
+    def _prepare(self) -> Prepared:
+        batch, starts, seq = self.out.shape
+        self._weights = torch.empty(2, batch, starts, seq, dtype=torch.float32, device=self.out.device)
+        if self.problem.weights is not None:
+            self._weights[0] = self.problem.weights
+        one_hot = self._weights if self.one_hot else None
+        self._prepared = prepare(self.problem, self.values, self.layers * batch * starts, one_hot)
+        return self._prepared
+
 
 def qk_inputs(problem: QKProblem, interpreting: bool) -> QKInputs:
     """The kernels' arguments for one problem in row form."""
-    weights = start_weights(problem).float()
-    out = torch.empty_like(weights)
-    batch, heads, seq, _ = problem.queries[0].shape
+    batch, heads, seq, size = problem.queries[0].shape
+    starts = 1 if problem.weights is None else problem.weights.shape[1]
     vector, aligned = _vectors((*problem.queries, *problem.keys))
     valid, dead = _masks(problem)
-    lse = None
+    lse, kept = None, []
     if problem.logsumexp is None:
         lse = torch.empty(problem.layers, batch, heads, seq, dtype=torch.float32, device=problem.device)
-    rows = list(lse) if lse is not None else [_unit_rows(t.float()) for t in problem.logsumexp or ()]
+        numbers = _filled_rows(lse)
+    else:
+        kept = [_unit_rows(t.float()) for t in problem.logsumexp]
+        numbers = _table(kept, 1)
+    head_weights = () if problem.head_weights is None else flatten(problem.head_weights)[0]
     left, right = _window(problem)
     method = problem.method
     total = method.residual + method.attention_weight if method.renormalize else 1.0  # softmax rows sum to 1
-    nothing = weights  # a pointer that is not read
     return QKInputs(
-        score_pointers=(
-            _table(problem.queries, vector, problem.device),
-            _table(problem.keys, vector, problem.device),
-            nothing if problem.lengths is None else problem.lengths.contiguous(),
-            nothing if valid is None else valid,
-        ),
+        problem=problem,
+        values=Values(_table(problem.queries, vector) + _table(problem.keys, vector) + numbers, head_weights),
+        masks=(valid, dead),
         score_scalars=(
             problem.layers, batch, heads, seq, heads // problem.keys[0].shape[1], problem.scale * LOG2_E,
             0 if left is None else min(left, seq), 0 if right is None else min(right, seq),
@@ -86,24 +131,16 @@ def qk_inputs(problem: QKProblem, interpreting: bool) -> QKInputs:
             "VEC": vector,
             "ALIGNED": aligned,
             "UPCAST": interpreting,
-            "D": problem.queries[0].shape[-1],
+            "D": size,
         },
-        column_pointers=(
-            _table(rows, 1, problem.device),
-            nothing if dead is None else dead,
-            nothing if problem.head_weights is None else head_weights(problem.head_weights, problem.device),
-        ),
         column_scalars=(
             LOG2_E if lse is None else 1.0, method.residual / total, method.attention_weight / total,
         ),
         column_flags={"HAS_WEIGHTS": problem.head_weights is not None, "HAS_DEAD": dead is not None},
         exact=interpreting or problem.queries[0].dtype != torch.float32,
-        start=nothing if problem.rows is None else problem.rows.contiguous(),
-        one_hot=problem.rows is not None,
-        weights=weights,
         lse=lse,
-        kept=rows,
-        out=out,
+        kept=kept,
+        out=torch.empty(batch, starts, seq, dtype=torch.float32, device=problem.device),
     )  # fmt: skip
 
 
@@ -150,6 +187,18 @@ def _vectors(tensors: Sequence[Tensor]) -> tuple[int, bool]:
     return (vector, True) if aligned and fits else (1, aligned)
 
 
-def _table(tensors: Sequence[Tensor], vector: int, device: torch.device) -> Tensor:
-    """int64 [L, 4] on the device: address, strides of batch, head and row in units of `vector`."""
-    return device_table(tuple((t.data_ptr(), *(t.stride(i) // vector for i in range(3))) for t in tensors), device)
+def _table(tensors: Sequence[Tensor], vector: int) -> tuple[int, ...]:
+    """[L, 4], row after row and encoded: address, strides of batch, head and row in units of `vector`."""
+    return tuple(
+        encode(number)
+        for t in tensors
+        for number in (t.data_ptr(), *(stride // vector for stride in (*t.stride(), 1)[:3]))
+    )
+
+
+def _filled_rows(lse: Tensor) -> tuple[int, ...]:
+    """The table of a log-sum-exp [L, B, H, S] that is to be filled."""
+    layers, _, heads, seq = lse.shape
+    layer, address = lse.stride(0) * lse.element_size(), lse.data_ptr()
+    strides = (encode(heads * seq), encode(seq), encode(1))
+    return tuple(number for i in range(layers) for number in (encode(address + i * layer), *strides))

@@ -5,10 +5,14 @@ import triton.language as tl
 
 from rollout_kernels._triton.inputs import MapInputs
 from rollout_kernels._triton.launch import RowsLaunch
-from rollout_kernels._triton.layer import any_nonzero, layer_rows, row_weights
+from rollout_kernels._triton.layer import any_nonzero, layer_rows, row_weights, sum_rows
+from rollout_kernels._triton.run import run
 
 
-@triton.jit(do_not_specialize=["L", "R", "S", "stride_weights"])
+@triton.jit(
+    do_not_specialize=["L", "R", "S", "stride_weights"],
+    do_not_specialize_on_alignment=["start_ptr", "lengths_ptr"],
+)
 def rows_resident_kernel(
     # pointers
     maps_ptr,  # int64 [L, 6]: address, strides of batch, head, row and column, heads
@@ -22,7 +26,7 @@ def rows_resident_kernel(
     # flags
     ONE_HOT: tl.constexpr, HAS_LENGTHS: tl.constexpr, RENORMALIZE: tl.constexpr,
     FUSION: tl.constexpr, GRADIENTS: tl.constexpr, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
-    VEC: tl.constexpr, ALIGNED: tl.constexpr, UNIT_COLUMN: tl.constexpr,
+    VEC: tl.constexpr, PAIRS: tl.constexpr, UNIT_COLUMN: tl.constexpr,
     # blocks
     BLOCK_I: tl.constexpr, SP: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +48,7 @@ def rows_resident_kernel(
         row = layer_rows(
             maps_ptr, grads_ptr, head_weights_ptr, top, sample, offs_start, offs_j, n, stride_weights,
             residual, attention,
-            FUSION, GRADIENTS, DTYPE, GRAD_DTYPE, VEC, ALIGNED, UNIT_COLUMN, STAGES,
+            FUSION, GRADIENTS, DTYPE, GRAD_DTYPE, VEC, PAIRS, UNIT_COLUMN, STAGES,
         )  # fmt: skip
         w = tl.sum(row * row_weights(row, tl.full((1,), 1.0, tl.float32), RENORMALIZE)[:, None], 0)
         top -= 1
@@ -64,10 +68,10 @@ def rows_resident_kernel(
                     rows = layer_rows(
                         maps_ptr, grads_ptr, head_weights_ptr, layer, sample, offs_i, offs_j, n, stride_weights,
                         residual, attention,
-                        FUSION, GRADIENTS, DTYPE, GRAD_DTYPE, VEC, ALIGNED, UNIT_COLUMN, STAGES,
+                        FUSION, GRADIENTS, DTYPE, GRAD_DTYPE, VEC, PAIRS, UNIT_COLUMN, STAGES,
                     )  # fmt: skip
                     acc += rows * row_weights(rows, w_i, RENORMALIZE)[:, None]
-            total += tl.sum(acc, 0)
+            total += sum_rows(acc)
         w = total
 
     tl.store(out_ptr + chain.to(tl.int64) * S + offs_j, w, mask=offs_j < S)
@@ -79,8 +83,8 @@ def rows_resident(inputs: MapInputs, launch: RowsLaunch) -> None:
     Reads every map once per start row (the top layer: one row per head when the start is one-hot); no memory beyond
     `out`. Not yet run on a GPU.
     """
-    chains = inputs.out.shape[0] * inputs.out.shape[1]
-    rows_resident_kernel[(chains,)](
-        *inputs.pointers, inputs.out, *inputs.scalars, **inputs.flags, **launch.blocks,
-        **launch.options,
+    run(
+        rows_resident_kernel, inputs.out.shape[0] * inputs.out.shape[1],
+        (*inputs.pointers, inputs.out, *inputs.scalars), (inputs.key, launch),
+        lambda: {**inputs.flags, **launch.blocks, **launch.options},
     )  # fmt: skip

@@ -16,7 +16,8 @@ import triton.language as tl
 
 from rollout_kernels._triton.inputs import MapInputs
 from rollout_kernels._triton.launch import RowsLaunch
-from rollout_kernels._triton.layer import any_nonzero, layer_rows, row_weights
+from rollout_kernels._triton.layer import any_nonzero, layer_rows, row_weights, sum_rows
+from rollout_kernels._triton.run import run
 from rollout_kernels._triton.tickets import arrive, wait_for
 
 SUMMED = tl.constexpr(1 << 16)  # more than any number of parts
@@ -37,7 +38,10 @@ def load_w(
         return tl.load(source + offs_i, mask=offs_i < n, other=0.0, cache_modifier=".cg")
 
 
-@triton.jit(do_not_specialize=["L", "R", "S", "stride_weights", "chains"])
+@triton.jit(
+    do_not_specialize=["L", "R", "S", "stride_weights", "chains"],
+    do_not_specialize_on_alignment=["start_ptr", "lengths_ptr"],
+)
 def rows_split_kernel(
     # pointers
     maps_ptr,  # int64 [L, 6]: address, strides of batch, head, row and column, heads
@@ -54,7 +58,7 @@ def rows_split_kernel(
     # flags
     ONE_HOT: tl.constexpr, HAS_LENGTHS: tl.constexpr, RENORMALIZE: tl.constexpr,
     FUSION: tl.constexpr, GRADIENTS: tl.constexpr, DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
-    VEC: tl.constexpr, ALIGNED: tl.constexpr, UNIT_COLUMN: tl.constexpr,
+    VEC: tl.constexpr, PAIRS: tl.constexpr, UNIT_COLUMN: tl.constexpr,
     # blocks
     BLOCK_I: tl.constexpr, SP: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +96,7 @@ def rows_split_kernel(
             row = layer_rows(
                 maps_ptr, grads_ptr, head_weights_ptr, layer, sample, offs_start, offs_j, n, stride_weights,
                 residual, attention,
-                FUSION, GRADIENTS, DTYPE, GRAD_DTYPE, VEC, ALIGNED, UNIT_COLUMN, STAGES,
+                FUSION, GRADIENTS, DTYPE, GRAD_DTYPE, VEC, PAIRS, UNIT_COLUMN, STAGES,
             )  # fmt: skip
             total = tl.sum(row * row_weights(row, tl.full((1,), 1.0, tl.float32), RENORMALIZE)[:, None], 0)
         else:
@@ -106,7 +110,7 @@ def rows_split_kernel(
                     rows = layer_rows(
                         maps_ptr, grads_ptr, head_weights_ptr, layer, sample, offs_i, offs_j, n, stride_weights,
                         residual, attention,
-                        FUSION, GRADIENTS, DTYPE, GRAD_DTYPE, VEC, ALIGNED, UNIT_COLUMN, STAGES,
+                        FUSION, GRADIENTS, DTYPE, GRAD_DTYPE, VEC, PAIRS, UNIT_COLUMN, STAGES,
                     )  # fmt: skip
                     # Maps do not depend on w: a part waits only once its first block is on chip.
                     if block == part and step > 0:
@@ -114,7 +118,7 @@ def rows_split_kernel(
                     w_i = load_w(start_ptr, out_ptr, offs_i, n, step, ONE_HOT)
                     if any_nonzero(w_i):
                         acc += rows * row_weights(rows, w_i, RENORMALIZE)[:, None]
-            total = tl.sum(acc, 0)
+            total = sum_rows(acc)
 
         tl.store(partials_ptr + part * SP + offs_j, total, mask=offs_j < n)
         if arrive(ready_ptr, 1) == parts - 1:
@@ -134,12 +138,13 @@ def rows_split(inputs: MapInputs, launch: RowsLaunch) -> None:
     batch, starts, _ = inputs.out.shape
     chains, layers = batch * starts, inputs.layers
     tickets = chains * launch.parts * layers
-    if inputs.flags["ONE_HOT"]:
+    if inputs.weights is None:
         tickets -= chains * (launch.parts - 1)
     device = inputs.out.device
     partials = torch.empty(chains * launch.parts * launch.padded, dtype=torch.float32, device=device)
-    counters = torch.zeros(layers * chains + 1, dtype=torch.int32, device=device)
-    rows_split_kernel[(tickets,)](
-        *inputs.pointers, inputs.out, partials, counters, counters[-1:], *inputs.scalars, chains,
-        **inputs.flags, **launch.blocks, **launch.options,
+    ticket, ready = inputs.counters(layers * chains)
+    run(
+        rows_split_kernel, tickets,
+        (*inputs.pointers, inputs.out, partials, ready, ticket, *inputs.scalars, chains), (inputs.key, launch),
+        lambda: {**inputs.flags, **launch.blocks, **launch.options},
     )  # fmt: skip

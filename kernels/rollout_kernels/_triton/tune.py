@@ -43,7 +43,7 @@ def main() -> int:
         print("rollout_kernels._triton.tune: no CUDA device is available; nothing was measured")
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
-    table = deepcopy(launch.tables(launch.table_name(device)))
+    table = deepcopy(launch.tables(launch.target(device).table))
     for bits, dtype in DTYPES.items():
         rows = table["rows"][bits]
         for width in ("128", "512") if options.quick else tuple(rows):
@@ -76,7 +76,7 @@ def tune_rows(width: int, dtype: torch.dtype, default: Launch) -> Launch:
 
     def trials(candidate: Launch) -> list[Trial]:
         config = launch.RowsLaunch(padded=width, **candidate)
-        given = [inputs.map_inputs(problem, rows[: problem.batch], 1) for problem in (whole, few)]
+        given = [inputs.map_inputs(problem) for problem in (whole, few)]
         kernels = zip((first, _triton.rows_split), given, strict=True)
         return [(partial(kernel, each, config), lambda each=each: each.out[0]) for kernel, each in kernels]  # type: ignore[misc]
 
@@ -94,7 +94,7 @@ def tune_scores(kernel: str, size: int, dtype: torch.dtype, default: Launch) -> 
     rows = torch.zeros(64, dtype=torch.long, device="cuda")
     problem = ops.qk_problem(queries, keys, query=rows, validate=False)  # fmt: skip
     given = qk_inputs.qk_inputs(problem, False)
-    _triton.logsumexp(given, launch.scores_launch("logsumexp", dtype, size, launch.table_name(problem.device)))
+    _triton.logsumexp(given, launch.scores_launch("logsumexp", dtype, size, launch.target(problem.device).table))
 
     def left() -> Tensor:
         assert given.lse is not None
