@@ -18,6 +18,11 @@ RELEASES = os.environ.get("TRITON_RELEASES", "").split() or [
     "triton==3.6.*", "triton==3.7.*", "triton==3.8.*", "triton==3.9.*", "triton>=3.10",
 ]  # fmt: skip
 
+INTERPRETED = {  # modules of tests that run in a process of the interpreter
+    "results": ("test_triton_interpret", "test_triton_interpret_qk"),
+    "schedules": ("test_triton_schedules", "test_scheduled_interpreter"),
+}
+
 
 def test_importing_rollout_kernels_does_not_import_triton_kernels() -> None:
     code = "import sys, rollout_kernels; print([m for m in sys.modules if m.startswith('rollout_kernels._triton')])"
@@ -29,11 +34,12 @@ def test_importing_rollout_kernels_does_not_import_triton_kernels() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_interpreter_lane(request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("lane", INTERPRETED)
+def test_lane_of_the_interpreter(lane: str, request: pytest.FixtureRequest) -> None:
     wanted = "interpret and not slow" if "not slow" in request.config.getoption("-m") else "interpret"
     command = [sys.executable, "-m", "pytest", "-q", "-m", wanted, "-p", "no:cacheprovider"]
     run = subprocess.run(
-        [*command, "tests/kernels/test_triton_interpret.py", "tests/kernels/test_triton_interpret_qk.py"],
+        [*command, *(f"tests/kernels/{name}.py" for name in INTERPRETED[lane])],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
