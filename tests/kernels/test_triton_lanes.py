@@ -54,7 +54,8 @@ def test_lane_of_the_interpreter(lane: str, request: pytest.FixtureRequest) -> N
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("release", RELEASES)
 def test_compile_lane_of_another_triton(release: str) -> None:
-    """The promises of test_triton_compile.py hold, and known numbers are met, on a Triton put before the one in use."""
+    """Promises of test_triton_compile.py and test_triton_resources.py hold, and known numbers are met, on a Triton put
+    before the one in use."""
     with tempfile.TemporaryDirectory() as folder:  # of a gigabyte: it does not stay, as `tmp_path` does
         version = unpack_triton(release, folder)
         if version == importlib.metadata.version("triton"):
@@ -67,7 +68,7 @@ def test_compile_lane_of_another_triton(release: str) -> None:
 
 def run_compile_lane(folder: str) -> subprocess.CompletedProcess[str]:
     """Every test of the compile lane, the exhaustive forms too, with the Triton of a folder."""
-    files = ["tests/kernels/test_triton_compile.py", "tests/kernels/test_triton_known.py"]
+    files = [f"tests/kernels/test_triton_{name}.py" for name in ("compile", "resources", "known")]
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *files],
         cwd=ROOT,

@@ -149,7 +149,7 @@ SPLIT = {
     "summed as they come": (
         {
             "(step == L - 1) & (arrived == parts - 1)": "step == L - 1",
-            "w_out = sum_partials(partials_ptr, parts, offs_j, offs_j < n, PARTS, SP)": "w_out = total / 3",
+            "w_out = sum_partials(partials_ptr, parts, offs_j, n, PARTS, SP)": "w_out = total / 3",
             "tl.store(out_ptr + offs_j, w_out, mask=offs_j < S)":
                 'tl.atomic_add(out_ptr + offs_j, w_out, mask=offs_j < S, sem="relaxed")',
         }, OtherBits,

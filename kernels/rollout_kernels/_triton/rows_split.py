@@ -28,19 +28,19 @@ from rollout_kernels._triton.tickets import arrive, wait_for
 def sum_partials(
     partials_ptr,  # float32 [PARTS, SP]: what one step left of one chain
     parts,  # how many of them it wrote
-    offs, mask,
+    offs, n,
     PARTS: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
-    """w at columns `offs` as the step left it, added in order of parts. Up to 16 loads are on their way at once, so
-    that a step of short rows waits for memory once; long ones have no registers for it, and more to do than to wait.
-    `.cg`: the first-level cache may hold an older step's partials."""
+    """w at columns `offs` as the step left it, 0 from n on, added in order of parts. Up to 16 loads are on their way at
+    once, so that a step of short rows waits for memory once; long ones have no registers for it, and more to do than
+    to wait. `.cg`: the first-level cache may hold an older step's partials."""
     AT_ONCE: tl.constexpr = min(PARTS, 16 if SP <= 1024 else 1)
     w = tl.zeros(offs.shape, tl.float32)
     for first in range(0, parts, AT_ONCE):
-        for next in tl.static_range(AT_ONCE):
-            other = first + next
-            pointers = partials_ptr + other * SP + offs
-            w += tl.load(pointers, mask=mask & (other < parts), other=0.0, cache_modifier=".cg")
+        for following in tl.static_range(AT_ONCE):
+            part = first + following
+            mask = offs < tl.where(part < parts, n, 0)
+            w += tl.load(partials_ptr + part * SP + offs, mask=mask, other=0.0, cache_modifier=".cg")
     return w
 
 
@@ -135,7 +135,7 @@ def rows_split_kernel(
                     # Maps do not depend on w: a part waits only once its first block and row sums are on chip.
                     if unknown:
                         wait_for(ready_ptr - chains, parts_before)
-                        w = sum_partials(before_ptr, parts_before, mine, mine < n, PARTS, SP)
+                        w = sum_partials(before_ptr, parts_before, mine, n, PARTS, SP)
                         w_i = tl.gather(w, offs_w, 0)
                     if any_nonzero(w_i):
                         acc += rows * row_weights(w_i, sums, RENORMALIZE)[:, None]
@@ -144,7 +144,7 @@ def rows_split_kernel(
         tl.store(partials_ptr + part * SP + offs_j, total, mask=offs_j < n)
         arrived = arrive(ready_ptr, 1)
         if (step == L - 1) & (arrived == parts - 1):
-            w_out = sum_partials(partials_ptr, parts, offs_j, offs_j < n, PARTS, SP)
+            w_out = sum_partials(partials_ptr, parts, offs_j, n, PARTS, SP)
             tl.store(out_ptr + offs_j, w_out, mask=offs_j < S)
 
 
