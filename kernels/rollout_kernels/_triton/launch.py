@@ -58,8 +58,8 @@ class ScoresLaunch:
 
     @property
     def options(self) -> dict[str, object]:
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
+        capped = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True, **capped}
 
 
 @dataclass(frozen=True)
