@@ -18,6 +18,11 @@ RELEASES = os.environ.get("TRITON_RELEASES", "").split() or [
     "triton==3.6.*", "triton==3.7.*", "triton==3.8.*", "triton==3.9.*", "triton>=3.10",
 ]  # fmt: skip
 
+INTERPRETED = {  # modules of tests that run in a process of the interpreter
+    "results": ("test_triton_interpret", "test_triton_interpret_qk"),
+    "schedules": ("test_triton_schedules", "test_scheduled_interpreter"),
+}
+
 
 def test_importing_rollout_kernels_does_not_import_triton_kernels() -> None:
     code = "import sys, rollout_kernels; print([m for m in sys.modules if m.startswith('rollout_kernels._triton')])"
@@ -29,11 +34,12 @@ def test_importing_rollout_kernels_does_not_import_triton_kernels() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_interpreter_lane(request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("lane", INTERPRETED)
+def test_lane_of_the_interpreter(lane: str, request: pytest.FixtureRequest) -> None:
     wanted = "interpret and not slow" if "not slow" in request.config.getoption("-m") else "interpret"
     command = [sys.executable, "-m", "pytest", "-q", "-m", wanted, "-p", "no:cacheprovider"]
     run = subprocess.run(
-        [*command, "tests/kernels/test_triton_interpret.py", "tests/kernels/test_triton_interpret_qk.py"],
+        [*command, *(f"tests/kernels/{name}.py" for name in INTERPRETED[lane])],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -48,7 +54,8 @@ def test_interpreter_lane(request: pytest.FixtureRequest) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("release", RELEASES)
 def test_compile_lane_of_another_triton(release: str) -> None:
-    """The promises of test_triton_compile.py hold, and known numbers are met, on a Triton put before the one in use."""
+    """Promises of test_triton_compile.py and test_triton_resources.py hold, and known numbers are met, on a Triton put
+    before the one in use."""
     with tempfile.TemporaryDirectory() as folder:  # of a gigabyte: it does not stay, as `tmp_path` does
         version = unpack_triton(release, folder)
         if version == importlib.metadata.version("triton"):
@@ -61,7 +68,7 @@ def test_compile_lane_of_another_triton(release: str) -> None:
 
 def run_compile_lane(folder: str) -> subprocess.CompletedProcess[str]:
     """Every test of the compile lane, the exhaustive forms too, with the Triton of a folder."""
-    files = ["tests/kernels/test_triton_compile.py", "tests/kernels/test_triton_known.py"]
+    files = [f"tests/kernels/test_triton_{name}.py" for name in ("compile", "resources", "known")]
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *files],
         cwd=ROOT,

@@ -34,7 +34,7 @@ class Compiled:
         shared, tensor_columns: bytes of shared memory and columns of tensor memory, as the launch asks for them.
         warps: of one program.
         capability: what it was compiled for.
-        sass, ttgir: the listing, and the IR whose layouts it was made from.
+        sass, ptx, ttgir, ttir: the listing, and what it was made from, step by step.
     """
 
     registers: int = -1
@@ -45,7 +45,9 @@ class Compiled:
     warps: int = 0
     capability: int = 0
     sass: str = ""
+    ptx: str = ""
     ttgir: str = ""
+    ttir: str = ""
 
     @property
     def spills(self) -> bool:
@@ -136,7 +138,8 @@ def _source(kernel: Any, constants: dict[str, Any]) -> ASTSource:
 
 def _read(built: Any) -> Compiled:
     columns = getattr(built.metadata, "tmem_size", None) or 0
-    found = Compiled(ttgir=str(built.asm["ttgir"]), shared=built.metadata.shared, tensor_columns=columns)
+    found = Compiled(shared=built.metadata.shared, tensor_columns=columns)
+    found.ttir, found.ttgir, found.ptx = (str(built.asm[name]) for name in ("ttir", "ttgir", "ptx"))
     cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
     if cuobjdump is None or nvdisasm is None:
         return found

@@ -45,13 +45,15 @@ class RowsLaunch:
 @dataclass(frozen=True)
 class ScoresLaunch:
     """Launch of a kernel from Q and K: tiles of `block_m` queries and `block_n` keys; `precision` is how tensor cores
-    multiply float32: as six products of bfloat16 thirds, or three of tf32 halves where those take fewer registers."""
+    multiply float32: as six products of bfloat16 thirds, or three of tf32 halves where those take fewer registers;
+    `maxnreg`, where it is set, keeps as many programs resident on any release of Triton."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     precision: str = "bf16x6"
+    maxnreg: int | None = None
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -59,7 +61,8 @@ class ScoresLaunch:
 
     @property
     def options(self) -> dict[str, object]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        capped = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True, **capped}
 
 
 @dataclass(frozen=True)

@@ -132,10 +132,16 @@ def layer_rows(
 
 
 @triton.jit
-def row_weights(rows, w, RENORMALIZE: tl.constexpr):
+def row_sums(rows, RENORMALIZE: tl.constexpr):
+    """Row sums of a block of M, where they are wanted."""
+    return sum_columns(rows) if RENORMALIZE else tl.full((rows.shape[0],), 1.0, tl.float32)
+
+
+@triton.jit
+def row_weights(w, sums, RENORMALIZE: tl.constexpr):
     """w / rowsum(M): what each row of M is multiplied by. A row of weight 0 takes no part, whatever its sum."""
     if RENORMALIZE:
-        w = w / tl.where(w == 0.0, 1.0, sum_columns(rows))
+        w = w / tl.where(w == 0.0, 1.0, sums)
     return w
 
 

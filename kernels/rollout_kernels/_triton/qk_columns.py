@@ -168,8 +168,8 @@ def columns_kernel(
 def columns(inputs: QKInputs, launch: ScoresLaunch) -> None:
     """Fills `inputs.out` [B, R, S] from the log-sum-exp of every row.
 
-    Scratch: float32 [2, B, R, S] and int32 [L, B·R]. The wait between programs is checked by the interpreter only in
-    ticket order, one program after another. Not yet run on a GPU.
+    Scratch: float32 [2, B, R, S] and int32 [L, B·R]. The waits between programs are checked under adversarial schedules
+    of the interpreter (tests/kernels/test_triton_schedules.py). Not yet run on a GPU.
     """
     batch, starts, seq = inputs.out.shape
     chains = batch * starts

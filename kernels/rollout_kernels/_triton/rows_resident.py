@@ -5,7 +5,7 @@ import triton.language as tl
 
 from rollout_kernels._triton.inputs import MapInputs
 from rollout_kernels._triton.launch import RowsLaunch
-from rollout_kernels._triton.layer import any_nonzero, layer_rows, row_weights, sum_rows
+from rollout_kernels._triton.layer import any_nonzero, layer_rows, row_sums, row_weights, sum_rows
 from rollout_kernels._triton.run import run
 
 
@@ -50,7 +50,8 @@ def rows_resident_kernel(
             residual, attention,
             FUSION, GRADIENTS, DTYPE, GRAD_DTYPE, VEC, PAIRS, UNIT_COLUMN, STAGES,
         )  # fmt: skip
-        w = tl.sum(row * row_weights(row, tl.full((1,), 1.0, tl.float32), RENORMALIZE)[:, None], 0)
+        one = tl.full((1,), 1.0, tl.float32)
+        w = tl.sum(row * row_weights(one, row_sums(row, RENORMALIZE), RENORMALIZE)[:, None], 0)
         top -= 1
     else:
         w = tl.load(start_ptr + chain.to(tl.int64) * S + offs_j, mask=offs_j < n, other=0.0)
@@ -70,7 +71,7 @@ def rows_resident_kernel(
                         residual, attention,
                         FUSION, GRADIENTS, DTYPE, GRAD_DTYPE, VEC, PAIRS, UNIT_COLUMN, STAGES,
                     )  # fmt: skip
-                    acc += rows * row_weights(rows, w_i, RENORMALIZE)[:, None]
+                    acc += rows * row_weights(w_i, row_sums(rows, RENORMALIZE), RENORMALIZE)[:, None]
             total += sum_rows(acc)
         w = total
 

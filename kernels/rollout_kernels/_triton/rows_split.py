@@ -5,9 +5,13 @@ top layer), so a program only ever waits for lower tickets, which running progra
 programs can deadlock, and programs need not be resident together.
 
 A step of a chain (one start row of one sample) has up to PARTS parts. Each writes its partial sum and adds 1 to
-`ready[step, chain]`; the one that arrives last adds the partials in order, writes w to `out`, and adds SUMMED, which
-the parts of the next step wait for. Those write no partial and no w before they have seen it, so one buffer of each is
-enough.
+`ready[step, chain]`; each part of the next step waits until all of them have, and adds the partials of its own rows
+itself, in order of parts: one wait a step. The last step's last part to arrive adds them all, into `out`.
+
+Two buffers of partials, taken in turn, are enough. A part of step s writes buffer s mod 2 after it has waited for
+every part of step s−1; those are the only ones that read what step s−2 left there, and a part arrives after its last
+read. So every read of the old partials comes before the first write of the new. One buffer is not: a part of step s
+may be done before another has read step s−1.
 """
 
 import torch
@@ -16,26 +20,29 @@ import triton.language as tl
 
 from rollout_kernels._triton.inputs import MapInputs
 from rollout_kernels._triton.launch import RowsLaunch
-from rollout_kernels._triton.layer import any_nonzero, layer_rows, row_weights, sum_rows
+from rollout_kernels._triton.layer import any_nonzero, layer_rows, row_sums, row_weights, sum_rows
 from rollout_kernels._triton.run import run
 from rollout_kernels._triton.tickets import arrive, wait_for
 
-SUMMED = tl.constexpr(1 << 16)  # more than any number of parts
-
 
 @triton.jit
-def load_w(
-    start_ptr,  # float32 [S]: the chain's weighting, unless ONE_HOT
-    w_ptr,  # float32 [S]: what the step before wrote
-    offs_i, n, step,
-    ONE_HOT: tl.constexpr,
+def sum_partials(
+    partials_ptr,  # float32 [PARTS, SP]: what one step left of one chain
+    parts,  # how many of them it wrote
+    offs, n,
+    PARTS: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
-    """w at rows `offs_i` as this step finds it. `.cg`: the first-level cache may hold an older step's w."""
-    if ONE_HOT:
-        return tl.load(w_ptr + offs_i, mask=offs_i < n, other=0.0, cache_modifier=".cg")
-    else:
-        source = start_ptr if step == 0 else w_ptr
-        return tl.load(source + offs_i, mask=offs_i < n, other=0.0, cache_modifier=".cg")
+    """w at columns `offs` as the step left it, 0 from n on, added in order of parts. Up to 16 loads are on their way at
+    once, so that a step of short rows waits for memory once; long ones have no registers for it, and more to do than
+    to wait. `.cg`: the first-level cache may hold an older step's partials."""
+    AT_ONCE: tl.constexpr = min(PARTS, 16 if SP <= 1024 else 1)
+    w = tl.zeros(offs.shape, tl.float32)
+    for first in range(0, parts, AT_ONCE):
+        for following in tl.static_range(AT_ONCE):
+            part = first + following
+            mask = offs < tl.where(part < parts, n, 0)
+            w += tl.load(partials_ptr + part * SP + offs, mask=mask, other=0.0, cache_modifier=".cg")
+    return w
 
 
 @triton.jit(
@@ -49,8 +56,8 @@ def rows_split_kernel(
     head_weights_ptr,  # float32 [L, H]
     start_ptr,  # int64 [B] when ONE_HOT, else float32 [B, R, S]
     lengths_ptr,  # int64 [B]
-    out_ptr,  # float32 [B, R, S]: w of the last step done, and so the result
-    partials_ptr,  # float32 [chains, PARTS, SP], chains = B·R
+    out_ptr,  # float32 [B, R, S]
+    partials_ptr,  # float32 [2, chains, PARTS, SP], chains = B·R; step s writes half s mod 2
     ready_ptr,  # int32 [L, chains], zeros
     ticket_ptr,  # int32 [1], zero
     # sizes, strides, weights
@@ -84,10 +91,16 @@ def rows_split_kernel(
         n = tl.load(lengths_ptr + sample).to(tl.int32)
     blocks = tl.cdiv(n, BLOCK_I)
     parts = tl.where(is_top, 1, tl.minimum(blocks, PARTS))
+    parts_before = parts  # of the step before
+    if ONE_HOT:
+        parts_before = tl.where(step == 1, 1, parts)
 
     start_ptr += chain.to(tl.int64) * S if not ONE_HOT else chain
     out_ptr += chain.to(tl.int64) * S
+    half = chains.to(tl.int64) * (PARTS * SP)
     partials_ptr += chain.to(tl.int64) * (PARTS * SP)
+    before_ptr = partials_ptr + (1 - step % 2) * half
+    partials_ptr += step % 2 * half
     ready_ptr += step.to(tl.int64) * chains + chain
 
     if part < parts:
@@ -98,42 +111,53 @@ def rows_split_kernel(
                 residual, attention,
                 FUSION, GRADIENTS, DTYPE, GRAD_DTYPE, VEC, PAIRS, UNIT_COLUMN, STAGES,
             )  # fmt: skip
-            total = tl.sum(row * row_weights(row, tl.full((1,), 1.0, tl.float32), RENORMALIZE)[:, None], 0)
+            one = tl.full((1,), 1.0, tl.float32)
+            total = tl.sum(row * row_weights(one, row_sums(row, RENORMALIZE), RENORMALIZE)[:, None], 0)
         else:
+            # This part's rows, block after block: local row i is row mine[i] of the map.
+            ROWS: tl.constexpr = SP // PARTS if SP > PARTS * BLOCK_I else BLOCK_I
+            local = tl.arange(0, ROWS)
+            mine = (local // BLOCK_I * PARTS + part) * BLOCK_I + local % BLOCK_I
+            w = tl.zeros((ROWS,), tl.float32)
+            if not ONE_HOT:  # noqa: SIM102
+                if step == 0:  # known at run time, the flag when compiling
+                    w = tl.load(start_ptr + mine, mask=mine < n, other=0.0)
+
             acc = tl.zeros((BLOCK_I, SP), tl.float32)
             for block in range(part, blocks, PARTS):
                 offs_i = block * BLOCK_I + tl.arange(0, BLOCK_I)
-                work = block == part
-                if block > part:
-                    work = any_nonzero(load_w(start_ptr, out_ptr, offs_i, n, step, ONE_HOT))
-                if work:
+                offs_w = block // PARTS * BLOCK_I + tl.arange(0, BLOCK_I)
+                w_i = tl.gather(w, offs_w, 0)
+                unknown = (block == part) & (step > 0)
+                if unknown | any_nonzero(w_i):
                     rows = layer_rows(
                         maps_ptr, grads_ptr, head_weights_ptr, layer, sample, offs_i, offs_j, n, stride_weights,
                         residual, attention,
                         FUSION, GRADIENTS, DTYPE, GRAD_DTYPE, VEC, PAIRS, UNIT_COLUMN, STAGES,
                     )  # fmt: skip
-                    # Maps do not depend on w: a part waits only once its first block is on chip.
-                    if block == part and step > 0:
-                        wait_for(ready_ptr - chains, SUMMED)
-                    w_i = load_w(start_ptr, out_ptr, offs_i, n, step, ONE_HOT)
+                    sums = row_sums(rows, RENORMALIZE)
+                    # Maps do not depend on w: a part waits only once its first block and row sums are on chip.
+                    if unknown:
+                        wait_for(ready_ptr - chains, parts_before)
+                        w = sum_partials(before_ptr, parts_before, mine, n, PARTS, SP)
+                        w_i = tl.gather(w, offs_w, 0)
                     if any_nonzero(w_i):
-                        acc += rows * row_weights(rows, w_i, RENORMALIZE)[:, None]
+                        acc += rows * row_weights(w_i, sums, RENORMALIZE)[:, None]
             total = sum_rows(acc)
 
         tl.store(partials_ptr + part * SP + offs_j, total, mask=offs_j < n)
-        if arrive(ready_ptr, 1) == parts - 1:
-            w = tl.zeros((SP,), tl.float32)
-            for other in range(parts):
-                w += tl.load(partials_ptr + other * SP + offs_j, mask=offs_j < n, other=0.0, cache_modifier=".cg")
-            tl.store(out_ptr + offs_j, w, mask=offs_j < S)
-            arrive(ready_ptr, SUMMED)
+        arrived = arrive(ready_ptr, 1)
+        if (step == L - 1) & (arrived == parts - 1):
+            w_out = sum_partials(partials_ptr, parts, offs_j, n, PARTS, SP)
+            tl.store(out_ptr + offs_j, w_out, mask=offs_j < S)
 
 
 def rows_split(inputs: MapInputs, launch: RowsLaunch) -> None:
     """Fills `inputs.out` [B, R, S] with `launch.parts` programs per chain and layer (one for a free top layer).
 
-    Scratch: float32 [B·R, PARTS, SP] partial sums and int32 [L, B·R] counters. The wait between programs is
-    checked by the interpreter only in ticket order, one program after another. Not yet run on a GPU.
+    Scratch: float32 [2, B·R, PARTS, SP] partial sums and int32 [L, B·R] counters. The waits between programs are
+    checked under adversarial schedules of the interpreter (tests/kernels/test_triton_schedules.py). Not yet run on a
+    GPU.
     """
     batch, starts, _ = inputs.out.shape
     chains, layers = batch * starts, inputs.layers
@@ -141,7 +165,7 @@ def rows_split(inputs: MapInputs, launch: RowsLaunch) -> None:
     if inputs.weights is None:
         tickets -= chains * (launch.parts - 1)
     device = inputs.out.device
-    partials = torch.empty(chains * launch.parts * launch.padded, dtype=torch.float32, device=device)
+    partials = torch.empty(2 * chains * launch.parts * launch.padded, dtype=torch.float32, device=device)
     ticket, ready = inputs.counters(layers * chains)
     run(
         rows_split_kernel, tickets,

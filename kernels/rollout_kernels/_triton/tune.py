@@ -2,9 +2,9 @@
 
     python -m rollout_kernels._triton.tune [--quick]
 
-For each width of a row, dtype and head dimension, every candidate that compiles and gives the default's numbers is
-timed; the fastest goes into `tuned/<device>.json` beside this file, which the package then uses on devices of that
-name. Candidates that give a sample other sums are allowed here: the table as a whole decides the order.
+For each width of a row, dtype and head dimension, every candidate that can keep the device busy, compiles and gives the
+default's numbers is timed; the fastest goes into `tuned/<device>.json` beside this file, which the package then uses on
+devices of that name. Candidates that give a sample other sums are allowed here: the table as a whole decides the order.
 """
 
 import argparse
@@ -28,6 +28,9 @@ from rollout_kernels._triton import inputs, launch, qk_inputs
 
 DTYPES = {"32": torch.float32, "16": torch.bfloat16}
 CANNOT = (CompilationError, OutOfResources, PTXASError)
+FAILED_PASS = "PassManager::run failed"  # the message of the RuntimeError of a compiler that gives up half-way
+REGISTERS = 65536  # of a multiprocessor, on every architecture served
+WARPS = 8  # resident on a multiprocessor at least, two for each of its schedulers
 HEADS, LAYERS = 8, 3
 MAP_BYTES = 2**30  # of one layer's maps
 
@@ -85,7 +88,8 @@ def tune_rows(width: int, dtype: torch.dtype, default: Launch) -> Launch:
         "num_warps": (4, 8, 16), "stages": (2, 4, 6), "parts": (default["parts"], default["parts"] * 2),
         "maxnreg": (96, 128, 255),
     }  # fmt: skip
-    return fastest(f"rows {width} {dtype}", options, default, trials)
+    busy = partial(keeps_loads_busy, width=width, itemsize=dtype.itemsize, memory=shared_memory())
+    return fastest(f"rows {width} {dtype}", options, default, trials, busy)
 
 
 def tune_scores(kernel: str, size: int, dtype: torch.dtype, default: Launch) -> Launch:
@@ -105,13 +109,43 @@ def tune_scores(kernel: str, size: int, dtype: torch.dtype, default: Launch) -> 
         return [(partial(run, given, launch.ScoresLaunch(**candidate)), left)]
 
     options = {"block_m": (16, 32, 64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)}
-    return fastest(f"{kernel} D{size} {dtype}", options, default, trials)
+    busy = partial(holds_its_tiles, size=size, itemsize=dtype.itemsize, memory=shared_memory())
+    return fastest(f"{kernel} D{size} {dtype}", options, default, trials, busy)
+
+
+def shared_memory() -> int:
+    """Bytes that one multiprocessor of this device has."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_multiprocessor
+
+
+def keeps_loads_busy(candidate: Launch, width: int, itemsize: int, memory: int) -> bool:
+    """Whether a launch of rows from maps is worth compiling: enough warps fit by registers and by the tiles on their
+    way to them, and the tile that is fused and the one that is summed, both float32, leave a thread registers."""
+    threads = 32 * candidate["num_warps"]
+    tile = candidate["rows"] * width
+    shared = (candidate["stages"] - 1) * tile * itemsize
+    programs = min(REGISTERS // (threads * min(candidate["maxnreg"], 255)), memory // (shared + 1024))
+    return programs * candidate["num_warps"] >= WARPS and 2 * tile // threads <= candidate["maxnreg"] * 3 // 4
+
+
+def holds_its_tiles(candidate: Launch, size: int, itemsize: int, memory: int) -> bool:
+    """Whether a launch from Q and K is worth compiling: its scores fit a thread's registers beside as many sums, and
+    enough warps fit by the tiles that are on their way, the smaller of the two kinds."""
+    threads = 32 * candidate["num_warps"]
+    score = candidate["block_m"] * candidate["block_n"]
+    shared = candidate["num_stages"] * min(candidate["block_m"], candidate["block_n"]) * size * itemsize
+    programs = memory // (shared + 1024)
+    return 2 * score // threads <= 192 and programs * candidate["num_warps"] >= WARPS
 
 
 def fastest(
-    label: str, options: Mapping[str, Sequence[int]], default: Launch, trials: Callable[[Launch], list[Trial]]
+    label: str,
+    options: Mapping[str, Sequence[int]],
+    default: Launch,
+    trials: Callable[[Launch], list[Trial]],
+    busy: Callable[[Launch], bool] = lambda candidate: True,
 ) -> Launch:
-    """The candidate of the least time; the default unless one is 2 % faster.
+    """The candidate of the least time among those that are `busy`; the default unless one is 2 % faster.
 
     Raises:
         RuntimeError: a candidate gives other numbers: an error in a kernel, not a slow candidate.
@@ -131,15 +165,20 @@ def fastest(
 
     spent = time(default)
     best, least = default, 0.98 * spent
-    for values in itertools.product(*options.values()):
-        candidate = dict(zip(options, values, strict=True))
+    candidates = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+    tried = [candidate for candidate in candidates if busy(candidate)]
+    for candidate in tried:
         try:
             taken = time(candidate)
         except CANNOT:
             continue
+        except RuntimeError as error:
+            if FAILED_PASS not in str(error):
+                raise
+            continue
         if taken < least:
             best, least = candidate, taken
-    print(f"{label}: {least:.3f} ms (default {spent:.3f}) {best}", flush=True)
+    print(f"{label}: {least:.3f} ms (default {spent:.3f}), {len(tried)} of {len(candidates)} tried, {best}", flush=True)
     return best
 
 
