@@ -49,11 +49,10 @@ def rows(query: int | Tensor) -> Run:
     torch.manual_seed(0)
     maps = [torch.randn(2, 1, 12, 12).softmax(-1) for _ in range(3)]
     problem = ops.maps_problem(maps, query=query, lengths=torch.tensor([12, 7]))
-    start = problem.rows if problem.rows is not None else problem.weights
     config = launch.RowsLaunch(rows=4, padded=32, parts=2, stages=1, num_warps=4, maxnreg=128)
 
     def run(module: ModuleType) -> Tensor:
-        arguments = inputs.map_inputs(problem, start, 1)
+        arguments = inputs.map_inputs(problem)
         arguments.out.zero_()
         module.rows_split(arguments, config)
         return arguments.out
@@ -247,5 +246,5 @@ def test_kernels_without_dependence_pass(seed: int) -> None:
         wanted = run()
         with schedule(seed, 3) as launches:
             result = run()
-        assert {each.kernel for each in launches} == kernels
+        assert {each.kernel for each in launches} == kernels | {"prepare_kernel"}
         assert torch.equal(result, wanted)
