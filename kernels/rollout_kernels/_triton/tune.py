@@ -1,6 +1,6 @@
 """Measures launch parameters on this machine's GPU and writes the package's table for it.
 
-    python -m rollout_kernels._triton.tune [--quick]
+    python -m rollout_kernels._triton.tune [--quick | --minutes M | --dry-run]
 
 For each width of a row, dtype and head dimension, every candidate that compiles and gives the default's numbers is
 timed; the fastest goes into `tuned/<device>.json` beside this file, which the package then uses on devices of that
@@ -10,11 +10,15 @@ name. Candidates that give a sample other sums are allowed here: the table as a 
 import argparse
 import itertools
 import json
+import math
+import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -29,33 +33,70 @@ from rollout_kernels._triton import inputs, launch, qk_inputs
 DTYPES = {"32": torch.float32, "16": torch.bfloat16}
 CANNOT = (CompilationError, OutOfResources, PTXASError)
 HEADS, LAYERS = 8, 3
-MAP_BYTES = 2**30  # of one layer's maps
 
 Launch = dict[str, Any]
 Trial = tuple[Callable[[], object], Callable[[], Tensor]]  # a kernel's launch, and what it leaves
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Of what is timed: bytes of one layer's maps; B and S of queries and keys."""
+
+    device: str = "cuda"
+    map_bytes: int = 2**30
+    batch: int = 64
+    seq: int = 512
+
+
+CARD, DRY = Sizes(), Sizes("cpu", 0, 1, 16)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two widths and one head dimension; nothing is written")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop trying candidates after that long")
+    parser.add_argument("--dry-run", action="store_true", help="the default launches, tiny, in Triton's interpreter")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if options.dry_run:
+        return dry_run()
+    if not torch.cuda.is_available() or _triton.interpreting():
         print("rollout_kernels._triton.tune: no CUDA device is available; nothing was measured")
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
     table = deepcopy(launch.tables(launch.table_name(device)))
-    for bits, dtype in DTYPES.items():
-        rows = table["rows"][bits]
-        for width in ("128", "512") if options.quick else tuple(rows):
-            rows[width] = tune_rows(int(width), dtype, rows[width])
-        for size in (64,) if options.quick else _triton.HEAD_DIMENSIONS:
-            for kernel in ("logsumexp", "columns"):
-                table[kernel][bits][str(size)] = tune_scores(kernel, size, dtype, table[kernel][bits][str(size)])
+    if options.quick:
+        wanted = jobs(table, ("128", "512"), (64,))
+    else:
+        wanted = jobs(table, tuple(table["rows"]["32"]), _triton.HEAD_DIMENSIONS)
+    started = perf_counter()
+    for done, (group, key, tune) in enumerate(wanted, 1):  # each gets its share, and what the others left
+        group[key] = tune(group[key], until=started + 60 * options.minutes * done / len(wanted))
     if not options.quick:
         name = re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name(device).lower()).strip("_")
         file = Path(_triton.__file__).parent / "tuned" / f"{name}.json"
         file.write_text(format_table(table))
         print(f"wrote {file.name}")
+    return 0
+
+
+def jobs(table: Launch, widths: Sequence[str], sizes: Sequence[int]) -> list[tuple[Launch, str, Callable[..., Launch]]]:
+    """Where in the table each launch stands, and what finds the fastest for it."""
+    found: list[tuple[Launch, str, Callable[..., Launch]]] = []
+    for bits, dtype in DTYPES.items():
+        found += [(table["rows"][bits], width, partial(tune_rows, int(width), dtype)) for width in widths]
+        for size, kernel in itertools.product(sizes, ("logsumexp", "columns")):
+            found.append((table[kernel][bits], str(size), partial(tune_scores, kernel, size, dtype)))
+    return found
+
+
+def dry_run() -> int:
+    """The default launches of one width and one head dimension, as they are timed, in Triton's interpreter."""
+    if not _triton.interpreting():
+        print("rollout_kernels._triton.tune: --dry-run runs Triton's interpreter: set TRITON_INTERPRET=1")
+        return 1
+    table = launch.tables("default")
+    for group, key, tune in jobs(table, (min(table["rows"]["32"], key=int),), (16,)):
+        tune(group[key], sizes=DRY)
     return 0
 
 
@@ -65,11 +106,11 @@ def format_table(table: dict[str, Any]) -> str:
     return re.sub(launches, lambda m: "{" + " ".join(m[1].split()) + "}", json.dumps(table, indent=2)) + "\n"
 
 
-def tune_rows(width: int, dtype: torch.dtype, default: Launch) -> Launch:
+def tune_rows(width: int, dtype: torch.dtype, default: Launch, until: float = math.inf, sizes: Sizes = CARD) -> Launch:
     """The fastest launch of both kernels of rows from maps: the sum of their times, for one width of a row."""
-    batch = max(1, MAP_BYTES // (HEADS * width * width * dtype.itemsize))
-    maps = [torch.rand(batch, HEADS, width, width, device="cuda").to(dtype) for _ in range(LAYERS)]
-    rows = torch.zeros(batch, dtype=torch.long, device="cuda")
+    batch = max(1, sizes.map_bytes // (HEADS * width * width * dtype.itemsize))
+    maps = [torch.rand(batch, HEADS, width, width, device=sizes.device).to(dtype) for _ in range(LAYERS)]
+    rows = torch.zeros(batch, dtype=torch.long, device=sizes.device)
     whole = ops.maps_problem(maps, query=rows, validate=False)
     few = ops.maps_problem([m[:8] for m in maps], query=rows[:8], validate=False)
     first = _triton.rows_resident if width <= launch.tables("default")["resident_longest"] else _triton.rows_split
@@ -85,15 +126,18 @@ def tune_rows(width: int, dtype: torch.dtype, default: Launch) -> Launch:
         "num_warps": (4, 8, 16), "stages": (2, 4, 6), "parts": (default["parts"], default["parts"] * 2),
         "maxnreg": (96, 128, 255),
     }  # fmt: skip
-    return fastest(f"rows {width} {dtype}", options, default, trials)
+    return fastest(f"rows {width} {dtype}", options, default, trials, until)
 
 
-def tune_scores(kernel: str, size: int, dtype: torch.dtype, default: Launch) -> Launch:
+def tune_scores(
+    kernel: str, size: int, dtype: torch.dtype, default: Launch, until: float = math.inf, sizes: Sizes = CARD
+) -> Launch:
     """The fastest launch of one kernel from Q and K, for one head dimension."""
-    queries, keys = ([torch.randn(64, HEADS, 512, size, device="cuda").to(dtype) for _ in range(LAYERS)] for _ in "qk")
-    rows = torch.zeros(64, dtype=torch.long, device="cuda")
+    shape = (sizes.batch, HEADS, sizes.seq, size)
+    queries, keys = ([torch.randn(shape, device=sizes.device).to(dtype) for _ in range(LAYERS)] for _ in "qk")
+    rows = torch.zeros(sizes.batch, dtype=torch.long, device=sizes.device)
     problem = ops.qk_problem(queries, keys, query=rows, validate=False)  # fmt: skip
-    given = qk_inputs.qk_inputs(problem, False)
+    given = qk_inputs.qk_inputs(problem, _triton.interpreting())
     _triton.logsumexp(given, launch.scores_launch("logsumexp", dtype, size, launch.table_name(problem.device)))
 
     def left() -> Tensor:
@@ -105,13 +149,14 @@ def tune_scores(kernel: str, size: int, dtype: torch.dtype, default: Launch) -> 
         return [(partial(run, given, launch.ScoresLaunch(**candidate)), left)]
 
     options = {"block_m": (16, 32, 64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)}
-    return fastest(f"{kernel} D{size} {dtype}", options, default, trials)
+    return fastest(f"{kernel} D{size} {dtype}", options, default, trials, until)
 
 
 def fastest(
-    label: str, options: Mapping[str, Sequence[int]], default: Launch, trials: Callable[[Launch], list[Trial]]
-) -> Launch:
-    """The candidate of the least time; the default unless one is 2 % faster.
+    label: str, options: Mapping[str, Sequence[int]], default: Launch, trials: Callable[[Launch], list[Trial]],
+    until: float = math.inf,
+) -> Launch:  # fmt: skip
+    """The candidate of the least time, of those that the clock leaves time for; the default unless one is 2 % faster.
 
     Raises:
         RuntimeError: a candidate gives other numbers: an error in a kernel, not a slow candidate.
@@ -126,12 +171,17 @@ def fastest(
                 wanted.append(left().clone())
             if not torch.allclose(left(), wanted[number], rtol=1e-4, atol=1e-6):
                 raise RuntimeError(f"rollout_kernels._triton.tune: {candidate} gives other numbers than {default}")
-            spent += do_bench(run, return_mode="median")
+            spent += 0.0 if _triton.interpreting() else do_bench(run, return_mode="median")
         return spent
 
     spent = time(default)
     best, least = default, 0.98 * spent
-    for values in itertools.product(*options.values()):
+    candidates = [] if _triton.interpreting() else list(itertools.product(*options.values()))
+    random.Random(0).shuffle(candidates)  # what there is time for is of all kinds
+    for tried, values in enumerate(candidates):
+        if perf_counter() > until:
+            print(f"{label}: out of time after {tried} of {len(candidates)} candidates")
+            break
         candidate = dict(zip(options, values, strict=True))
         try:
             taken = time(candidate)
@@ -139,7 +189,8 @@ def fastest(
             continue
         if taken < least:
             best, least = candidate, taken
-    print(f"{label}: {least:.3f} ms (default {spent:.3f}) {best}", flush=True)
+    told = "ran in the interpreter" if _triton.interpreting() else f"{least:.3f} ms (default {spent:.3f})"
+    print(f"{label}: {told} {best}", flush=True)
     return best
 
 
