@@ -27,9 +27,9 @@ _METHOD = (
 )
 _MAPS_SCHEMA = f"(Tensor[] attentions, Tensor[]? gradients, {_QUERY}, {_METHOD}, str backend, bool validate) -> Tensor"
 _QK_SCHEMA = (
-    f"(Tensor[] queries, Tensor[] keys, Tensor[]? logsumexp, Tensor?[]? bias, Tensor? key_mask, Tensor? query_mask, "
-    f"bool causal, SymInt? left, SymInt? right, float? scale, {_QUERY}, {_METHOD}, str backend, bool validate) "
-    "-> Tensor"
+    "(Tensor[] queries, Tensor[] keys, Tensor[]? logsumexp, Tensor[]? sinks, Tensor?[]? bias, Tensor? key_mask, "
+    "Tensor? query_mask, bool causal, SymInt? left, SymInt? right, float? scale, float? softcap, "
+    f"{_QUERY}, {_METHOD}, str backend, bool validate) -> Tensor"
 )
 
 
@@ -48,15 +48,18 @@ def attention_rollout_qk(queries: Sequence[Tensor], keys: Sequence[Tensor], **op
     name = "attention_rollout_qk"
     qs = _checks.tensor_list(name, "queries", queries, "[B, H, S, D]")
     ks = _checks.tensor_list(name, "keys", keys, "[B, H_kv, S, D]")
-    lse, bias = options["logsumexp"], options["bias"]
-    if lse is not None:
-        lse = _checks.tensor_list(name, "logsumexp", lse, "[B, H, S]")
+    lse, sinks = (
+        None if options[argument] is None else _checks.tensor_list(name, argument, options[argument], what)
+        for argument, what in (("logsumexp", "[B, H, S]"), ("sinks", "[H]"))
+    )
+    bias = options["bias"]
     if bias is not None:
         bias = [_detached(each) for each in ([bias] * len(qs) if isinstance(bias, Tensor) else bias)]
-    masks = (_detached(options["key_mask"]), _detached(options["query_mask"]))
-    causal = _checks_qk.flag(name, "causal", options["causal"])
-    window, scale = _checks_qk.window(name, options["window"]), options["scale"]
-    return _qk_operator(qs, ks, lse, bias, *masks, causal, *window, scale, *_query_and_method(name, options, qs[0]))
+    return _qk_operator(
+        qs, ks, lse, sinks, bias, _detached(options["key_mask"]), _detached(options["query_mask"]),
+        _checks_qk.flag(name, "causal", options["causal"]), *_checks_qk.window(name, options["window"]),
+        options["scale"], options["softcap"], *_query_and_method(name, options, qs[0]),
+    )  # fmt: skip
 
 
 def _query_and_method(name: str, options: dict[str, Any], first: Tensor) -> tuple[Any, ...]:
@@ -113,14 +116,15 @@ def _maps_problem(
 
 
 def _qk_problem(
-    queries: list[Tensor], keys: list[Tensor], logsumexp: list[Tensor] | None, bias: list[Tensor | None] | None,
-    key_mask: Tensor | None, query_mask: Tensor | None, causal: bool, left: int | None, right: int | None,
-    scale: float | None, row: int | None, query: Tensor | None, lengths: Tensor | None, *method: Any, validate: bool,
+    queries: list[Tensor], keys: list[Tensor], logsumexp: list[Tensor] | None, sinks: list[Tensor] | None,
+    bias: list[Tensor | None] | None, key_mask: Tensor | None, query_mask: Tensor | None, causal: bool,
+    left: int | None, right: int | None, scale: float | None, softcap: float | None, row: int | None,
+    query: Tensor | None, lengths: Tensor | None, *method: Any, validate: bool,
 ) -> QKProblem:  # fmt: skip
     return ops.qk_problem(
         queries, keys, query=query if row is None else row, lengths=lengths, key_mask=key_mask, query_mask=query_mask,
-        causal=causal, window=(left, right), bias=bias, scale=scale, logsumexp=logsumexp, method=_method(*method),
-        validate=validate,
+        causal=causal, window=(left, right), bias=bias, scale=scale, softcap=softcap, logsumexp=logsumexp,
+        sinks=sinks, method=_method(*method), validate=validate,
     )  # fmt: skip
 
 
