@@ -114,7 +114,7 @@ def qk_rows(source: Tensor, lengths: Tensor, **options: Any) -> Tensor:
 # Public calls as a model makes them, after what makes their maps, or queries and keys, of [L, B, H, S, S or D].
 FORMS: dict[str, tuple[int, Form]] = {
     "rows": (0, rows),
-    "rows-fixed": (0, lambda scores, lengths: rows(scores, None, query=3)),
+    "rows-bf16": (0, lambda scores, lengths: rows(scores.bfloat16(), None, query=3)),
     "rows-weights": (
         0,
         lambda scores, lengths: rows(scores, lengths, query=scores[0, :, :2, 0], method=METHODS["weights"]),
