@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def passed(stage: Stage) -> bool:
     """Runs a stage, unless it passed when all it depends on was as it is now; whether it passed."""
     device = device_name(torch.device("cuda"))
-    mark = host.ROOT / ".gpu" / f"{stage.name}, {device}"
+    mark = host.ROOT / ".gpu" / f"{stage.name}, {device}".replace("/", " ")
     key = hashlib.sha256(repr((stage, versions(record.PACKAGES))).encode())
     for file in sorted(file for folder in SOURCES for file in (host.ROOT / folder).rglob("*.*")):
         if file.suffix == ".py" or (file.parent.name == "tuned" and stage.reads_tables):
