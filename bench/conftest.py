@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from bench.machine import host
-from bench.providers import chains
 from rollout.bench.measure import EventTimer, Flush, clock, measure_ceilings, peak_extra_bytes, relative_error
 
 LONG_ENOUGH = float(os.environ.get("BENCH_SECONDS", "2"))  # for one timing: nine rounds, or fewer of a slow call
@@ -55,7 +54,8 @@ def measure(benchmark: Any, quick: bool, flush: Flush, ceilings: dict[str, Any] 
     """`measure(run, suite=…, provider=…, reference=…, tolerance=…, …)`: check, then time, then record.
 
     A wrong result has no time; without a reference there is nothing to check. `part` takes of the result what the
-    reference is of. `cold`: the caches are flushed before every timed call, so that inputs come from memory.
+    reference is of. `cold`: the caches are flushed before every timed call, so that inputs come from memory. Where
+    `problem()` has a reason why the provider cannot run here, it is skipped for that.
     """
 
     def _measure(
@@ -65,10 +65,11 @@ def measure(benchmark: Any, quick: bool, flush: Flush, ceilings: dict[str, Any] 
         tolerance: float = 0.0,
         part: Callable[[Tensor], Tensor] = lambda result: result,
         cold: bool = True,
+        problem: Callable[[], str | None] = lambda: None,
         **info: Any,
     ) -> None:
-        if info["provider"] == chains.COMPILED and (problem := chains.compiler_problem()) is not None:
-            pytest.skip(f"no compiler: {problem}")
+        if (reason := problem()) is not None:
+            pytest.skip(reason)
         with torch.inference_mode():
             result = run()
             if reference is not None:

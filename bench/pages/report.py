@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.machine import host, record
-from bench.machine.record import Record, Result, Suite, find, results
+from bench.machine.record import Record, Result, Suite, find, ratio, results
 from bench.pages import tables
-from bench.pages.targets import NO_GPU, judge_all
+from bench.pages.targets import KERNELS, NO_GPU, NO_RUN, TRITON, judge_all
 from bench.providers.chains import COMPILED, NAIVE
+from bench.providers.kernels import FLEX
 from bench.suites import SUITES
 from rollout.bench.end_to_end import STOCK
 from rollout.bench.measure import OURS
@@ -54,8 +55,8 @@ def cuda_record(found: Devices) -> Record | None:
     return next((records["cuda"] for records in found.values() if "cuda" in records), None)
 
 
-def readme_table(shown: Record, on_gpu: bool) -> str:
-    """What stands between the README's markers: peers, and shares of the work that cannot be left out."""
+def readme_table(shown: Record, cuda: Record | None) -> str:
+    """What stands between the README's markers: peers, and shares of the work that cannot be left out; then the GPU."""
     rows = []
     for suite, which, peer in HEADLINES:
         found = results(shown, suite)
@@ -69,7 +70,20 @@ def readme_table(shown: Record, on_gpu: bool) -> str:
     head = f"{shown['device']}, {shown['cores']} cores; `make bench`, {when}. Medians of one run. Share: the time of "
     head += "the work that cannot be left out, in the same run, over the time of ours."
     table = tables.markdown(["suite", "against", "theirs", "ours", "speed-up", "share"], rows)
-    return f"{head}\n\n{table}" + ("" if on_gpu else f"\n\nThese suites are {NO_GPU}.")
+    return f"{head}\n\n{table}\n\n" + (gpu_table(cuda) if cuda else f"These suites are {NO_GPU}.")
+
+
+def gpu_table(cuda: Record) -> str:
+    """Ours in every case of the kernels: rate, the share of the ceiling that binds, and times as fast as the peers."""
+    suite = cuda["suites"].get(KERNELS, {"date": NO_RUN, "results": []})
+    found, limits = suite["results"], tables.ceilings_of(suite)
+    rows = []
+    for ours in (each for each in found if each["provider"] == TRITON):
+        peers = (tables.among([name], ours, found) for name in (NAIVE, FLEX))
+        over = [f"{ratio(peer, ours):.1f}×" if peer else tables.NONE for peer in peers]
+        rows.append([ours["case"], tables.milliseconds(ours), tables.rate(ours, limits), *over])
+    header = ["kernel", "time", "rate", f"over the {NAIVE}", "over FlexAttention"]
+    return f"{cuda['device']}; `make gpu`, {suite['date']}.\n\n{tables.markdown(header, rows)}"
 
 
 def _figure(result: Result) -> str:
@@ -153,7 +167,7 @@ def write_all(root: Path = host.ROOT, plots: bool = True) -> list[Path]:
     results_page.write_text(page(folder, found, verdicts, shown))
     written += [results_page, render(root / "bench" / "README.md", verdicts, "verdicts")]
     if shown is not None:
-        written.append(render(root / "README.md", readme_table(shown, cuda is not None), "bench"))
+        written.append(render(root / "README.md", readme_table(shown, cuda), "bench"))
     return written
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import rollout
 from bench.machine import host
-from bench.providers import peers
+from bench.providers import kernels, oracle, peers
 from rollout.bench import chains as naive
 from rollout.bench.chains import NAIVE, PRODUCTS, READ
 from rollout.bench.measure import OURS
@@ -86,12 +86,14 @@ class Provider:
     """`run(*inputs)` gives the result; `method` names the oracle it is held to, within `tolerance`; None: a floor.
 
     `work` is what this provider must itself read and multiply: the naive ones every map and the full product.
+    `problem()` says why it cannot run here, or None.
     """
 
     run: Callable[..., Tensor]
     method: str | None = "rollout"
     tolerance: float = 1e-5
     work: Work = EVERY_MAP
+    problem: Callable[[], str | None] = lambda: None
 
     def on(self, shape: Shape, *inputs: Sequence[Tensor]) -> dict[str, Any]:
         """What `measure` is to be given for these inputs, L tensors each."""
@@ -99,7 +101,7 @@ class Provider:
         size, kind = inputs[0][0].element_size(), str(inputs[0][0].dtype).removeprefix("torch.")
         held = sum(layer.nbytes for layers in inputs for layer in layers)
         return {"run": partial(self.run, *inputs), "tolerance": self.tolerance, "shape": shape.sizes, "dtype": kind,
-                "inputs": held, "bytes": entries * size, "flop": flop}  # fmt: skip
+                "inputs": held, "bytes": entries * size, "flop": flop, "problem": self.problem}  # fmt: skip
 
 
 @cache
@@ -108,14 +110,15 @@ def compiler_problem() -> str | None:
     try:
         torch.compile(lambda x: (x * 2 + 1).sum(-1))(torch.ones(4, 4, device=host.DEVICE))
     except Exception as error:  # what a missing compiler raises is the compiler's choice
-        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return "no compiler: " + next(iter(str(error).strip().splitlines()), type(error).__name__)
     return None
 
 
 def _naive(function: Callable[..., Tensor], work: Work = EVERY_MAP) -> dict[str, Provider]:
     """Beside the chain itself the same compiled when it is first called, one kernel set per shape."""
     compiled = cache(lambda: torch.compile(function, dynamic=False))
-    return {NAIVE: Provider(function, work=work), COMPILED: Provider(lambda *inputs: compiled()(*inputs), work=work)}
+    again = Provider(lambda *inputs: compiled()(*inputs), work=work, problem=compiler_problem)
+    return {NAIVE: Provider(function, work=work), COMPILED: again}
 
 
 def _ours(run: Callable[..., Tensor], tolerance: float, work: Work, **options: Any) -> dict[str, Provider]:
@@ -152,6 +155,13 @@ QK: dict[str, Provider] = {
     PRODUCTS: Provider(naive.multiply, None, work=ROW_OF_SCORES),
     **_ours(rollout.attention_rollout_qk, 3e-6, ROW_OF_SCORES, query=0),
     **_naive(naive.naive_chain_qk, EVERY_SCORE),
+}
+# Beside them on a GPU.
+KERNELS: dict[str, Provider] = {
+    kernels.FLEX: Provider(kernels.flex_rows, work=ROW_OF_SCORES),
+    kernels.COLUMNS: Provider(
+        kernels.column_means, oracle.COLUMNS, 1e-2, lambda s: (0, 4 * s.D * s.entries), kernels.columns_problem
+    ),
 }
 
 

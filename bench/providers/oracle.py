@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 import rollout
+from rollout.bench.chains import softmax_maps
+
+COLUMNS = "column means"  # of every layer's softmax, over heads and layers too: no rollout
 
 
 def from_maps(maps: Sequence[Tensor], method: str = "rollout", query: int | None = 0, **options: Any) -> Tensor:
@@ -23,10 +26,13 @@ def from_maps(maps: Sequence[Tensor], method: str = "rollout", query: int | None
     return torch.cat(rows)
 
 
-def from_qk(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
-    """The row of position 0 [B, S], float64, by `backend="reference"`."""
-    pairs = ((of_sample(queries, b), of_sample(keys, b)) for b in range(len(queries[0])))
-    return torch.cat([rollout.attention_rollout_qk(*pair, query=0, backend="reference") for pair in pairs])
+def from_qk(queries: Sequence[Tensor], keys: Sequence[Tensor], method: str = "rollout") -> Tensor:
+    """The row of position 0 [B, S], or the `COLUMNS`; float64, by `backend="reference"`."""
+    pairs = [(of_sample(queries, b), of_sample(keys, b)) for b in range(len(queries[0]))]
+    if method != COLUMNS:
+        return torch.cat([rollout.attention_rollout_qk(*pair, query=0, backend="reference") for pair in pairs])
+    means = [[maps.mean((0, 1, 2)) for maps in softmax_maps(*pair)] for pair in pairs]
+    return torch.stack([torch.stack(each).mean(0) for each in means])
 
 
 def of_sample(value: Any, b: int) -> Any:

@@ -10,7 +10,6 @@ Every rollout-like method is the same chain of matrices R = M_L · … · M_1; t
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -59,6 +58,8 @@ class Method:
 
     def __post_init__(self) -> None:
         _check_head_fusion(self.head_fusion)
+        if isinstance(self.head_fusion, Tensor):  # a copy: fetched once where it is on a GPU, and nobody's to change
+            object.__setattr__(self, "head_fusion", self.head_fusion.detach().to("cpu", torch.float64, copy=True))
         for name in ("residual", "attention", "discard_ratio"):
             value = getattr(self, name)
             if name == "attention" and value is None:
@@ -94,20 +95,13 @@ class Method:
         """
         if not isinstance(self.head_fusion, Tensor):
             return None
-        weights = self._normalised
+        weights = self.head_fusion / self.head_fusion.sum(-1, keepdim=True)
         if tuple(weights.shape) not in ((heads,), (layers, heads)):
             raise ValueError(
                 f"{name}: head_fusion weights must be [H] = [{heads}] or [L, H] = [{layers}, {heads}], "
                 f"got {list(weights.shape)}"
             )
         return weights.expand(layers, heads)
-
-    @cached_property
-    def _normalised(self) -> Tensor:
-        """The head weights with sum 1; kept, so that weights given on a GPU are fetched from it once."""
-        assert isinstance(self.head_fusion, Tensor)
-        weights = self.head_fusion.detach().to("cpu", torch.float64)
-        return weights / weights.sum(-1, keepdim=True)
 
 
 def _check_head_fusion(fusion: object) -> None:

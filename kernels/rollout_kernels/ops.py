@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rollout_kernels import _checks, _checks_qk, _diagnose, _dispatch
-from rollout_kernels._problem import MapsProblem, QKProblem
+from rollout_kernels._problem import MapsProblem, Problem, QKProblem
 from rollout_kernels.method import Method
 
 ROLLOUT = Method()
@@ -29,15 +30,18 @@ def attention_rollout(
     validate: bool = True,
 ) -> Tensor:
     """Rollout from attention maps; see `rollout.attention_rollout`."""
+    if is_traced(attentions):
+        from rollout_kernels import operators  # which are built on this module
+
+        return operators.attention_rollout(
+            attentions, query=query, lengths=lengths, gradients=gradients, method=method, backend=backend,
+            validate=validate,
+        )  # fmt: skip
     with torch.no_grad():
         problem = maps_problem(
             attentions, query=query, lengths=lengths, gradients=gradients, method=method, validate=validate
         )
-        with _without_autocast(problem.device):
-            result = _dispatch.run(problem, backend)
-        if validate:
-            _diagnose.check_result(problem, result)
-        return result
+        return run(problem, backend, validate)
 
 
 def attention_rollout_qk(
@@ -60,6 +64,14 @@ def attention_rollout_qk(
     validate: bool = True,
 ) -> Tensor:
     """Rollout from queries and keys; see `rollout.attention_rollout_qk`."""
+    if is_traced(queries):
+        from rollout_kernels import operators  # which are built on this module
+
+        return operators.attention_rollout_qk(
+            queries, keys, query=query, lengths=lengths, key_mask=key_mask, query_mask=query_mask, causal=causal,
+            window=window, bias=bias, scale=scale, logsumexp=logsumexp, softcap=softcap, sinks=sinks, method=method,
+            backend=backend, validate=validate,
+        )  # fmt: skip
     with torch.no_grad():
         problem = qk_problem(
             queries,
@@ -78,11 +90,23 @@ def attention_rollout_qk(
             method=method,
             validate=validate,
         )
-        with _without_autocast(problem.device):
-            result = _dispatch.run(problem, backend)
-        if validate:
-            _diagnose.check_result(problem, result)
-        return result
+        return run(problem, backend, validate)
+
+
+def is_traced(tensors: object) -> bool:
+    """Whether a call is recorded instead of run: by `torch.compile` or `torch.export`, or on fake tensors."""
+    if torch.compiler.is_compiling():
+        return True
+    return isinstance(tensors, list | tuple) and bool(tensors) and isinstance(tensors[0], FakeTensor)
+
+
+def run(problem: Problem, backend: str, validate: bool) -> Tensor:
+    """The result of a problem, checked when `validate`."""
+    with _without_autocast(problem.device):
+        result = _dispatch.run(problem, backend)
+    if validate:
+        _diagnose.check_result(problem, result)
+    return result
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -80,7 +80,7 @@ def small_record() -> dict[str, Any]:
 
 
 def test_the_readmes_table_shows_peers_and_shares_and_no_verdict() -> None:
-    text = report.readme_table(small_record(), on_gpu=False)
+    text = report.readme_table(small_record(), None)
     lines = text.splitlines()
     assert lines[0].startswith("Some CPU, 2 cores; `make bench`, 2001-02-03. Medians of one run. Share: the time of")
     assert lines[2:-2] == [
@@ -98,7 +98,25 @@ def test_the_readmes_table_shows_peers_and_shares_and_no_verdict() -> None:
     ]
     assert lines[-1] == "These suites are not yet run on a GPU."
     assert not any(word in text for word in (targets.MET, targets.MISSED, "≥", "≤"))
-    assert "GPU" not in report.readme_table(small_record(), on_gpu=True)
+
+
+def test_the_readme_has_the_kernels_where_a_gpu_has_run() -> None:
+    case = {"case": "maps-fp32-c1", "bytes": 6_000_000_000, "flop": 0, "shape": {"S": 512}}
+    kernels = suite(
+        timed(0.002, provider="ours, triton", **case),
+        timed(0.014, provider="naive chain", **case),
+        timed(0.005, provider="FlexAttention, Q and K swapped", **case),
+        timed(0.001, provider="ours, triton", **case | {"case": "alone"}),
+    ) | {"ceilings": CEILINGS | {"copy": 4e12}}
+    cuda = {"device": "Some GPU", "suites": {"kernels on a GPU": kernels}}
+    *_, told, table = report.readme_table(small_record(), cuda).split("\n\n")
+    header, _, *rows = table.splitlines()
+    assert told == "Some GPU; `make gpu`, 2001-02-03."
+    assert header == "| kernel | time | rate | over the naive chain | over FlexAttention |"
+    assert rows == [
+        "| maps-fp32-c1 | 2.00 ms | 3000.0 GB/s, 75% of memory | 7.0× | 2.5× |",
+        "| alone | 1.00 ms | 6000.0 GB/s, 150% of memory | – | – |",
+    ]
 
 
 def verdicts(cpu: dict[str, Any] | None, cuda: dict[str, Any] | None = None) -> dict[tuple[str, str], Any]:

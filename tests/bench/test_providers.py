@@ -7,16 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import rollout
 from bench import suites, test_gpu, test_scaling
-from bench.providers import oracle, peers
-from bench.providers.chains import COMPILED, FULL, MAPS, METHODS, QK, Shape
+from bench.providers import kernels, oracle, peers
+from bench.providers.chains import COMPILED, FULL, KERNELS, MAPS, METHODS, QK, Shape
+from bench.providers.kernels import COLUMNS, FLEX
 from rollout.bench.measure import relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +33,9 @@ def random_qk() -> tuple[list[Tensor], list[Tensor]]:
     return made[:3], made[3:]
 
 
-TABLES = {"rows": (MAPS, (random_maps(),)), "full": (FULL, (random_maps(),)), "Q,K": (QK, random_qk())}
+TABLES = {
+    "rows": (MAPS, (random_maps(),)), "full": (FULL, (random_maps(),)), "Q,K": (QK | KERNELS, random_qk()),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ TABLES = {"rows": (MAPS, (random_maps(),)), "full": (FULL, (random_maps(),)), "Q
         (kind, name)
         for kind, (table, _) in TABLES.items()
         for name, provider in table.items()
-        if name != COMPILED and provider.method is not None
+        if name not in (COMPILED, COLUMNS) and provider.method is not None
     ],
 )
 def test_providers_agree_with_the_oracle(kind: str, name: str) -> None:
@@ -168,37 +169,43 @@ def test_scaling_inputs_are_maps_of_their_own() -> None:
         assert relative_error(found.sum(-1), test_scaling.exact(case, 8192)) <= 1e-6  # beyond it
 
 
-def test_the_gpu_suite_by_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the kernels, the graph and the log-sum-exp of torch's own attention, which need a card."""
-    for table in (MAPS, FULL, QK):
-        monkeypatch.setitem(table, test_gpu.OURS, table["ours"])
-    calls = {
-        name: lambda *given, name=name, **options: getattr(rollout, name)(*given, **options | {"backend": "torch"})
-        for name in ("attention_rollout", "attention_rollout_qk")
-    }
-    monkeypatch.setattr(test_gpu, "rollout", SimpleNamespace(**calls))
-    monkeypatch.setattr(test_gpu, "graphed", lambda run: run)
+def test_column_means_are_those_of_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-colreduce runs on a GPU only: here with its own words for a function, [B, H, S] of `reduction`."""
 
-    def logsumexp(q: Tensor, k: Tensor) -> Tensor:
-        return (q.float() @ k.float().mT / q.shape[-1] ** 0.5).logsumexp(-1)
+    def flash_colreduce(query: Tensor, key: Tensor, reduction: str) -> Tensor:
+        return getattr((query @ key.mT / query.shape[-1] ** 0.5).softmax(-1), reduction)(2)
 
-    monkeypatch.setattr(test_gpu, "logsumexp", logsumexp)
-    found = {}
+    monkeypatch.setitem(sys.modules, "flash_colreduce", SimpleNamespace(flash_colreduce=flash_colreduce))
+    inputs = random_qk()
+    exact = oracle.from_qk(*inputs, KERNELS[COLUMNS].method)
+    assert relative_error(KERNELS[COLUMNS].run(*inputs), exact) <= 1e-6
+    torch.testing.assert_close(exact.sum(-1), torch.ones(2, dtype=torch.float64))
 
-    def measure(run: Any, reference: Tensor, tolerance: float, part: Any, **info: Any) -> None:
-        assert relative_error(part(run()), reference) <= tolerance
-        found[info["case"], info["provider"]] = info
 
+def test_flex_attention_takes_the_logsumexp_that_is_given() -> None:
+    queries, keys = random_qk()
+    given = [(q @ k.mT / 8**0.5).logsumexp(-1) for q, k in zip(queries, keys, strict=True)]
+    wanted = oracle.from_qk(queries, keys)
+    assert relative_error(KERNELS[FLEX].run(queries, keys, given), wanted) <= 1e-6
+    assert relative_error(KERNELS[FLEX].run(queries, keys, [lse + 1 for lse in given]), wanted) > 0.1
+
+
+def test_a_kernel_that_cannot_run_is_skipped_for_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    assert KERNELS[COLUMNS].problem() == "flash-colreduce is not installed: pip install flash-colreduce"
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name)
+    assert KERNELS[COLUMNS].problem() == "flash-colreduce needs a GPU"
+    assert KERNELS[FLEX].problem() is None
+
+
+def test_what_runs_on_a_gpu_beside_ours() -> None:
+    found: dict[str, list[str]] = {}
     for name, provider in test_gpu.RUNS:
-        if provider != COMPILED:
-            test_gpu.test_kernel(name, provider, measure, quick=True)
-    assert {case for case, _ in found} == test_gpu.CASES.keys()
-    monkeypatch.setattr(test_gpu, "LONGEST_CHECKED", 100)  # beyond it the sum of the row
-    test_gpu.test_kernel("qk-bf16-c3", test_gpu.OURS, measure, quick=True)
-    given, computed = (found[case, test_gpu.OURS] for case in ("qk-bf16-c1-given", "qk-bf16-c1"))
-    assert given["flop"] == 2 * 64 * 4 * 4 * (2 * 200 * 200 + 200)  # 2·D for each score of B=H=4, S=200, L=3
-    assert computed["flop"] == 2 * given["flop"]
-    assert found["maps-bf16-c1", test_gpu.OURS]["bytes"] == 2 * 4 * 4 * (2 * 200 * 200 + 200)
+        found.setdefault(name, []).append(provider)
+    assert found["maps-bf16-c1"] == [test_gpu.OURS, "naive chain", COMPILED, "PyHealth's arithmetic"]
+    assert found["qk-bf16-c1"] == [test_gpu.OURS, "naive chain", COMPILED, FLEX, COLUMNS]
+    assert found["qk-bf16-c3-given"] == [test_gpu.OURS, FLEX]
+    assert found["qk-bf16-c4-given"] == [test_gpu.OURS]
 
 
 def test_every_suite_names_a_test_that_records_it() -> None:

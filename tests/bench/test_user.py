@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -207,8 +208,9 @@ def test_error_of_a_wrong_shape_or_a_nan_is_infinite() -> None:
 
 
 def test_a_gpu_is_timed_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events that tell the number of calls before them, in milliseconds."""
+    """Events that tell the number of calls before them, in milliseconds; the device waits while a call is launched."""
     calls: list[str] = []
+    waits: list[int] = []
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -226,11 +228,14 @@ def test_a_gpu_is_timed_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: (waits.append(cycles), calls.append("wait")))
     timer = measuring.EventTimer()
     for count in (2, 5):  # a pair of calls each, and nothing of one is left for the next
         assert timer() == 0.0
         calls.extend(["call"] * count)
         assert timer() == count
+    assert waits == [measuring.HEAD_START] * 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system has no /proc to ask")

@@ -154,12 +154,17 @@ def rows_from_qk(problem: QKProblem) -> Tensor:
     return shape_result(problem, arguments.out)
 
 
+def cannot_compile(error: Exception) -> bool:
+    """Whether an error that is one of `CANNOT` says that a kernel cannot be compiled for a device, or held by it."""
+    return type(error) is not RuntimeError or PASS_FAILED in str(error)
+
+
 def _with_fallback(first: Callable[..., None], then: Callable[..., None], *arguments: object) -> None:
     """Runs `first`; when this device cannot compile or hold it, says so and runs `then`."""
     try:
         first(*arguments)
     except CANNOT as error:
-        if type(error) is RuntimeError and PASS_FAILED not in str(error):
+        if not cannot_compile(error):
             raise
         warnings.warn(
             f"rollout_kernels: {first.__name__} cannot run on this device "
