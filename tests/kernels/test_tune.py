@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from rollout_kernels import _triton
 from rollout_kernels._triton import launch, tune
 
 DEFAULT = {"block_m": 1, "num_warps": 4}
@@ -18,7 +19,7 @@ OPTIONS = {"block_m": (1, 2, 3), "num_warps": (4, 8)}
 Key = tuple[int, int]
 
 
-CANNOT_COMPILE = tune.CANNOT[0](None, None, "no such launch")
+CANNOT_COMPILE = _triton.CANNOT[0](None, None, "no such launch")
 
 
 def choose(
@@ -39,7 +40,7 @@ def choose(
             raise error
         return [(lambda: None, lambda: torch.tensor([1.1 if key == off else 1.0]))]
 
-    return tune.fastest("x", OPTIONS, DEFAULT, trials, busy)
+    return tune.fastest("x", OPTIONS, DEFAULT, trials, busy=busy)
 
 
 def test_the_fastest_that_can_be_compiled_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
