@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from rollout._capture.patch import Around, around_call
 from rollout._capture.readers import registered
 from rollout._capture.recording import ATTENTION_LAYERS_ONLY, Recording, _recordings, recordings_of
-from rollout._capture.refusals import ATTENTION, refuse_dropout, refuse_opaque
+from rollout._capture.refusals import ATTENTION, MIXER, refuse_dropout, refuse_opaque
 from rollout._capture.streams import stream_names
 from rollout.tape import Record, Tape
 
@@ -165,15 +165,22 @@ def _through_named(module: nn.Module, call: Callable[..., Any], *args: Any, **kw
     return output
 
 
-def _through_layer(stream: str, first: bool, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-    """The first or the last layer of a stack of which some attend."""
-    for recording in recordings_of(module) if first else ():
-        if args and isinstance(args[0], Tensor) and args[0].dim() == 3 and args[0].is_floating_point():
+def _through_first(
+    stream: str, axes: int, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """A layer that a stack begins with, whose state has so many axes."""
+    for recording in recordings_of(module):
+        if args and isinstance(args[0], Tensor) and args[0].dim() == axes and args[0].is_floating_point():
             recording.before_layer(stream, args[0])
-    output = call(*args, **kw)
+    return call(*args, **kwargs)
+
+
+def _through_last(stream: str, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The last layer of a stack."""
+    output = call(*args, **kwargs)
     result = output[0] if isinstance(output, tuple) and output else output
-    for recording in () if first else recordings_of(module):
-        if isinstance(result, Tensor) and result.dim() == 3:
+    for recording in recordings_of(module):
+        if isinstance(result, Tensor) and result.dim() in (3, 4):
             recording.after_layer(module, stream, result)
     return output
 
@@ -184,11 +191,16 @@ def _stacks(model: nn.Module) -> Iterator[dict[nn.Module, Around]]:
     named = {path: module for path, module in modules.items() if ATTENTION.search(type(module).__name__)}
     yield dict.fromkeys(named.values(), _through_named)
     streams = stream_names(modules)
-    for stream in {streams[path][0] for path in named}:
+    mixers = {path: modules[path] for path in modules if path in named or MIXER.search(path.rpartition(".")[2])}
+    held = set(mixers.values())
+    for stream in {streams[path][0] for path in mixers}:
         stack = modules.get(stream)
-        if isinstance(stack, nn.ModuleList | nn.Sequential) and len(stack) > 1:
-            yield {stack[0]: partial(_through_layer, stream, True)}
-            yield {stack[-1]: partial(_through_layer, stream, False)}
+        if isinstance(stack, nn.ModuleList | nn.Sequential) and len(stack):
+            yield {stack[0]: partial(_through_first, stream, 3)}
+            # What comes before the first layer that attends makes the image into patches.
+            attending = [layer for layer in stack if not held.isdisjoint(layer.modules())]
+            yield {layer: partial(_through_first, stream, 4) for layer in attending[:1]}
+            yield {stack[-1]: partial(_through_last, stream)}
 
 
 def _registered_adapter(model: nn.Module) -> dict[nn.Module, Around]:

@@ -219,7 +219,7 @@ class Recording:
         if not crosses:
             self._refuse_lengths(module, states)
         if not crosses or self.cross_attention:
-            self._refuse_again(module, stream, crosses)
+            self._refuse_again(module, stream, crosses, states[0])
             with torch.no_grad():
                 entry = make()
         if self.study is not None:
@@ -307,25 +307,31 @@ class Recording:
                 f"generation steps cannot be recorded, nor keys of a shortened sequence"
             )
 
-    def _refuse_again(self, module: nn.Module, stream: str, crosses: bool) -> None:
-        if (stream, module, crosses) in self._ran and not self.shared_layers:
-            raise CaptureError(
-                f"capture: a module must attend once in a call of the model, {self.paths[module] or self.name(module)} "
-                f"did twice: pass shared_layers=True when its runs are layers that share weights; capture a part that "
-                f"runs on two inputs one input at a time"
+    def _refuse_again(self, module: nn.Module, stream: str, crosses: bool, state: Tensor) -> None:
+        if (stream, module, crosses) not in self._ran or self.shared_layers:
+            return
+        advice = "pass shared_layers=True when its runs are layers that share weights"
+        if self.study is not None and not self.study.stands(stream, state):
+            advice = (
+                "the second does not stand on the first: parts of one attention (differential attention, chunks, "
+                "several images) cannot be recorded exactly; capture what runs on two inputs one input at a time"
             )
+        raise CaptureError(
+            f"capture: a module must attend once in a call of the model, {self.paths[module] or self.name(module)} "
+            f"did twice: {advice}"
+        )
 
     def before_layer(self, stream: str, hidden: Tensor) -> None:
         """The first layer of a stack is about to run."""
         if self.study is not None and not self.muted and hidden.shape[0] in self._batches:
             with torch._C.DisableTorchFunction():
-                self.study.begin(stream, hidden.unsqueeze(1))
+                self.study.begin(stream, hidden)
 
     def after_layer(self, module: nn.Module, stream: str, hidden: Tensor) -> None:
         """The last layer of a stack has run: what came after its last attention counts too."""
         if self.study is not None and not self.muted:
             with torch._C.DisableTorchFunction():
-                self.study.end(stream, self.name(module), hidden.unsqueeze(1))
+                self.study.end(stream, self.name(module), hidden)
             self._refuse_findings(self.study.findings)
             self.tape.notes = tuple(self.study.findings)
 
