@@ -165,6 +165,15 @@ def _through_named(module: nn.Module, call: Callable[..., Any], *args: Any, **kw
     return output
 
 
+def _through_mixer(module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A module that by its name, or its own, attends or stands in the place of what does."""
+    output = call(*args, **kwargs)
+    for recording in recordings_of(module):
+        if args and isinstance(args[0], Tensor) and args[0].dim() == 3 and args[0].is_floating_point():
+            recording.given(module, args[0])
+    return output
+
+
 def _through_first(
     stream: str, axes: int, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
@@ -192,6 +201,7 @@ def _stacks(model: nn.Module) -> Iterator[dict[nn.Module, Around]]:
     yield dict.fromkeys(named.values(), _through_named)
     streams = stream_names(modules)
     mixers = {path: modules[path] for path in modules if path in named or MIXER.search(path.rpartition(".")[2])}
+    yield dict.fromkeys(mixers.values(), _through_mixer)
     held = set(mixers.values())
     for stream in {streams[path][0] for path in mixers}:
         stack = modules.get(stream)
