@@ -165,11 +165,15 @@ def _through_named(module: nn.Module, call: Callable[..., Any], *args: Any, **kw
     return output
 
 
+def _is_state(given: Any, axes: int) -> bool:
+    return isinstance(given, Tensor) and not given.is_nested and given.dim() == axes and given.is_floating_point()
+
+
 def _through_mixer(module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A module that by its name, or its own, attends or stands in the place of what does."""
     output = call(*args, **kwargs)
     for recording in recordings_of(module):
-        if args and isinstance(args[0], Tensor) and args[0].dim() == 3 and args[0].is_floating_point():
+        if args and _is_state(args[0], 3):
             recording.given(module, args[0])
     return output
 
@@ -179,7 +183,7 @@ def _through_first(
 ) -> Any:
     """A layer that a stack begins with, whose state has so many axes."""
     for recording in recordings_of(module):
-        if args and isinstance(args[0], Tensor) and args[0].dim() == axes and args[0].is_floating_point():
+        if args and _is_state(args[0], axes):
             recording.before_layer(stream, args[0])
     return call(*args, **kwargs)
 
@@ -189,7 +193,7 @@ def _through_last(stream: str, module: nn.Module, call: Callable[..., Any], *arg
     output = call(*args, **kwargs)
     result = output[0] if isinstance(output, tuple) and output else output
     for recording in recordings_of(module):
-        if isinstance(result, Tensor) and result.dim() in (3, 4):
+        if _is_state(result, 3) or _is_state(result, 4):
             recording.after_layer(module, stream, result)
     return output
 

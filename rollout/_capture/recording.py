@@ -323,14 +323,15 @@ class Recording:
 
     def given(self, module: nn.Module, hidden: Tensor) -> None:
         """A module that attends was called with [B, S, E] or [S, B, E]: it must have attended over S positions."""
-        for stream in self.tape.streams if self.study is not None and not self.muted else ():
-            for path, entry in zip(self.tape.modules(stream), self.tape.layers(stream), strict=True):
-                if path == self.paths[module] and entry.seq not in hidden.shape[:2]:
-                    self.study.findings.append(
-                        f"{self.name(module)} attends over {entry.seq} positions, and is given {list(hidden.shape)}"
-                    )
-        if self.study is not None:
-            self._refuse_findings(self.study.findings)
+        if self.study is None or self.muted:
+            return
+        for path, entry, source in (layer for layers in self.tape._layers.values() for layer in layers):
+            if path == self.paths[module] and source is None and entry.seq not in hidden.shape[:2]:
+                self.study.findings.append(
+                    f"{self.name(module)} attends over {entry.seq} positions, and is given {list(hidden.shape)}"
+                )
+        self._refuse_findings(self.study.findings)
+        self.tape.notes = tuple(self.study.findings)
 
     def before_layer(self, stream: str, hidden: Tensor) -> None:
         """The first layer of a stack is about to run."""
