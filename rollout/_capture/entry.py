@@ -22,7 +22,9 @@ from rollout._capture.patch import Around, around_call
 from rollout._capture.readers import registered
 from rollout._capture.recording import ATTENTION_LAYERS_ONLY, Recording, _recordings, recordings_of
 from rollout._capture.refusals import ATTENTION, MIXER, refuse_dropout, refuse_opaque
+from rollout._capture.running import raising_module
 from rollout._capture.streams import stream_names
+from rollout.errors import CaptureError
 from rollout.tape import Record, Tape
 
 __all__ = ["capture"]
@@ -110,8 +112,24 @@ def _through_root(module: nn.Module, call: Callable[..., Any], *args: Any, **kwa
     with ExitStack() as stack:
         for recording in _recordings.get():
             if recording.model is module:
+                stack.enter_context(_refusing_compiled(recording))
                 stack.enter_context(recording.running(args, kwargs))
         return call(*args, **kwargs)
+
+
+@contextmanager
+def _refusing_compiled(recording: Recording) -> Iterator[None]:
+    """torch's compiler cannot trace what watches; it says so in terms of its own."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__ != "torch._dynamo.exc":
+            raise
+        raise CaptureError(
+            f"capture: {recording.name(raising_module(recording.paths, error))} calls a function that torch compiles "
+            f"(flex_attention does), in which nothing can be seen: use scaled_dot_product_attention with the mask, or "
+            f"the function without torch.compile"
+        ) from error
 
 
 def _through_registered(module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
