@@ -50,6 +50,8 @@ def _keys(mask: Tensor, batch: int) -> dict[str, Tensor]:
     keys, alone = reached.any((1, 2)), ~reached.any(-1).all(1)
     if bool(keys.all()) or alone.shape[1] not in (1, keys.shape[1]):
         return {}
+    if alone.shape[1] > 1 and bool((keys & ~reached.diagonal(dim1=2, dim2=3).any(1)).any()):
+        return {}  # padding alone leaves every other position to itself
     if bool((alone & keys).any()) or (bool(alone.any()) and not _dead(mask, alone)):
         return {}
     return {"key_mask": keys.expand(batch, -1)}

@@ -123,7 +123,9 @@ FAMILIES: dict[str, Family] = {
         implementations=TWO, single=True,
     ),
     "DeepSeek-V3 (latent)": family(hugging_face("DeepseekV3", **LATENT), TOKENS, implementations=TWO, single=True),
-    "DeepSeek-V3.2 (sparse)": family(hugging_face("DeepseekV32", **SPARSE), TOKENS, implementations=TWO, single=True),
+    "DeepSeek-V3.2 (sparse)": family(
+        hugging_face("DeepseekV32", **SPARSE), TOKENS, implementations=TWO, single=True, sparse=True
+    ),
     "Perceiver": family(
         hugging_face(
             "Perceiver", num_latents=6, d_latents=32, d_model=16, num_blocks=1, num_self_attends_per_block=3,
