@@ -244,14 +244,13 @@ def _watched(model: nn.Module) -> Iterator[dict[nn.Module, Around]]:
     for name, package in ADAPTERS.items():
         if package in sys.modules:  # else the model cannot have its modules
             yield importlib.import_module(name).adapter(model)
-    yield from _stacks(model)
 
 
 @contextmanager
 def _capturing(model: nn.Module, **options: bool) -> Iterator[Tape]:
     refuse_opaque(model)
     refuse_dropout(model)
-    recording = Recording(model, list(_watched(model)), **options)
+    recording = Recording(model, list(_watched(model)), partial(_stacks, model), **options)
     with ExitStack() as stack:
         stack.enter_context(around_call({model: _through_root}))
         _recordings.set((*_recordings.get(), recording))

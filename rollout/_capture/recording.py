@@ -5,7 +5,7 @@ model's first call a `Study` says what each attention is; later calls must run t
 and are taken to be as the first one was.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -45,6 +45,7 @@ class Recording:
         self,
         model: nn.Module,
         watched: list[dict[nn.Module, Around]],
+        looked_at: Callable[[], Iterable[dict[nn.Module, Around]]],
         *,
         shared_layers: bool,
         allowed: bool,
@@ -54,7 +55,7 @@ class Recording:
         self.tape = Tape(type(model).__name__)
         self.paths = {module: path for path, module in model.named_modules()}
         self.shared_layers, self.allowed, self.cross_attention = shared_layers, allowed, cross_attention
-        self._watched = watched
+        self._watched, self._looked_at = watched, looked_at
         self.depth, self.muted = 0, 0
         self.memo: dict[Any, tuple[Any, Any]] = {}
         self.study: Study | None = None
@@ -83,7 +84,7 @@ class Recording:
                 if self.study is not None:
                     stack.enter_context(self.study.lockstep)
                 stack.enter_context(Watch(self))
-                for modules in self._watched:
+                for modules in (*self._watched, *(self._looked_at() if self.study is not None else ())):
                     stack.enter_context(around_forward(modules))
                 yield
             self._finish()
