@@ -185,16 +185,29 @@ def verify(
 @app.command()
 def doctor(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: a GPU if there is one.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="package.module:function that returns a model, or (model, batch): say what a capture makes of it, "
+            "instead of checking the machine."
+        ),
+    ] = None,
 ) -> None:
-    """Which backend serves which call on this machine and why, each checked against the float64 oracle."""
-    from rollout.doctor import lines
+    """Which backend serves which call on this machine and why, each checked against the float64 oracle.
 
+    With --model: which modules of a model `rollout.capture` records, which it leaves out or refuses, and why. Exit
+    status: 0 when all is good, 1 when a check failed or the model is refused, 2 when it cannot be run.
+    """
+    from rollout.doctor import examine, lines
+
+    if model is not None and device is not None:
+        raise ValueError("--device is for the checks of the machine; a model runs where its function puts it")
     bad = 0
-    for line, good in lines(device):
+    for line, good in lines(device) if model is None else examine(model):
         typer.echo(line)
         bad += not good
     if bad:
-        typer.echo(f"{bad} checks failed", err=True)
+        typer.echo(f"{bad} checks failed" if model is None else "the model cannot be captured", err=True)
         raise typer.Exit(1)
 
 

@@ -10,10 +10,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    ("errors", "files", "stopwatch", "method", "evaluate", "intervals"),
+    ("entry_point", "errors", "files", "stopwatch", "method", "evaluate", "intervals"),
     ("api", "data", "results"),
-    ("tape", "report", "doctor"),
+    ("tape", "report"),
     ("_capture",),
+    ("doctor",),
     ("pyhealth",),
     ("cohort", "bench"),
     ("runfile",),

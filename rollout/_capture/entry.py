@@ -21,8 +21,10 @@ from torch.utils._pytree import tree_leaves
 from rollout._capture.patch import Around, around_call
 from rollout._capture.readers import registered
 from rollout._capture.recording import ATTENTION_LAYERS_ONLY, Recording, _recordings, recordings_of
-from rollout._capture.refusals import ATTENTION, refuse_dropout, refuse_opaque
+from rollout._capture.refusals import ATTENTION, MIXER, refuse_dropout, refuse_opaque
+from rollout._capture.running import raising_module
 from rollout._capture.streams import stream_names
+from rollout.errors import CaptureError
 from rollout.tape import Record, Tape
 
 __all__ = ["capture"]
@@ -110,8 +112,24 @@ def _through_root(module: nn.Module, call: Callable[..., Any], *args: Any, **kwa
     with ExitStack() as stack:
         for recording in _recordings.get():
             if recording.model is module:
+                stack.enter_context(_refusing_compiled(recording))
                 stack.enter_context(recording.running(args, kwargs))
         return call(*args, **kwargs)
+
+
+@contextmanager
+def _refusing_compiled(recording: Recording) -> Iterator[None]:
+    """torch's compiler cannot trace what watches; it says so in terms of its own."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__ != "torch._dynamo.exc":
+            raise
+        raise CaptureError(
+            f"capture: {recording.name(raising_module(recording.paths, error))} calls a function that torch compiles "
+            f"(flex_attention does), in which nothing can be seen: use scaled_dot_product_attention with the mask, or "
+            f"the function without torch.compile"
+        ) from error
 
 
 def _through_registered(module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -165,15 +183,35 @@ def _through_named(module: nn.Module, call: Callable[..., Any], *args: Any, **kw
     return output
 
 
-def _through_layer(stream: str, first: bool, module: nn.Module, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-    """The first or the last layer of a stack of which some attend."""
-    for recording in recordings_of(module) if first else ():
-        if args and isinstance(args[0], Tensor) and args[0].dim() == 3 and args[0].is_floating_point():
+def _is_state(given: Any, axes: int) -> bool:
+    return isinstance(given, Tensor) and not given.is_nested and given.dim() == axes and given.is_floating_point()
+
+
+def _through_mixer(module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A module that by its name, or its own, attends or stands in the place of what does."""
+    output = call(*args, **kwargs)
+    for recording in recordings_of(module):
+        if args and _is_state(args[0], 3):
+            recording.given(module, args[0])
+    return output
+
+
+def _through_first(
+    stream: str, axes: int, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """A layer that a stack begins with, whose state has so many axes."""
+    for recording in recordings_of(module):
+        if args and _is_state(args[0], axes):
             recording.before_layer(stream, args[0])
-    output = call(*args, **kw)
+    return call(*args, **kwargs)
+
+
+def _through_last(stream: str, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The last layer of a stack."""
+    output = call(*args, **kwargs)
     result = output[0] if isinstance(output, tuple) and output else output
-    for recording in () if first else recordings_of(module):
-        if isinstance(result, Tensor) and result.dim() == 3:
+    for recording in recordings_of(module):
+        if _is_state(result, 3) or _is_state(result, 4):
             recording.after_layer(module, stream, result)
     return output
 
@@ -184,11 +222,17 @@ def _stacks(model: nn.Module) -> Iterator[dict[nn.Module, Around]]:
     named = {path: module for path, module in modules.items() if ATTENTION.search(type(module).__name__)}
     yield dict.fromkeys(named.values(), _through_named)
     streams = stream_names(modules)
-    for stream in {streams[path][0] for path in named}:
+    mixers = {path: modules[path] for path in modules if path in named or MIXER.search(path.rpartition(".")[2])}
+    yield dict.fromkeys(mixers.values(), _through_mixer)
+    held = set(mixers.values())
+    for stream in {streams[path][0] for path in mixers}:
         stack = modules.get(stream)
-        if isinstance(stack, nn.ModuleList | nn.Sequential) and len(stack) > 1:
-            yield {stack[0]: partial(_through_layer, stream, True)}
-            yield {stack[-1]: partial(_through_layer, stream, False)}
+        if isinstance(stack, nn.ModuleList | nn.Sequential) and len(stack):
+            yield {stack[0]: partial(_through_first, stream, 3)}
+            # What comes before the first layer that attends makes the image into patches.
+            attending = [layer for layer in stack if not held.isdisjoint(layer.modules())]
+            yield {layer: partial(_through_first, stream, 4) for layer in attending[:1]}
+            yield {stack[-1]: partial(_through_last, stream)}
 
 
 def _registered_adapter(model: nn.Module) -> dict[nn.Module, Around]:
@@ -200,14 +244,13 @@ def _watched(model: nn.Module) -> Iterator[dict[nn.Module, Around]]:
     for name, package in ADAPTERS.items():
         if package in sys.modules:  # else the model cannot have its modules
             yield importlib.import_module(name).adapter(model)
-    yield from _stacks(model)
 
 
 @contextmanager
 def _capturing(model: nn.Module, **options: bool) -> Iterator[Tape]:
     refuse_opaque(model)
     refuse_dropout(model)
-    recording = Recording(model, list(_watched(model)), **options)
+    recording = Recording(model, list(_watched(model)), partial(_stacks, model), **options)
     with ExitStack() as stack:
         stack.enter_context(around_call({model: _through_root}))
         _recordings.set((*_recordings.get(), recording))

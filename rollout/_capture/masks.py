@@ -25,9 +25,11 @@ def structure(mask: Tensor, batch: int) -> dict[str, Any]:
             the dtype's lowest number mask, and other values up to `LOW` do when every row has a key left.
         batch: B.
     """
+    if mask.shape[1] > 1 and mask.stride(1) == 0:
+        mask = mask[:, :1]
     allowed = mask if mask.dtype == torch.bool else _allowed(mask)
     if allowed is None or allowed.shape[1] > 1:
-        return {"bias": _additive(mask)} | ({"causal": True} if _never_ahead(mask) else {})
+        return {"bias": _additive(mask)} | ({"causal": True} if _never_ahead(mask) else {}) | _keys(mask, batch)
     allowed = allowed[:, 0]
     keys = allowed.any(1)
     if allowed.shape[1] not in (1, allowed.shape[2]):  # of cross-attention, whose rows are no positions of the keys
@@ -39,7 +41,27 @@ def structure(mask: Tensor, batch: int) -> dict[str, Any]:
         if torch.equal(keys[:, None] & _pattern(seq, mask.device, **rows), allowed):
             masked = {} if bool(keys.all()) else {"key_mask": keys.expand(batch, -1)}
             return masked | rows
-    return {"bias": _additive(mask)}
+    return {"bias": _additive(mask)} | _keys(mask, batch)
+
+
+def _keys(mask: Tensor, batch: int) -> dict[str, Tensor]:
+    """The keys that a bias leaves to any row, when it is beside that no other than a masked row that has none."""
+    reached = mask if mask.dtype == torch.bool else mask > LOW
+    keys, alone = reached.any((1, 2)), ~reached.any(-1).all(1)
+    if bool(keys.all()) or alone.shape[1] not in (1, keys.shape[1]):
+        return {}
+    if alone.shape[1] > 1 and bool((keys & ~reached.diagonal(dim1=2, dim2=3).any(1)).any()):
+        return {}  # padding alone leaves every other position to itself
+    if bool((alone & keys).any()) or (bool(alone.any()) and not _dead(mask, alone)):
+        return {}
+    return {"key_mask": keys.expand(batch, -1)}
+
+
+def _dead(mask: Tensor, rows: Tensor) -> bool:
+    """Whether rows, bool [B, S], are masked by no less than the dtype's lowest number everywhere."""
+    if mask.dtype == torch.bool:
+        return True
+    return bool((mask.movedim(1, -1)[rows] <= torch.finfo(mask.dtype).min).all())
 
 
 def _patterns(reached: Tensor) -> Iterator[dict[str, Any]]:

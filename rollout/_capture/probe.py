@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rollout._capture.grids import altered_rows, as_sequence, sequences
 from rollout._capture.shadow import Lockstep, Trace
 
 __all__ = ["Kind", "Study"]
@@ -34,6 +35,7 @@ class Stream:
         lost: how many operations could not be followed when it was last looked at.
         valid: bool [B, S], the positions that counted in its last attention.
         layers: how many attentions were recorded.
+        grid: shape of the state of an image that the stack began with, until its first attention, and then its layout.
     """
 
     altered: Tensor
@@ -42,6 +44,7 @@ class Stream:
     lost: int
     valid: Tensor | None
     layers: int = 0
+    grid: torch.Size | str | None = None
 
 
 class Study:
@@ -77,19 +80,33 @@ class Study:
         return STALE if same_inputs and others == known.before and older else CROSS
 
     def begin(self, stream: str, hidden: Tensor) -> None:
-        """The first layer of a stack is about to run on [B, 1, S, E]: other numbers at half of the positions."""
+        """The first layer of a stack is about to run: other numbers at half of the positions.
+
+        Args:
+            stream: of the stack; one that has run its layers before goes on where it was.
+            hidden: [B, S, E], or the state of an image, [B, C, H, W] or [B, H, W, C].
+        """
+        if stream in self._streams and self._streams[stream].layers:
+            return
         trace = self.lockstep.trace(hidden)
         with self.lockstep.paused():
-            at = self._open(stream, hidden, None)
-            numbers = torch.where(at.altered[:, None, :, None], _other(hidden), hidden)
+            at = self._open(stream, hidden.unsqueeze(1) if hidden.dim() == 3 else hidden, None)
+            altered = at.altered.unsqueeze(-1)
+            if hidden.dim() == 4:
+                altered = at.altered = altered_rows(hidden)
+                at.grid = hidden.shape
+            numbers = torch.where(altered, _other(hidden), hidden)
             self.lockstep.alter(hidden, numbers, Trace(trace.inputs, dict(trace.layers)))
 
     def end(self, stream: str, where: str, hidden: Tensor) -> None:
-        """The last layer of a stack has given [B, 1, S, E]."""
+        """The last layer of a stack has given [B, S, E], or the state of an image."""
         at = self._streams.get(stream)
-        if at is not None and at.layers and at.altered.shape == (hidden.shape[0], hidden.shape[2]):
+        if at is None or not at.layers or isinstance(at.grid, str) != (hidden.dim() == 4):
+            return
+        state = as_sequence(hidden, at.grid) if isinstance(at.grid, str) else hidden.unsqueeze(1)
+        if at.altered.shape == (state.shape[0], state.shape[2]):
             with self.lockstep.paused():
-                self._compare(at, [hidden], at.valid, f"the last attention and the end of {where}")
+                self._compare(at, [state], at.valid, f"the last attention and the end of {where}")
 
     def arrive(self, stream: str, where: str, states: Sequence[Tensor], valid: Tensor | None) -> None:
         """A self-attention is about to be recorded: does it stand on the one below, position by position?
@@ -105,6 +122,8 @@ class Study:
             if at is None:
                 self._open(stream, states[0], valid)
                 return
+            if not at.layers and at.grid is not None and not self._flatten(at, where, states):
+                return
             if not at.layers and at.altered.shape == size[::-1] != size:  # begun with S in front
                 at.altered = at.altered.t()
             if not at.layers and at.altered.shape != size:
@@ -113,14 +132,31 @@ class Study:
                     f"{at.altered.shape[1]} in each of {at.altered.shape[0]}"
                 )
                 return
-            trace = self.lockstep.trace(states[0])
-            if trace.layers.get(stream, -1) != at.layers - 1:
+            if not self.stands(stream, states[0]):
                 self.findings.append(
                     f"{where} does not stand on the attention recorded before it: they run side by side"
                 )
             at.valid = valid
             if at.altered.shape == size:
                 self._compare(at, states, valid, f"{where} and {'the attention below' if at.layers else 'its stack'}")
+
+    def stands(self, stream: str, state: Tensor) -> bool:
+        """Whether a state is made of what the last attention of its stream gave."""
+        at = self._streams.get(stream)
+        return at is None or self.lockstep.trace(state).layers.get(stream, -1) == at.layers - 1
+
+    def _flatten(self, at: Stream, where: str, states: Sequence[Tensor]) -> bool:
+        """The positions altered in an image, now that it is known which sequence attention makes of it."""
+        shape, seq = at.grid, states[0].shape[2]
+        if not isinstance(shape, torch.Size):
+            return True
+        found = list(sequences(shape, at.altered, seq))
+        if not found:
+            self.findings.append(f"{where} attends over {seq} positions, and its stack works on images {list(shape)}")
+            return False
+        kept = [pair for pair in found if not any(self._changed(state, ~pair[1]) for state in states)]
+        at.grid, at.altered = (kept or found)[0]
+        return True
 
     def _open(self, stream: str, state: Tensor, valid: Tensor | None) -> Stream:
         trace = self.lockstep.trace(state)
@@ -152,7 +188,7 @@ class Study:
             at = self._streams.get(stream)
             if at is None or at.altered.shape != (states[0].shape[0], states[0].shape[2]):
                 at = self._open(stream, states[0], None)
-            if self.lockstep.trace(states[0]).layers.get(stream, -1) != at.layers - 1:
+            if not self.stands(stream, states[0]):
                 self.findings.append(
                     f"{where} does not stand on the attention recorded before it: they run side by side"
                 )

@@ -5,7 +5,7 @@ model's first call a `Study` says what each attention is; later calls must run t
 and are taken to be as the first one was.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -45,6 +45,7 @@ class Recording:
         self,
         model: nn.Module,
         watched: list[dict[nn.Module, Around]],
+        looked_at: Callable[[], Iterable[dict[nn.Module, Around]]],
         *,
         shared_layers: bool,
         allowed: bool,
@@ -54,7 +55,7 @@ class Recording:
         self.tape = Tape(type(model).__name__)
         self.paths = {module: path for path, module in model.named_modules()}
         self.shared_layers, self.allowed, self.cross_attention = shared_layers, allowed, cross_attention
-        self._watched = watched
+        self._watched, self._looked_at = watched, looked_at
         self.depth, self.muted = 0, 0
         self.memo: dict[Any, tuple[Any, Any]] = {}
         self.study: Study | None = None
@@ -83,7 +84,7 @@ class Recording:
                 if self.study is not None:
                     stack.enter_context(self.study.lockstep)
                 stack.enter_context(Watch(self))
-                for modules in self._watched:
+                for modules in (*self._watched, *(self._looked_at() if self.study is not None else ())):
                     stack.enter_context(around_forward(modules))
                 yield
             self._finish()
@@ -219,7 +220,7 @@ class Recording:
         if not crosses:
             self._refuse_lengths(module, states)
         if not crosses or self.cross_attention:
-            self._refuse_again(module, stream, crosses)
+            self._refuse_again(module, stream, crosses, states[0])
             with torch.no_grad():
                 entry = make()
         if self.study is not None:
@@ -307,25 +308,43 @@ class Recording:
                 f"generation steps cannot be recorded, nor keys of a shortened sequence"
             )
 
-    def _refuse_again(self, module: nn.Module, stream: str, crosses: bool) -> None:
-        if (stream, module, crosses) in self._ran and not self.shared_layers:
-            raise CaptureError(
-                f"capture: a module must attend once in a call of the model, {self.paths[module] or self.name(module)} "
-                f"did twice: pass shared_layers=True when its runs are layers that share weights; capture a part that "
-                f"runs on two inputs one input at a time"
+    def _refuse_again(self, module: nn.Module, stream: str, crosses: bool, state: Tensor) -> None:
+        if (stream, module, crosses) not in self._ran or self.shared_layers:
+            return
+        advice = "pass shared_layers=True when its runs are layers that share weights"
+        if self.study is not None and not self.study.stands(stream, state):
+            advice = (
+                "the second does not stand on the first: parts of one attention (differential attention, chunks, "
+                "several images) cannot be recorded exactly; capture what runs on two inputs one input at a time"
             )
+        raise CaptureError(
+            f"capture: a module must attend once in a call of the model, {self.paths[module] or self.name(module)} "
+            f"did twice: {advice}"
+        )
+
+    def given(self, module: nn.Module, hidden: Tensor) -> None:
+        """A module that attends was called with [B, S, E] or [S, B, E]: it must have attended over S positions."""
+        if self.study is None or self.muted:
+            return
+        for path, entry, source in (layer for layers in self.tape._layers.values() for layer in layers):
+            if path == self.paths[module] and source is None and entry.seq not in hidden.shape[:2]:
+                self.study.findings.append(
+                    f"{self.name(module)} attends over {entry.seq} positions, and is given {list(hidden.shape)}"
+                )
+        self._refuse_findings(self.study.findings)
+        self.tape.notes = tuple(self.study.findings)
 
     def before_layer(self, stream: str, hidden: Tensor) -> None:
         """The first layer of a stack is about to run."""
         if self.study is not None and not self.muted and hidden.shape[0] in self._batches:
             with torch._C.DisableTorchFunction():
-                self.study.begin(stream, hidden.unsqueeze(1))
+                self.study.begin(stream, hidden)
 
     def after_layer(self, module: nn.Module, stream: str, hidden: Tensor) -> None:
         """The last layer of a stack has run: what came after its last attention counts too."""
         if self.study is not None and not self.muted:
             with torch._C.DisableTorchFunction():
-                self.study.end(stream, self.name(module), hidden.unsqueeze(1))
+                self.study.end(stream, self.name(module), hidden)
             self._refuse_findings(self.study.findings)
             self.tape.notes = tuple(self.study.findings)
 

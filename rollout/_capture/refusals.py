@@ -9,6 +9,8 @@ from rollout._capture.patch import is_compiled
 from rollout.errors import CaptureError
 
 ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
+# What attributes that hold an attention, or what stands in its place, are called.
+MIXER = re.compile(r"att(entio)?n|mixer|xca|mh[cs]?a", re.IGNORECASE)
 
 
 def refuse_dropout(model: nn.Module) -> None:

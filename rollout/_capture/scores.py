@@ -105,11 +105,20 @@ def _einsum_product(args: tuple[Any, ...], output: Tensor) -> Scores | None:
 
 
 def _parse(args: tuple[Any, ...]) -> tuple[str, str, str] | None:
-    if len(args) != 3 or not isinstance(args[0], str) or "->" not in args[0] or "." in args[0]:
+    """The letters of two operands and the result; those of an ellipsis are capitals."""
+    if len(args) != 3 or not isinstance(args[0], str) or "->" not in args[0]:
         return None
     given, out = args[0].replace(" ", "").split("->")
     parts = given.split(",")
-    return (parts[0], parts[1], out) if len(parts) == 2 else None
+    if len(parts) != 2:
+        return None
+    hidden = {tensor.dim() - len(part.replace("...", "")) for part, tensor in zip(parts, args[1:], strict=True)}
+    if "..." in args[0]:
+        if len(hidden) != 1 or not all("..." in part for part in (*parts, out)) or args[0] != args[0].lower():
+            return None
+        letters = "ABCDEFGH"[: hidden.pop()]
+        parts, out = [part.replace("...", letters) for part in parts], out.replace("...", letters)
+    return parts[0], parts[1], out
 
 
 def mixes(name: str, args: tuple[Any, ...], at: int, output: Tensor) -> tuple[Tensor, int] | None:

@@ -1,12 +1,8 @@
 """What `rollout attribute` does: a run file or a function gives model and samples, and the cohort is attributed."""
 
 import inspect
-import os
-import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ from rollout.cohort.run import CohortRun, attribute_cohort
 from rollout.cohort.store import run_folder
 from rollout.data.classes import did_you_mean
 from rollout.data.names import names_for
+from rollout.entry_point import call_entry, find_entry
 from rollout.errors import require
 from rollout.files import usable_path
 from rollout.results.layout import NAMES
@@ -83,11 +80,7 @@ def attribute_entry(
         raise ValueError("--entry needs --output, a folder for the results")
     function = find_entry(entry)
     folder = run_folder(usable_path(output, "output"))
-    try:
-        made = function()
-    except Exception as error:
-        raise RuntimeError(f"--entry {entry} raised {type(error).__name__}: {error}") from error
-    model, dataset, arguments = _returned(made, entry)
+    model, dataset, arguments = _returned(call_entry(function, entry), entry)
     return attribute_cohort(model, dataset, folder, **{**arguments, **(settings or {})}, **options)
 
 
@@ -115,32 +108,6 @@ def _returned(made: Any, entry: str) -> tuple[Any, Any, dict[str, Any]]:
 def _told(value: Any) -> str:
     sized = isinstance(value, tuple | list)
     return f"{type(value).__name__} of {len(value)}" if sized else type(value).__name__
-
-
-def find_entry(entry: str) -> Any:
-    """Return the function that `package.module:function` names.
-
-    Raises:
-        ValueError: If the text, the module or the function is not there.
-        RuntimeError: If the module cannot be imported.
-    """
-    if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", entry):
-        raise ValueError(f"--entry must be package.module:function, got {entry!r}")
-    module_name, name = entry.split(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = import_module(module_name)
-    except Exception as error:
-        lacking = error.name if isinstance(error, ModuleNotFoundError) else None
-        if lacking is None or not f"{module_name}.".startswith(f"{lacking}."):
-            raise RuntimeError(f"--entry {entry}: importing it raised {type(error).__name__}: {error}") from error
-        raise ValueError(f"--entry {entry}: there is no module {lacking} to import from {os.getcwd()}") from error
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
-        raise ValueError(f"--entry {entry}: {module_name} has no function {name}")
-    return found
 
 
 @contextmanager

@@ -6,11 +6,11 @@ from typing import Any
 
 from rollout.cohort.content import changed
 from rollout.data.samples import prepare_samples
+from rollout.entry_point import call_entry, find_entry
 from rollout.results.folder import RunFolder
 from rollout.results.layout import CACHE
 from rollout.results.verify import verify_folder
 from rollout.runfile.file import read_run_file
-from rollout.runfile.start import find_entry
 
 SHOWN = 8
 """Samples of a part that a finding names."""
@@ -48,11 +48,7 @@ def _dataset(folder: str | Path, run_file: str | Path | None, entry: str | None)
     if run_file is not None:
         run = read_run_file(run_file)
         return prepare_samples(run.source, run.cache or Path(folder).expanduser() / CACHE, run.vocabulary)
-    function = find_entry(str(entry))
-    try:
-        made = function()
-    except Exception as error:
-        raise RuntimeError(f"--entry {entry} raised {type(error).__name__}: {error}") from error
+    made = call_entry(find_entry(str(entry)), str(entry))
     if not isinstance(made, tuple | list) or len(made) < 2:
         raise ValueError(f"--entry {entry} must return (model, dataset), got {type(made).__name__}")
     return made[1]

@@ -12,19 +12,30 @@ from rollout.tape.record import MASKS, Record
 
 __all__ = ["call_arguments", "meant_rows"]
 
+# A score with this added has no weight beside one without.
+HIDDEN = -1e4
+
 
 def meant_rows(query: Any, layers: Sequence[Record], has_lengths: bool, caller: str) -> Any:
     """Rows counted from each sample's own start or end, as positions of the padded batch.
 
     Raises:
-        ValueError: a sample has no such row.
+        ValueError: a sample has no such row, or which it is cannot be told.
     """
+    whole = isinstance(query, Tensor) and (query.is_floating_point() or query.dim() != 1)
+    if query is None or whole or isinstance(query, bool) or has_lengths:
+        return query
     valid = None
     for layer in layers:
         if layer.key_mask is not None:
             valid = layer.key_mask if valid is None else valid & layer.key_mask
-    whole = isinstance(query, Tensor) and (query.is_floating_point() or query.dim() != 1)
-    if valid is None or query is None or whole or isinstance(query, bool) or has_lengths:
+        elif _hides_keys(layer.bias) and not (isinstance(query, Tensor) and bool((query >= 0).all())):
+            raise ValueError(
+                f"{caller}: query must name positions of the padded batch, as a long [B], or lengths be given, got "
+                f"{query if isinstance(query, int) else 'negative ones'}: a layer's bias hides keys from all rows, and "
+                f"not as padding does (sparse attention), so where a sample ends cannot be told"
+            )
+    if valid is None:
         return query
     seq = valid.shape[1]
     positions = torch.arange(seq, device=valid.device)
@@ -45,6 +56,14 @@ def meant_rows(query: Any, layers: Sequence[Record], has_lengths: bool, caller: 
             f"{int(ends[b] - starts[b])} positions by the recorded mask"
         )
     return rows
+
+
+def _hides_keys(bias: Tensor | None) -> bool:
+    """Whether some key of a sample gets no weight from any row."""
+    if bias is None:
+        return False
+    reached = (bias > HIDDEN)[(None,) * (4 - bias.dim())].any(1).any(1)
+    return not bool(reached.all())
 
 
 def call_arguments(layers: Sequence[Record]) -> dict[str, Any]:

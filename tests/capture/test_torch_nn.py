@@ -1,4 +1,4 @@
-"""Capture of torch.nn.MultiheadAttention and its users: encoders (fused and nested paths too), torchvision, timm."""
+"""Capture of torch.nn.MultiheadAttention and its users: encoders (fused and nested paths too)."""
 
 import math
 import threading
@@ -393,77 +393,6 @@ def test_threads_share_an_encoder():
         thread.join()
     assert all(same_bits(results[name], wanted[name]) for name in cases)
     assert_nothing_left(model, before)
-
-
-def test_torchvision_vit():
-    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
-    torch.manual_seed(0)
-    model = torchvision.models.VisionTransformer(16, 4, 3, H, E, 24, num_classes=5).double().eval()
-    torch.nn.init.normal_(model.heads.head.weight)
-    x = torch.randn(2, 3, 16, 16, generator=generator(2), dtype=torch.float64)
-    before = state(model)
-    with torch.inference_mode():
-        plain = model(x)
-        with rollout.capture(model) as tape:
-            output = model(x)
-        hidden = (
-            torch.cat([model.class_token.expand(2, -1, -1), model._process_input(x)], 1) + model.encoder.pos_embedding
-        )
-        maps = []
-        for block in model.encoder.layers:
-            normed = block.ln_1(hidden)
-            maps.append(block.self_attention(normed, normed, normed, average_attn_weights=False)[1])
-            hidden = block(hidden)
-    assert plain.abs().max() > 0
-    assert same_bits(output.clone(), plain.clone())
-    full = rollout_matrices(maps, ROLLOUT)
-    assert_close(tape.rollout(0)["encoder.layers"], full[:, 0], "qk")
-    assert_close(tape.rollout()["encoder.layers"], full, "qk")
-    assert_nothing_left(model, before)
-
-
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
-def test_timm_vit(fused: bool):
-    timm = pytest.importorskip("timm", reason="timm is not installed")
-    torch.manual_seed(0)
-    options = {"img_size": 16, "patch_size": 4, "embed_dim": E, "depth": 3, "num_heads": H, "num_classes": 5}
-    model = timm.models.vision_transformer.VisionTransformer(**options, qkv_bias=True, qk_norm=True).double().eval()
-    for parameter in model.parameters():
-        parameter.data.add_(0.2 * torch.randn(parameter.shape))
-    for block in model.blocks:
-        block.attn.fused_attn = fused
-    x = torch.randn(2, 3, 16, 16, generator=generator(2), dtype=torch.float64)
-    before, maps = state(model), []
-    with torch.inference_mode():
-        plain = model(x)
-        with rollout.capture(model) as tape:
-            output = model(x)
-        assert_nothing_left(model, before)
-        for block in model.blocks:
-            block.attn.fused_attn = False
-            block.attn.attn_drop.register_forward_hook(lambda module, args, result: maps.append(result))
-        model(x)
-    assert same_bits(output.clone(), plain.clone())
-    assert tape.modules() == ("blocks.0.attn", "blocks.1.attn", "blocks.2.attn")
-    assert_close(tape.rollout()["blocks"], rollout_matrices(maps, ROLLOUT), "qk")
-
-
-def test_timm_masks():
-    timm_layers = pytest.importorskip("timm.layers", reason="timm is not installed")
-    torch.manual_seed(0)
-    model = timm_layers.Attention(E, H, qkv_bias=True).double().eval()
-    model.fused_attn = False
-    maps: list[Tensor] = []
-    model.attn_drop.register_forward_hook(lambda module, args, result: maps.append(result))
-    for given in (
-        {"attn_mask": ~HOLES},
-        {"attn_mask": additive(HOLES)},
-        {"attn_mask": ~PADDED[:, None, None]},
-        {"is_causal": True},
-    ):
-        with torch.inference_mode(), rollout.capture(model) as tape:
-            model(inputs(), **given)
-        assert_close(tape.maps(0), maps.pop(), "qk")
 
 
 def test_what_hooks_make_of_the_arguments_is_recorded() -> None:
