@@ -47,7 +47,12 @@ def roll_through(
     )
     if weights is None:
         weights = torch.eye(first.seq, dtype=_dtype(first), device=first.queries.device)
-        weights = weights.expand(first.batch, -1, -1) if start is None else weights[start][:, None]
+        if start is None:
+            weights = weights.expand(first.batch, -1, -1)
+        elif isinstance(start, Tensor):
+            weights = weights[start][:, None]
+        else:
+            weights = weights[start].expand(first.batch, 1, -1)
     relevance: dict[str, Tensor] = {}
     waiting = {top: weights}
     while waiting:
