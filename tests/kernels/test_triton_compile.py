@@ -261,7 +261,7 @@ def test_product_of_the_full_chain(capability: int) -> None:
 @pytest.mark.parametrize("form", ["max", "gradients"])
 def test_fused_heads_of_the_full_chain(form: str, seq: int) -> None:
     config = launch.rows_launch(seq, torch.float32, form == "gradients", True, "sm_90")
-    constants = {**map_constants(form, torch.float32, config), "OUT_VEC": 4}
+    constants = {**map_constants(form, torch.float32, config), "OUT_VEC": 4, "IDENTITY": False}
     del constants["ONE_HOT"], constants["PARTS"]
     name = f"fuse_heads fp32 {config.rows}x{config.padded} w{config.num_warps}"
     assert compiled(name, form, 90, fuse_heads_kernel, constants, config, "LDGSTS").wide_loads > 0

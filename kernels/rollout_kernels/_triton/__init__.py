@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from rollout_kernels._problem import MapsProblem, Problem, QKProblem, shape_result
 from rollout_kernels._triton import inputs, launch, qk_inputs
 from rollout_kernels._triton.discard import without_discard
+from rollout_kernels._triton.full_chain import full_chain
 from rollout_kernels._triton.fuse_heads import fuse_heads
-from rollout_kernels._triton.matrix_product import matrix_product
 from rollout_kernels._triton.qk_columns import columns
 from rollout_kernels._triton.qk_logsumexp import logsumexp
 from rollout_kernels._triton.rows_resident import rows_resident
@@ -139,19 +140,10 @@ def full_from_maps(problem: Problem) -> Tensor:
     nothing = torch.empty(batch, 0, dtype=torch.float32, device=device)
     arguments = inputs.map_inputs(problem, nothing, 0)
     name = launch.table_name(device)
-    fuse = inputs.launch_of(problem, arguments, name)
-    product = launch.product_launch(name)
+    write = partial(fuse_heads, arguments, inputs.launch_of(problem, arguments, name))
     precision = "ieee" if interpreting() else "bf16x6"
-    padded = -(-seq // 4) * 4  # rows that start on 16 bytes
-    scratch = [torch.empty(batch, seq, padded, dtype=torch.float32, device=device)[..., :seq] for _ in range(3)]
     with _on(device):
-        result = out if problem.layers == 1 else scratch[0]
-        fuse_heads(arguments, fuse, 0, result)
-        for layer in range(1, problem.layers):
-            fuse_heads(arguments, fuse, layer, scratch[2])
-            target = out if layer == problem.layers - 1 else scratch[layer % 2]
-            matrix_product(scratch[2], result, problem.lengths, target, product, precision)
-            result = target
+        full_chain(write, problem.layers, problem.lengths, out, launch.product_launch(name), precision)
     return out
 
 
