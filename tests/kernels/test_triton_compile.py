@@ -27,11 +27,13 @@ from rollout_kernels._triton.rows_split import rows_split_kernel
 from tests.support.triton_aot import TENSOR_COLUMNS, Compiled, compile_amd, compile_kernel, tool
 from tests.support.triton_launches import (
     DTYPES,
+    FUSED_KERNELS,
     MAP_FORMS,
     MAP_KERNELS,
     QK_FORMS,
     SCORE_KERNELS,
     TABLES,
+    fused_constants,
     map_constants,
     product_constants,
     score_constants,
@@ -209,6 +211,35 @@ def test_rows_from_qk(kernel: str, form: str, dtype: str, size: int, capability:
             assert len(re.findall("SHFL", found.inner_loop("HGMMA"))) == 0
         if kernel == "columns" and form == "plain" and dtype == "bf16" and size <= 64:
             assert found.resident_warps >= WARPS_TO_HIDE_PRODUCTS, _rows[-1]
+
+
+FUSED_CASES = [
+    (kernel, dtype, size, capability)
+    for kernel in FUSED_KERNELS
+    for dtype in DTYPES
+    for size in HEAD_DIMENSIONS
+    for capability in TABLES
+]
+
+
+def fused_sampled(case: tuple[str, str, int, int]) -> bool:
+    """The maximum over the widest heads, which leaves the fewest registers, and on sm_90 every other kernel of them."""
+    kernel, dtype, size, capability = case
+    return size == 128 and (capability == 90 or (kernel == "columns" and dtype == "fp32"))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "size", "capability"),
+    as_parameters(FUSED_CASES, {case: fused_sampled(case) for case in FUSED_CASES}),
+)
+def test_fused_tiles_and_biases_from_qk(kernel: str, dtype: str, size: int, capability: int) -> None:
+    part = "logsumexp" if kernel == "logsumexp" else "fused"
+    config = launch.scores_launch(part, DTYPES[dtype], size, TABLES[capability], biased=True)
+    constants = fused_constants(kernel, DTYPES[dtype], size, config)
+    name = f"fused {kernel} {dtype} D{size} {config.block_m}x{config.block_n} w{config.num_warps}"
+    found = compiled(name, "everything", capability, FUSED_KERNELS[kernel][0], constants, config, "HGMMA|HMMA|UTC")
+    assert found.wide_loads > 0
+    assert (found.count("HGMMA") > 0) == (capability == 90)
 
 
 def plain_columns() -> tuple[dict[str, object], launch.ScoresLaunch]:

@@ -1,4 +1,4 @@
-"""The GPU kernels, behind three functions and the reasons why they cannot serve a call."""
+"""The GPU kernels, behind four functions and the reasons why they cannot serve a call."""
 
 import os
 import warnings
@@ -18,10 +18,12 @@ from rollout_kernels._triton.full_chain import full_chain
 from rollout_kernels._triton.fuse_heads import fuse_heads
 from rollout_kernels._triton.qk_columns import columns
 from rollout_kernels._triton.qk_logsumexp import logsumexp
+from rollout_kernels._triton.qk_matrix import qk_matrix
+from rollout_kernels._triton.qk_row_sums import row_sums
 from rollout_kernels._triton.rows_resident import rows_resident
 from rollout_kernels._triton.rows_split import rows_split
 
-__all__ = ["full_from_maps", "refusals_maps", "refusals_qk", "rows_from_maps", "rows_from_qk"]
+__all__ = ["full_from_maps", "full_from_qk", "refusals_maps", "refusals_qk", "rows_from_maps", "rows_from_qk"]
 
 HEAD_DIMENSIONS = (16, 32, 64, 128)
 
@@ -70,18 +72,19 @@ def refusals_qk(problem: QKProblem) -> list[str]:
         reasons.append(f"head dimension {problem.queries[0].shape[-1]} is not one of {wanted}")
     if any(t.stride(-1) != 1 for t in tensors):
         reasons.append("queries or keys are not contiguous along the head dimension")
-    if problem.bias is not None and any(bias is not None for bias in problem.bias):
-        reasons.append("bias is not supported")
+    biases = sorted({str(bias.dtype).removeprefix("torch.") for bias in problem.bias or () if bias is not None})
+    if len(biases) > 1:
+        reasons.append(f"layers differ in the dtype of their bias ({', '.join(biases)})")
+    elif biases == ["float64"]:
+        reasons.append("bias is float64, not float32, bfloat16 or float16")
+    if callable(problem.method.head_fusion):
+        reasons.append("head_fusion is a Python function")
     if problem.softcap is not None:
         reasons.append("softcap is not supported")
     if problem.sinks is not None:
         reasons.append("sinks are not supported")
-    if problem.form == "full":
-        reasons.append("there is no kernel for the full matrix from Q and K")
-    if problem.method.head_fusion != "mean" and problem.head_weights is None:
-        reasons.append("head_fusion is neither the mean nor head weights: it needs every map whole")
     if problem.method.discard_ratio > 0:
-        reasons.append("discard_ratio needs the order of a whole map")
+        reasons.append("discard_ratio needs the order of a whole map, and from Q and K no map is held")
     return reasons
 
 
@@ -149,7 +152,8 @@ def full_from_maps(problem: Problem) -> Tensor:
 
 def rows_from_qk(problem: QKProblem) -> Tensor:
     """Start rows times R from queries and keys, [B, S] or [B, R, S] float32: one launch for the log-sum-exp unless it
-    was given, one for every layer of the chain.
+    was given, one for the row sums where the maximum or minimum over heads is renormalised, one for every layer of the
+    chain.
 
     Args:
         problem: one that `refusals_qk` has nothing against.
@@ -157,12 +161,48 @@ def rows_from_qk(problem: QKProblem) -> Tensor:
     arguments = qk_inputs.qk_inputs(problem, interpreting())
     if arguments.out.numel() == 0:
         return shape_result(problem, arguments.out)
-    name, dtype, size = launch.table_name(problem.device), problem.queries[0].dtype, problem.queries[0].shape[-1]
     with _on(problem.device):
-        if arguments.lse is not None:
-            logsumexp(arguments, launch.scores_launch("logsumexp", dtype, size, name))
-        columns(arguments, launch.scores_launch("columns", dtype, size, name))
+        sums = _row_statistics(problem, arguments)
+        fused = qk_inputs.takes_extremes(problem)
+        columns(arguments, _scores_launch("fused" if fused else "columns", problem), sums)
     return shape_result(problem, arguments.out)
+
+
+def full_from_qk(problem: QKProblem) -> Tensor:
+    """The whole matrix R of every sample from queries and keys, [B, S, S] float32: the heads of a layer are fused
+    inside the tile, so that M_l is the one matrix written for it.
+
+    Beside the result at most three matrices [B, S, S] are held, and float32 [L, B, H, S] for the log-sum-exp (twice
+    with a bias). Products are float32-accurate.
+
+    Args:
+        problem: one that `refusals_qk` has nothing against, in the form of the full matrix.
+    """
+    arguments = qk_inputs.qk_inputs(problem, interpreting())
+    if arguments.out.numel() == 0:
+        return arguments.out
+    precision = "ieee" if interpreting() else "bf16x6"
+    product = launch.product_launch(launch.table_name(problem.device))
+    with _on(problem.device):
+        sums = _row_statistics(problem, arguments)
+        write = partial(qk_matrix, arguments, sums, _scores_launch("fused", problem))
+        full_chain(write, problem.layers, problem.lengths, arguments.out, product, precision)
+    return arguments.out
+
+
+def _row_statistics(problem: QKProblem, arguments: qk_inputs.QKInputs) -> Tensor | None:
+    """Fills the log-sum-exp of every layer's rows unless it was given; the row sums of M_l where they are not known."""
+    if arguments.lse is not None:
+        logsumexp(arguments, _scores_launch("logsumexp", problem))
+    if problem.method.renormalize and qk_inputs.takes_extremes(problem):
+        return row_sums(arguments, _scores_launch("fused", problem))
+    return None
+
+
+def _scores_launch(kernel: str, problem: QKProblem) -> launch.ScoresLaunch:
+    queries = problem.queries[0]
+    name = launch.table_name(problem.device)
+    return launch.scores_launch(kernel, queries.dtype, queries.shape[-1], name, problem.has_bias)
 
 
 def _with_fallback(first: Callable[..., None], then: Callable[..., None], *arguments: object) -> None:

@@ -12,7 +12,7 @@ from rollout_kernels._problem import MapsProblem
 from rollout_kernels._triton import launch, layer
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_FUSIONS = {"mean": layer.MEAN, "max": layer.MAX, "min": layer.MIN}
+FUSIONS = {"mean": layer.MEAN, "max": layer.MAX, "min": layer.MIN}
 _GRADIENTS = {
     None: layer.NO_GRADIENTS,
     "clamp_then_fuse": layer.CLAMP_THEN_FUSE,
@@ -80,7 +80,7 @@ def launch_of(problem: MapsProblem, arguments: MapInputs, name: str) -> launch.R
 def map_flags(problem: MapsProblem, vector: int, aligned: bool) -> dict[str, object]:
     """The compile-time flags of `layer_rows`."""
     grads = problem.maps if problem.gradients is None else problem.gradients
-    fusion = layer.WEIGHTS if problem.head_weights is not None else _FUSIONS[str(problem.method.head_fusion)]
+    fusion = layer.WEIGHTS if problem.head_weights is not None else FUSIONS[str(problem.method.head_fusion)]
     return {
         "FUSION": fusion.value,
         "GRADIENTS": _GRADIENTS[problem.method.gradients].value,
