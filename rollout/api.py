@@ -74,6 +74,7 @@ def attention_rollout_qk(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     bias: Tensor | Sequence[Tensor | None] | None = None,
+    alibi_slopes: Tensor | Sequence[Tensor | None] | None = None,
     scale: float | None = None,
     logsumexp: Sequence[Tensor] | None = None,
     softcap: float | None = None,
@@ -98,6 +99,8 @@ def attention_rollout_qk(
         window: (left, right): row i attends to i − left ≤ j ≤ i + right; None or −1 is unbounded.
         bias: added to the scaled scores, broadcastable to [B, H, S, S]; −inf masks, a finite fill is added as it is.
             One tensor for all layers, or one (or None) per layer.
+        alibi_slopes: float [H], one tensor for all layers, or one (or None) per layer: −alibi_slopes[h]·|i − j| is
+            added to the scaled scores (Press et al. 2022, arXiv:2108.12409), with no [S, S] bias in memory.
         scale: default D**-0.5.
         logsumexp: L float32 tensors [B, H, S], natural log of Σ_j exp(scale·q·k_j + mask), as fused attention returns
             it; saves a pass. It must belong to the same mask. One row per sample, head and layer is checked, the rest
@@ -127,6 +130,7 @@ def attention_rollout_qk(
         causal=causal,
         window=window,
         bias=bias,
+        alibi_slopes=alibi_slopes,
         scale=scale,
         logsumexp=logsumexp,
         softcap=softcap,

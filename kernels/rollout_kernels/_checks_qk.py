@@ -57,14 +57,9 @@ def logsumexp(name: str, values: object, queries: list[Tensor]) -> list[Tensor] 
 
 def bias(name: str, value: object, queries: list[Tensor]) -> list[Tensor | None] | None:
     """The additive bias of every layer as a view [B, H, S, S]; one tensor serves all layers, None leaves one out."""
-    if value is None:
+    values = _per_layer(name, "bias", value, len(queries))
+    if values is None:
         return None
-    values = [value] * len(queries) if isinstance(value, Tensor) else value
-    wanted = f"{name}: bias must be one tensor, or a list of one tensor or None per layer ({len(queries)})"
-    if not isinstance(values, list | tuple):
-        raise TypeError(f"{wanted}, got {type(values).__name__}")
-    if len(values) != len(queries):
-        raise ValueError(f"{wanted}, got {len(values)}")
     views: list[Tensor | None] = []
     for i, (tensor, q) in enumerate(zip(values, queries, strict=True)):
         if tensor is None:
@@ -84,6 +79,41 @@ def bias(name: str, value: object, queries: list[Tensor]) -> list[Tensor | None]
                 f"{name}: bias[{i}] must be broadcastable to [B, H, S, S] = {list(shape)}, got {list(tensor.shape)}"
             ) from None
     return views
+
+
+def alibi_slopes(name: str, value: object, queries: list[Tensor], validate: bool) -> list[Tensor | None] | None:
+    """The slopes of every layer, [H]; one tensor serves all layers, None leaves one out."""
+    values = _per_layer(name, "alibi_slopes", value, len(queries))
+    if values is None:
+        return None
+    slopes: list[Tensor | None] = []
+    for i, (tensor, q) in enumerate(zip(values, queries, strict=True)):
+        if tensor is None:
+            slopes.append(None)
+            continue
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _checks.FLOATS:
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name}: alibi_slopes[{i}] must be a floating-point tensor [H], got {got}")
+        if tuple(tensor.shape) != (q.shape[1],):
+            raise ValueError(f"{name}: alibi_slopes[{i}] must be [H] = [{q.shape[1]}], got {list(tensor.shape)}")
+        _checks.same_device(name, queries[0].device, f"alibi_slopes[{i}]", tensor)
+        if validate and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name}: alibi_slopes[{i}] must be finite, got NaN or Inf")
+        slopes.append(tensor.detach())
+    return slopes
+
+
+def _per_layer(name: str, argument: str, value: object, layers: int) -> list[object] | None:
+    """`value` as a list of one tensor or None per layer; one tensor serves all."""
+    if value is None:
+        return None
+    values = [value] * layers if isinstance(value, Tensor) else value
+    wanted = f"{name}: {argument} must be one tensor, or a list of one tensor or None per layer ({layers})"
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{wanted}, got {type(values).__name__}")
+    if len(values) != layers:
+        raise ValueError(f"{wanted}, got {len(values)}")
+    return list(values)
 
 
 def mask(

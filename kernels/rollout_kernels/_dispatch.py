@@ -49,7 +49,7 @@ def _run_triton(problem: Problem) -> Tensor:
     from rollout_kernels import _triton
 
     if isinstance(problem, QKProblem):
-        return _triton.rows_from_qk(problem)
+        return _triton.full_from_qk(problem) if problem.form == "full" else _triton.rows_from_qk(problem)
     assert isinstance(problem, MapsProblem)
     return _triton.full_from_maps(problem) if problem.form == "full" else _triton.rows_from_maps(problem)
 

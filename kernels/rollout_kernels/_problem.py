@@ -97,6 +97,7 @@ class QKProblem(Problem):
         keys: per layer [B, H_kv, S, D], H a multiple of H_kv.
         logsumexp: per layer float32 [B, H, S], the natural log of Σ_j exp(scale·q·k_j + mask), or None.
         bias: per layer a view [B, H, S, S] (strides may be 0), or None.
+        alibi_slopes: per layer [H], or None: −slope·|i − j| is added to the scores.
         key_mask: bool [B, S], True = may be attended, or None; `lengths` is combined with it by AND.
         query_mask: bool [B, S], False = this row attends nothing, hence is uniform over the sample's keys; or None.
         causal: key j is attended from row i only when j ≤ i.
@@ -111,6 +112,7 @@ class QKProblem(Problem):
     keys: tuple[Tensor, ...]
     logsumexp: tuple[Tensor, ...] | None
     bias: tuple[Tensor | None, ...] | None
+    alibi_slopes: tuple[Tensor | None, ...] | None
     key_mask: Tensor | None
     query_mask: Tensor | None
     causal: bool
@@ -122,6 +124,11 @@ class QKProblem(Problem):
     @property
     def layers(self) -> int:
         return len(self.queries)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether any layer has one."""
+        return self.bias is not None and any(bias is not None for bias in self.bias)
 
 
 def start_weights(problem: Problem) -> Tensor:

@@ -55,6 +55,7 @@ def attention_rollout_qk(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     bias: Tensor | Sequence[Tensor | None] | None = None,
+    alibi_slopes: Tensor | Sequence[Tensor | None] | None = None,
     scale: float | None = None,
     logsumexp: Sequence[Tensor] | None = None,
     softcap: float | None = None,
@@ -83,6 +84,7 @@ def attention_rollout_qk(
             causal=causal,
             window=window,
             bias=bias,
+            alibi_slopes=alibi_slopes,
             scale=scale,
             logsumexp=logsumexp,
             softcap=softcap,
@@ -167,6 +169,7 @@ def qk_problem(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     bias: Tensor | Sequence[Tensor | None] | None = None,
+    alibi_slopes: Tensor | Sequence[Tensor | None] | None = None,
     scale: float | None = None,
     logsumexp: Sequence[Tensor] | None = None,
     softcap: float | None = None,
@@ -192,6 +195,7 @@ def qk_problem(
     valid = _checks.lengths(name, lengths, batch, seq, device, validate)
     rows, weights, squeeze = _checks.query(name, query, valid, batch, seq, device, dtype, validate)
     biases = _checks_qk.bias(name, bias, qs)
+    slopes = _checks_qk.alibi_slopes(name, alibi_slopes, qs, validate)
     lse = _checks_qk.logsumexp(name, logsumexp, qs)
     columns = _checks_qk.sinks(name, sinks, qs, validate)
     if lse is not None and columns is not None:
@@ -213,6 +217,7 @@ def qk_problem(
         keys=tuple(ks[start:]),
         logsumexp=None if lse is None else tuple(lse[start:]),
         bias=None if biases is None else tuple(biases[start:]),
+        alibi_slopes=None if slopes is None else tuple(slopes[start:]),
         key_mask=_checks_qk.mask(name, "key_mask", "may be attended", key_mask, batch, seq, device),
         query_mask=_checks_qk.mask(name, "query_mask", "attends", query_mask, batch, seq, device),
         causal=_checks_qk.flag(name, "causal", causal),

@@ -57,6 +57,8 @@ def softmax_maps(problem: QKProblem, layer: int, b: int, n: int) -> Tensor:
 
     i = torch.arange(n, device=problem.device)[:, None]
     j = torch.arange(n, device=problem.device)[None, :]
+    if problem.alibi_slopes is not None and problem.alibi_slopes[layer] is not None:
+        scores = scores - problem.alibi_slopes[layer].double()[:, None, None] * (i - j).abs()  # type: ignore[union-attr]
     allowed = torch.ones(n, n, dtype=torch.bool, device=problem.device)
     if problem.causal:
         allowed &= j <= i

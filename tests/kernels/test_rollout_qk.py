@@ -64,6 +64,8 @@ MASKS: dict[str, dict[str, Any]] = {
     "bias-per-layer": {"bias": [random_weights(S, S), None, random_weights(B, 1, 1, S, seed=6)]},
     "bias-inf": {"bias": band_bias(S)},
     "bias-inf-lengths": {"bias": band_bias(S), "lengths": [12, 1, 7], "causal": True},
+    "alibi": {"alibi_slopes": torch.tensor([1.0, 0.5, 0.25, 0.125])},
+    "alibi-per-layer": {"alibi_slopes": [None, torch.tensor([0.3, 0.0, -0.2, 2.0]), None], "lengths": [12, 1, 7]},
     "scale": {"scale": 0.11},
     "softcap": {"softcap": 0.8},
     "softcap-bias": {"softcap": 1.5, "bias": band_bias(S), "causal": True, "scale": 0.4},
@@ -83,6 +85,7 @@ MASKS: dict[str, dict[str, Any]] = {
         "causal": True,
         "window": (5, None),
         "bias": [None, random_weights(H, S, S), band_bias(S)],
+        "alibi_slopes": torch.tensor([0.3, 0.2, 0.1, 0.0], dtype=torch.float64),
         "scale": 0.2,
     },
 }
@@ -100,10 +103,25 @@ FUSIONS = {
 
 
 def expected_maps(queries: list[Tensor], keys: list[Tensor], given: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-    bias = given.get("bias")
+    given = dict(given)
+    slopes, bias = given.pop("alibi_slopes", None), given.get("bias")
     per_layer = [bias] * len(queries) if isinstance(bias, Tensor) else bias
+    if slopes is not None:
+        per_layer = [
+            distance_bias(slopes if isinstance(slopes, Tensor) else slopes[layer], None if bias is None else one)
+            for layer, one in enumerate(per_layer or [None] * len(queries))
+        ]
     window = tuple(None if side == -1 else side for side in given.get("window", (None, None)))
     return softmax_maps(queries, keys, **{**given, "bias": per_layer, "window": window})
+
+
+def distance_bias(slopes: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """What ALiBi's slopes add to the scores, entry by entry, beside a bias."""
+    if slopes is None:
+        return bias
+    distance = torch.tensor([[abs(i - j) for j in range(S)] for i in range(S)])
+    added = -slopes.double()[:, None, None] * distance
+    return added if bias is None else bias + added
 
 
 def call(queries: list[Tensor], keys: list[Tensor], given: dict[str, Any], **arguments: Any) -> Tensor:

@@ -27,11 +27,13 @@ from rollout_kernels._triton.rows_split import rows_split_kernel
 from tests.support.triton_aot import TENSOR_COLUMNS, Compiled, compile_amd, compile_kernel, tool
 from tests.support.triton_launches import (
     DTYPES,
+    FUSED_KERNELS,
     MAP_FORMS,
     MAP_KERNELS,
     QK_FORMS,
     SCORE_KERNELS,
     TABLES,
+    fused_constants,
     map_constants,
     product_constants,
     score_constants,
@@ -237,6 +239,35 @@ def test_rows_from_qk(kernel: str, form: str, dtype: str, size: int, capability:
             assert found.resident_warps >= WARPS_TO_HIDE_PRODUCTS, _rows[-1]
 
 
+FUSED_CASES = [
+    (kernel, dtype, size, capability)
+    for kernel in FUSED_KERNELS
+    for dtype in DTYPES
+    for size in HEAD_DIMENSIONS
+    for capability in TABLES
+]
+
+
+def fused_sampled(case: tuple[str, str, int, int]) -> bool:
+    """The maximum over the widest heads, which leaves the fewest registers, and on sm_90 every other kernel of them."""
+    kernel, dtype, size, capability = case
+    return size == 128 and (capability == 90 or (kernel == "columns" and dtype == "fp32"))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "size", "capability"),
+    as_parameters(FUSED_CASES, {case: fused_sampled(case) for case in FUSED_CASES}),
+)
+def test_fused_tiles_and_biases_from_qk(kernel: str, dtype: str, size: int, capability: int) -> None:
+    part = "logsumexp" if kernel == "logsumexp" else "fused"
+    config = launch.scores_launch(part, DTYPES[dtype], size, TABLES[capability], biased=True)
+    constants = fused_constants(kernel, DTYPES[dtype], size, config)
+    name = f"fused {kernel} {dtype} D{size} {config.block_m}x{config.block_n} w{config.num_warps}"
+    found = compiled(name, "everything", capability, FUSED_KERNELS[kernel][0], constants, config, "HGMMA|HMMA|UTC")
+    assert found.wide_loads > 0
+    assert (found.count("HGMMA") > 0) == (capability == 90)
+
+
 def plain_columns() -> tuple[dict[str, object], launch.ScoresLaunch]:
     """The lightest form of the columns: bf16, D = 64, no mask."""
     config = launch.scores_launch("columns", torch.bfloat16, 64, "sm_90")
@@ -287,7 +318,7 @@ def test_product_of_the_full_chain(capability: int) -> None:
 @pytest.mark.parametrize("form", ["max", "gradients"])
 def test_fused_heads_of_the_full_chain(form: str, seq: int) -> None:
     config = launch.rows_launch(seq, torch.float32, form == "gradients", name="sm_90")
-    constants = {**map_constants(form, torch.float32, config), "OUT_VEC": 4}
+    constants = {**map_constants(form, torch.float32, config), "OUT_VEC": 4, "IDENTITY": False}
     del constants["ONE_HOT"], constants["PARTS"]
     name = f"fuse_heads fp32 {config.rows}x{config.padded} w{config.num_warps}"
     assert compiled(name, form, 90, fuse_heads_kernel, constants, config, "LDGSTS").wide_loads > 0

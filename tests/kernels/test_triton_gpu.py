@@ -99,6 +99,24 @@ def test_rows_from_qk(dtype: str, seq: int, size: int, options: dict) -> None:
     assert error(_triton.rows_from_qk(problem), problem) <= QK_BOUND
 
 
+@pytest.mark.parametrize("seq", QK_LENGTHS)
+@pytest.mark.parametrize("size", QK_SIZES)
+@pytest.mark.parametrize("dtype", TRIED)
+@pytest.mark.parametrize("fusion", ["mean", "max"])
+def test_bias_slopes_and_the_full_matrix_from_qk(fusion: str, dtype: str, size: int, seq: int) -> None:
+    lengths = torch.tensor([seq, max(1, seq // 2)], device=DEVICE)
+    bias = torch.randn(4, seq, seq, device=DEVICE).transpose(-1, -2)
+    bias[1, seq // 3] = -torch.inf  # a row of one head that nothing is left of
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], device=DEVICE)
+    for options in ({}, {"bias": bias, "causal": True}, {"alibi_slopes": slopes, "window": (40, 7)}):
+        problem = qk_problem(
+            2, seq, size, DTYPES[dtype], lengths=lengths, method=Method(head_fusion=fusion), **options
+        )  # fmt: skip
+        assert error(_triton.rows_from_qk(problem), problem) <= QK_BOUND
+        whole = replace(problem, rows=None)
+        assert error(_triton.full_from_qk(whole), whole) <= QK_BOUND
+
+
 @on_card
 @pytest.mark.parametrize("split", [True, False], ids=["split", "resident"])
 @pytest.mark.parametrize(("dtype", "columns"), [("fp32", 2), ("fp32", 1), ("bf16", 4), ("bf16", 2), ("bf16", 1)])
@@ -297,6 +315,7 @@ def test_compute_sanitizer(check: str) -> None:
         "rollout.attention_rollout(maps, lengths=lengths, backend='triton')\n"
         "q = [torch.randn(2, 2, 70, 64, device='cuda', dtype=torch.bfloat16) for _ in range(3)]\n"
         "rollout.attention_rollout_qk(q, q, query=-1, causal=True, backend='triton')\n"
+        "rollout.attention_rollout_qk(q, q, method='rollout', backend='triton')\n"
     )
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     run = subprocess.run(

@@ -26,6 +26,7 @@ pytestmark = MARKS
 __all__ = ["bounds_of_loops", "poison"]  # fixtures
 if INTERPRETING:
     from rollout_kernels import _triton
+    from rollout_kernels._triton import launch
 
 QK_BOUND = 3e-6  # max|err| / max|ref|, the project's bound from Q and K
 MASKS = {
@@ -41,16 +42,30 @@ QK_METHODS = {
     "weights": Method(head_fusion=torch.tensor([0.5, 2.0, -0.25, 1.0])),
     "renormalized": Method(residual=1.0, attention=0.5),
     "plain": Method(residual=1.0, attention=0.5, renormalize=False),
+    "max": Method(head_fusion="max"),
+    "min": Method(head_fusion="min", residual=0.2, attention=0.7),
+    "max plain": Method(head_fusion="max", renormalize=False),
 }
+BIASES = ("none", "one", "by key", "by layer and transposed", "−inf", "lowest")
 QK_SHAPES = {  # B, H, H_kv, S, D, L
     "B1-H4-Hkv4-S1-D16-L1": (1, 4, 4, 1, 16, 1),
     "B2-H4-Hkv2-S33-D16-L2": (2, 4, 2, 33, 16, 2),
     "B2-H4-Hkv1-S64-D32-L3": (2, 4, 1, 64, 32, 3),
-    "B1-H4-Hkv4-S130-D64-L2": (1, 4, 4, 130, 64, 2),
+    "B1-H4-Hkv4-S70-D64-L2": (1, 4, 4, 70, 64, 2),
     "B1-H4-Hkv2-S40-D128-L2": (1, 4, 2, 40, 128, 2),  # in float32 multiplied in two halves of D
 }
 FLAGS = [False, True]
-QK = [list(QK_METHODS), list(DTYPES), list(QK_SHAPES), list(QUERIES), list(MASKS), list(KEY_MASKS), FLAGS, FLAGS, FLAGS]
+FORMS = [*QUERIES, "full"]
+QK = [
+    list(QK_METHODS), list(DTYPES), list(QK_SHAPES), FORMS, list(MASKS), list(KEY_MASKS), list(BIASES),
+    FLAGS, FLAGS, FLAGS, FLAGS,
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles of sm_90: the interpreter's time goes by the number of operations, not by their size."""
+    monkeypatch.setattr(launch, "table_name", lambda device: "sm_90")
 
 
 def key_mask(kind: str, batch: int, seq: int) -> Tensor | None:
@@ -62,6 +77,24 @@ def key_mask(kind: str, batch: int, seq: int) -> Tensor | None:
     if kind == "nothing valid":
         mask[-1] = False
     return mask
+
+
+def make_bias(kind: str, batch: int, heads: int, seq: int, layers: int) -> object:
+    """Biases as models have them: whole, a number a key, turned over, of some layers, −inf and the lowest float."""
+    lowest = torch.finfo(torch.float32).min
+    if kind == "none":
+        return None
+    if kind == "one":
+        return 2 * torch.randn(batch, heads, seq, seq)
+    if kind == "by key":
+        return torch.randn(heads, 1, seq).half()
+    if kind == "by layer and transposed":
+        return [None if layer == 1 else torch.randn(batch, 1, seq, seq).transpose(-1, -2) for layer in range(layers)]
+    bias = torch.randn(heads, seq, seq)
+    low = torch.rand(heads, seq, seq) < 0.4
+    low[0, seq // 2] = True  # a row of one head that nothing is left of
+    low[:, -1] = True
+    return bias.masked_fill(low, -math.inf if kind == "−inf" else lowest)
 
 
 def qk_problem(queries: list[Tensor], keys: list[Tensor], query: object, **options: object) -> _problem.QKProblem:
@@ -85,8 +118,12 @@ def true_logsumexp(problem: _problem.QKProblem) -> list[Tensor]:
     if problem.lengths is not None:
         allowed &= j < problem.lengths[:, None, None]
     values = []
-    for q, k in zip(problem.queries, problem.keys, strict=True):
+    for layer, (q, k) in enumerate(zip(problem.queries, problem.keys, strict=True)):
         scores = problem.scale * q.double() @ k.double().repeat_interleave(heads // k.shape[1], 1).transpose(-1, -2)
+        if problem.bias is not None and problem.bias[layer] is not None:
+            scores = scores + problem.bias[layer]
+        if problem.alibi_slopes is not None:
+            scores = scores - problem.alibi_slopes[layer][:, None, None] * (i - j).abs()
         values.append(scores.masked_fill(~allowed[:, None], -math.inf).logsumexp(-1).float())
     return values
 
@@ -98,6 +135,8 @@ def qk_case(
     query: str,
     mask: str,
     keys_allowed: str,
+    biased: str,
+    sloped: bool,
     rows_masked: bool,
     ragged: bool,
     given: bool,
@@ -110,8 +149,11 @@ def qk_case(
     if lengths is not None:
         for tensor, (b, n) in itertools.product(queries + keys, enumerate(lengths.tolist())):
             tensor[b, :, n:] = math.nan
+    start = None if query == "full" else make_query(query, batch, seq, lengths)
     problem = qk_problem(
-        queries, keys, make_query(query, batch, seq, lengths), lengths=lengths, method=QK_METHODS[method],
+        queries, keys, start, lengths=lengths, method=QK_METHODS[method],
+        bias=make_bias(biased, batch, heads, seq, layers),
+        alibi_slopes=torch.tensor([0.5, 0.25, 0.125, 0.0]) if sloped else None,
         key_mask=key_mask(keys_allowed, batch, seq), query_mask=torch.rand(batch, seq) < 0.7 if rows_masked else None,
         **MASKS[mask],
     )  # fmt: skip
@@ -120,16 +162,19 @@ def qk_case(
 
 def check_qk(problem: _problem.QKProblem) -> None:
     assert _triton.refusals_qk(problem) == []
-    result = _triton.rows_from_qk(problem)
+    run = _triton.full_from_qk if problem.form == "full" else _triton.rows_from_qk
+    result = run(problem)
     # Softmax rows sum to 1: a given log-sum-exp is taken at its word, so the oracle is asked without it.
     assert error(result, replace(problem, logsumexp=None)) <= QK_BOUND
     if problem.lengths is not None:
         for b, n in enumerate(problem.lengths.tolist()):
-            assert torch.equal(result[b, ..., n:], torch.zeros_like(result[b, ..., n:]))
-    assert torch.equal(result, _triton.rows_from_qk(problem))
+            assert not result[b, ..., n:].any()
+            assert problem.form != "full" or not result[b, n:].any()
 
 
-QK_NAMES = ("method", "dtype", "shape", "query", "mask", "keys_allowed", "rows_masked", "ragged", "given")
+QK_NAMES = (
+    "method", "dtype", "shape", "query", "mask", "keys_allowed", "biased", "sloped", "rows_masked", "ragged", "given",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(QK_NAMES, pairwise(*QK))
@@ -140,19 +185,24 @@ def test_rows_from_qk(
     query: str,
     mask: str,
     keys_allowed: str,
+    biased: str,
+    sloped: bool,
     rows_masked: bool,
     ragged: bool,
     given: bool,
 ) -> None:
-    check_qk(qk_case(method, dtype, shape, query, mask, keys_allowed, rows_masked, ragged, given))
+    check_qk(qk_case(
+        method, dtype, shape, query, mask, keys_allowed, biased, sloped, rows_masked, ragged, given
+    ))  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("mask", list(MASKS))
 def test_rows_from_qk_every_combination_of_masks(mask: str, dtype: str) -> None:
-    for method, allowed, *flags in itertools.product(QK_METHODS, KEY_MASKS, *[[False, True]] * 3):
-        check_qk(qk_case(method, dtype, "B2-H4-Hkv2-S33-D16-L2", "negative weights", mask, allowed, *flags))
+    cases = pairwise(list(QK_METHODS), ["negative weights", "full"], list(KEY_MASKS), list(BIASES), *[FLAGS] * 4)
+    for method, query, *rest in cases:
+        check_qk(qk_case(method, dtype, "B2-H4-Hkv2-S33-D16-L2", query, mask, *rest))
 
 
 def test_rows_from_qk_of_strided_tensors() -> None:
@@ -160,7 +210,52 @@ def test_rows_from_qk_of_strided_tensors() -> None:
     torch.manual_seed(3)
     for make in (lambda: torch.randn(2, 40, 3, 16).transpose(1, 2), lambda: torch.randn(2, 3, 40, 17)[..., 1:]):
         queries, keys = [make() for _ in range(2)], [make() for _ in range(2)]
-        check_qk(qk_problem(queries, keys, 0))
+        problem = qk_problem(queries, keys, 0)
+        check_qk(problem)
+        assert torch.equal(_triton.rows_from_qk(problem), _triton.rows_from_qk(problem))
+
+
+@pytest.mark.parametrize("query", [12, None], ids=["row", "full"])
+def test_a_finite_fill_on_every_key_leaves_the_row_its_scores_share(query: int | None) -> None:
+    """The lowest float swallows a score, and the logarithm of the sum: such a row is uniform over the keys that masks
+    leave, and a log-sum-exp given with it would make each of them 1."""
+    torch.manual_seed(5)
+    queries, keys = ([torch.randn(1, 2, 33, 16) for _ in range(2)] for _ in range(2))
+    fill = torch.zeros(33, 33)
+    fill[3:20] = torch.finfo(torch.float32).min
+    problem = qk_problem(queries, keys, query, bias=fill, causal=True)
+    check_qk(problem)
+    with_sums = replace(problem, logsumexp=tuple(true_logsumexp(problem)))
+    check_qk(with_sums)
+
+
+@pytest.mark.parametrize("query", [0, None], ids=["row", "full"])
+def test_alibi_slopes_are_the_bias_of_the_same_numbers(query: int | None) -> None:
+    torch.manual_seed(6)
+    queries, keys = ([torch.randn(2, 2, 40, 16) for _ in range(2)] for _ in range(2))
+    slopes = [torch.tensor([0.5, 0.0625]), None]
+    i, j = torch.arange(40)[:, None], torch.arange(40)
+    bias = [-slopes[0][:, None, None] * (i - j).abs(), None]
+    run = _triton.full_from_qk if query is None else _triton.rows_from_qk
+    problem = qk_problem(queries, keys, query, alibi_slopes=slopes)
+    check_qk(problem)
+    assert error(run(qk_problem(queries, keys, query, bias=bias)), problem) <= QK_BOUND
+
+
+def test_rows_are_rows_of_the_full_matrix() -> None:
+    torch.manual_seed(7)
+    queries, keys = ([torch.randn(2, 2, 40, 16) for _ in range(2)] for _ in range(2))
+    for method in QK_METHODS["mean"], QK_METHODS["max"]:
+        full = _triton.full_from_qk(qk_problem(queries, keys, None, method=method))
+        rows = _triton.rows_from_qk(qk_problem(queries, keys, torch.tensor([5, 39]), method=method))
+        assert float((torch.stack([full[0, 5], full[1, 39]]) - rows).abs().max()) <= QK_BOUND
+
+
+def test_the_dispatcher_hands_the_full_matrix_to_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, keys = ([torch.randn(1, 2, 8, 16)] for _ in range(2))
+    monkeypatch.setattr(_triton, "rows_from_qk", None)
+    result = ops.attention_rollout_qk(queries, keys, method=Method(), backend="triton")
+    assert error(result, qk_problem(queries, keys, None)) <= QK_BOUND
 
 
 def test_rows_from_qk_of_large_scores() -> None:
@@ -178,18 +273,20 @@ def test_rows_from_qk_of_large_scores() -> None:
     [
         ({"size": 80}, "head dimension 80 is not one of 16, 32, 64, 128"),
         ({"dtype": torch.float64}, "queries and keys are float64"),
-        ({"method": Method(head_fusion="max")}, "head_fusion"),
-        ({"method": Method(discard_ratio=0.5)}, "discard_ratio"),
-        ({"bias": torch.zeros(4)}, "bias"),
-        ({"query": None}, "full matrix"),
+        ({"method": Method(head_fusion=lambda a, g: a.mean(1))}, "Python function"),
+        ({"method": Method(discard_ratio=0.5)}, "discard_ratio needs the order of a whole map"),
+        ({"bias": torch.zeros(4).double()}, "bias is float64"),
+        ({"bias": [torch.zeros(4), torch.zeros(4).half()], "layers": 2}, "differ in the dtype of their bias"),
+        ({"softcap": 5.0}, "softcap is not supported"),
+        ({"sinks": [torch.zeros(2)]}, "sinks are not supported"),
     ],
-    ids=["size", "float64", "max", "discard", "bias", "full"],
+    ids=["size", "float64", "function", "discard", "bias", "biases", "softcap", "sinks"],
 )
 def test_qk_refusals_give_a_reason(change: dict, reason: str) -> None:
     shape = (1, 2, 4, change.get("size", 16))
-    tensors = [torch.zeros(shape, dtype=change.get("dtype", torch.float32))]
-    options = {name: value for name, value in change.items() if name in ("bias", "method")}
-    problem = qk_problem(tensors, tensors, change.get("query", 0), **options)
+    tensors = [torch.zeros(shape, dtype=change.get("dtype", torch.float32))] * change.get("layers", 1)
+    options = {name: value for name, value in change.items() if name in ("bias", "method", "softcap", "sinks")}
+    problem = qk_problem(tensors, tensors, 0, **options)
     reasons = _triton.refusals_qk(problem)
     assert len(reasons) == 1
     assert reason in reasons[0]

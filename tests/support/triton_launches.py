@@ -1,10 +1,14 @@
 """The compile-time arguments of every kernel under a launch of the tables, in the forms the compile lane looks at."""
 
+from typing import Any
+
 import torch
 
 from rollout_kernels._triton import inputs, launch
 from rollout_kernels._triton.qk_columns import columns_kernel
 from rollout_kernels._triton.qk_logsumexp import logsumexp_kernel
+from rollout_kernels._triton.qk_matrix import qk_matrix_kernel
+from rollout_kernels._triton.qk_row_sums import row_sums_kernel
 from rollout_kernels._triton.rows_resident import rows_resident_kernel
 from rollout_kernels._triton.rows_split import rows_split_kernel
 
@@ -12,6 +16,15 @@ TABLES = {80: "sm_80", 89: "default", 90: "sm_90", 100: "sm_100", 120: "default"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAP_KERNELS = {"resident": rows_resident_kernel, "split": rows_split_kernel}
 SCORE_KERNELS = {"logsumexp": logsumexp_kernel, "columns": columns_kernel}
+FUSED_KERNELS: dict[str, tuple[Any, dict[str, object]]] = {  # those of the launch "fused", with flags of their own
+    "logsumexp": (logsumexp_kernel, {}),
+    "weighted columns": (columns_kernel, {"FUSION": 3, "HAS_DEAD": True, "HAS_SUMS": False}),
+    "columns": (columns_kernel, {"FUSION": 1, "HAS_DEAD": True, "HAS_SUMS": True}),
+    "row sums": (row_sums_kernel, {"FUSION": 1, "HAS_DEAD": True}),
+    "matrix": (
+        qk_matrix_kernel, {"FUSION": 1, "HAS_DEAD": True, "HAS_SUMS": True, "IDENTITY": False, "OUT_VEC": 4},
+    ),
+}  # fmt: skip
 MAP_FORMS = {  # the heaviest: max fusion, renormalised, ragged, a free top layer; then gradients, then the lightest
     "max": {"ONE_HOT": True, "HAS_LENGTHS": True, "RENORMALIZE": True, "FUSION": 1, "GRADIENTS": 0},
     "gradients": {"ONE_HOT": False, "HAS_LENGTHS": True, "RENORMALIZE": False, "FUSION": 0, "GRADIENTS": 1},
@@ -23,6 +36,9 @@ QK_FORMS = {
     "causal": {"HAS_LENGTHS": True, "HAS_KEY_MASK": False, "HAS_LEFT": False, "HAS_RIGHT": True},
     "all masks": {"HAS_LENGTHS": True, "HAS_KEY_MASK": True, "HAS_LEFT": True, "HAS_RIGHT": True},
 }
+
+
+NO_BIAS = {"HAS_BIAS": False, "BIAS_DTYPE": inputs.DTYPES[torch.float32], "BIAS_UNIT": True, "HAS_SLOPES": False}
 
 
 def map_constants(
@@ -37,15 +53,25 @@ def map_constants(
 def score_constants(
     kernel: str, form: str, dtype: torch.dtype, head_dimension: int, config: launch.ScoresLaunch
 ) -> dict[str, object]:
-    """Of `SCORE_KERNELS`; head weights and rows that attend to no key come with "all masks"."""
-    chosen = {"ONE_HOT": True}
+    """Of `SCORE_KERNELS` without a bias; head weights and rows that attend to no key come with "all masks"."""
+    chosen: dict[str, object] = {"ONE_HOT": True}
     if kernel == "columns":
-        chosen = dict.fromkeys(("HAS_WEIGHTS", "HAS_DEAD"), form == "all masks")
+        all_masks = form == "all masks"
+        chosen = {"FUSION": 3 if all_masks else 0, "HAS_DEAD": all_masks, "HAS_SUMS": False}
     return {
-        **QK_FORMS[form], **chosen, **config.blocks,
+        **QK_FORMS[form], **NO_BIAS, **chosen, **config.blocks,
         "DTYPE": inputs.DTYPES[dtype], "VEC": 16 // dtype.itemsize, "ALIGNED": True, "UPCAST": False,
         "PRECISION": config.precision if dtype == torch.float32 else "ieee", "D": head_dimension,
     }  # fmt: skip
+
+
+def fused_constants(
+    kernel: str, dtype: torch.dtype, head_dimension: int, config: launch.ScoresLaunch
+) -> dict[str, object]:
+    """Of `FUSED_KERNELS` in the heaviest form: every mask, a bias, slopes, rows that attend to no key, and the maximum
+    over heads unless the kernel adds heads up."""
+    constants = score_constants("logsumexp", "all masks", dtype, head_dimension, config)
+    return {**constants, "HAS_BIAS": True, "HAS_SLOPES": True, **FUSED_KERNELS[kernel][1]}
 
 
 def product_constants(config: launch.ProductLaunch) -> dict[str, object]:

@@ -139,6 +139,12 @@ class QKSource:
         scores = self._scores(layer, samples, queries, columns)
         if bias is not None:
             scores.add_(bias)
+        slopes = None if self._problem.alibi_slopes is None else self._problem.alibi_slopes[layer]
+        if slopes is not None:
+            distance = positions.unsqueeze(-1) - torch.arange(columns.start, columns.stop, device=scores.device)
+            scores.addcmul_(
+                slopes.to(scores.dtype)[:, None, None], distance.abs().unsqueeze(1).to(scores.dtype), value=-1
+            )
         allowed = self._allowed(samples, positions, columns, ragged)
         if allowed is not None:
             scores.masked_fill_(~allowed.unsqueeze(1), -math.inf)

@@ -1,8 +1,9 @@
-"""The GPU kernels, behind three functions and the reasons why they cannot serve a call."""
+"""The GPU kernels, behind four functions and the reasons why they cannot serve a call."""
 
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,14 +13,16 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from rollout_kernels._problem import MapsProblem, Problem, QKProblem, shape_result
 from rollout_kernels._triton import inputs, launch, qk_inputs
 from rollout_kernels._triton.discard import without_discard
+from rollout_kernels._triton.full_chain import full_chain
 from rollout_kernels._triton.fuse_heads import fuse_heads
-from rollout_kernels._triton.matrix_product import matrix_product
 from rollout_kernels._triton.qk_columns import columns
 from rollout_kernels._triton.qk_logsumexp import logsumexp
+from rollout_kernels._triton.qk_matrix import qk_matrix
+from rollout_kernels._triton.qk_row_sums import row_sums
 from rollout_kernels._triton.rows_resident import rows_resident
 from rollout_kernels._triton.rows_split import rows_split
 
-__all__ = ["full_from_maps", "refusals_maps", "refusals_qk", "rows_from_maps", "rows_from_qk"]
+__all__ = ["full_from_maps", "full_from_qk", "refusals_maps", "refusals_qk", "rows_from_maps", "rows_from_qk"]
 
 HEAD_DIMENSIONS = (16, 32, 64, 128)
 CANNOT = (CompilationError, OutOfResources, PTXASError, RuntimeError)  # what compiling for a device may raise
@@ -64,18 +67,19 @@ def refusals_qk(problem: QKProblem) -> list[str]:
         reasons.append(f"head dimension {problem.queries[0].shape[-1]} is not one of {wanted}")
     if any(t.stride(-1) != 1 for t in tensors):
         reasons.append("queries or keys are not contiguous along the head dimension")
-    if problem.bias is not None and any(bias is not None for bias in problem.bias):
-        reasons.append("bias is not supported")
+    biases = sorted({str(bias.dtype).removeprefix("torch.") for bias in problem.bias or () if bias is not None})
+    if len(biases) > 1:
+        reasons.append(f"layers differ in the dtype of their bias ({', '.join(biases)})")
+    elif biases == ["float64"]:
+        reasons.append("bias is float64, not float32, bfloat16 or float16")
+    if callable(problem.method.head_fusion):
+        reasons.append("head_fusion is a Python function")
     if problem.softcap is not None:
         reasons.append("softcap is not supported")
     if problem.sinks is not None:
         reasons.append("sinks are not supported")
-    if problem.form == "full":
-        reasons.append("there is no kernel for the full matrix from Q and K")
-    if problem.method.head_fusion != "mean" and problem.head_weights is None:
-        reasons.append("head_fusion is neither the mean nor head weights: it needs every map whole")
     if problem.method.discard_ratio > 0:
-        reasons.append("discard_ratio needs the order of a whole map")
+        reasons.append("discard_ratio needs the order of a whole map, and from Q and K no map is held")
     return reasons
 
 
@@ -120,25 +124,17 @@ def full_from_maps(problem: Problem) -> Tensor:
         return out
     arguments = inputs.map_inputs(problem)
     name = launch.target(device).table
-    fuse = inputs.launch_of(problem, arguments, name)
-    product = launch.product_launch(name)
+    write = partial(fuse_heads, arguments, inputs.launch_of(problem, arguments, name))
     precision = "ieee" if launch.interpreting() else "bf16x6"
-    padded = -(-seq // 4) * 4  # rows that start on 16 bytes
-    scratch = [torch.empty(batch, seq, padded, dtype=torch.float32, device=device)[..., :seq] for _ in range(3)]
     with _on(device):
-        result = out if problem.layers == 1 else scratch[0]
-        fuse_heads(arguments, fuse, 0, result)
-        for layer in range(1, problem.layers):
-            fuse_heads(arguments, fuse, layer, scratch[2])
-            target = out if layer == problem.layers - 1 else scratch[layer % 2]
-            matrix_product(scratch[2], result, problem.lengths, target, product, precision)
-            result = target
+        full_chain(write, problem.layers, problem.lengths, out, launch.product_launch(name), precision)
     return out
 
 
 def rows_from_qk(problem: QKProblem) -> Tensor:
     """Start rows times R from queries and keys, [B, S] or [B, R, S] float32: one launch for the log-sum-exp unless it
-    was given, one for every layer of the chain.
+    was given, one for the row sums where the maximum or minimum over heads is renormalised, one for every layer of the
+    chain.
 
     Args:
         problem: one that `refusals_qk` has nothing against.
@@ -146,12 +142,48 @@ def rows_from_qk(problem: QKProblem) -> Tensor:
     arguments = qk_inputs.qk_inputs(problem, launch.interpreting())
     if arguments.out.numel() == 0:
         return shape_result(problem, arguments.out)
-    name, dtype, size = launch.target(problem.device).table, problem.queries[0].dtype, problem.queries[0].shape[-1]
     with _on(problem.device):
-        if arguments.lse is not None:
-            logsumexp(arguments, launch.scores_launch("logsumexp", dtype, size, name))
-        columns(arguments, launch.scores_launch("columns", dtype, size, name))
+        sums = _row_statistics(problem, arguments)
+        fused = qk_inputs.takes_extremes(problem)
+        columns(arguments, _scores_launch("fused" if fused else "columns", problem), sums)
     return shape_result(problem, arguments.out)
+
+
+def full_from_qk(problem: QKProblem) -> Tensor:
+    """The whole matrix R of every sample from queries and keys, [B, S, S] float32: the heads of a layer are fused
+    inside the tile, so that M_l is the one matrix written for it.
+
+    Beside the result at most three matrices [B, S, S] are held, and float32 [L, B, H, S] for the log-sum-exp (twice
+    with a bias). Products are float32-accurate.
+
+    Args:
+        problem: one that `refusals_qk` has nothing against, in the form of the full matrix.
+    """
+    arguments = qk_inputs.qk_inputs(problem, launch.interpreting())
+    if arguments.out.numel() == 0:
+        return arguments.out
+    precision = "ieee" if launch.interpreting() else "bf16x6"
+    product = launch.product_launch(launch.target(problem.device).table)
+    with _on(problem.device):
+        sums = _row_statistics(problem, arguments)
+        write = partial(qk_matrix, arguments, sums, _scores_launch("fused", problem))
+        full_chain(write, problem.layers, problem.lengths, arguments.out, product, precision)
+    return arguments.out
+
+
+def _row_statistics(problem: QKProblem, arguments: qk_inputs.QKInputs) -> Tensor | None:
+    """Fills the log-sum-exp of every layer's rows unless it was given; the row sums of M_l where they are not known."""
+    if arguments.lse is not None:
+        logsumexp(arguments, _scores_launch("logsumexp", problem))
+    if problem.method.renormalize and qk_inputs.takes_extremes(problem):
+        return row_sums(arguments, _scores_launch("fused", problem))
+    return None
+
+
+def _scores_launch(kernel: str, problem: QKProblem) -> launch.ScoresLaunch:
+    queries = problem.queries[0]
+    name = launch.target(problem.device).table
+    return launch.scores_launch(kernel, queries.dtype, queries.shape[-1], name, problem.has_bias)
 
 
 def cannot_compile(error: Exception) -> bool:

@@ -173,9 +173,18 @@ def rows_launch(
     return launch
 
 
-def scores_launch(kernel: str, dtype: torch.dtype, head_dimension: int, name: str = "default") -> ScoresLaunch:
-    """The launch of `"logsumexp"` or `"columns"`. It does not depend on S: the same tiles serve every length."""
-    return ScoresLaunch(**tables(name)[kernel][width(dtype)][str(head_dimension)])
+def scores_launch(
+    kernel: str, dtype: torch.dtype, head_dimension: int, name: str = "default", biased: bool = False
+) -> ScoresLaunch:
+    """The launch of `"logsumexp"`, `"columns"`, or `"fused"` for all that fuse a tile over its heads.
+
+    It does not depend on S: the same tiles serve every length. A bias takes the registers of one more tile: with it
+    every kernel has the tiles of `"fused"`, turned over for the log-sum-exp, whose rows are queries."""
+    by_size = tables(name)["fused" if biased else kernel][width(dtype)]
+    launch = ScoresLaunch(**by_size[str(head_dimension)])
+    if biased and kernel == "logsumexp":
+        launch = replace(launch, block_m=launch.block_n, block_n=launch.block_m)
+    return launch
 
 
 def product_launch(name: str = "default") -> ProductLaunch:

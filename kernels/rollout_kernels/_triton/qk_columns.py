@@ -4,6 +4,10 @@ A program owns BLOCK_N columns of one step of one chain (one start row of one sa
 
     out_j = residual·w_j + attention·Σ_h c_h Σ_i w_i·2^(score_ij − lse_i)
 
+The maximum or minimum over heads is taken entry by entry first, with rows in the outer loop and heads in the inner
+one (`fused_tile`), and w_i is divided by the row sum of M_l where it is renormalised (`row_sums`). With a bias the mean
+goes that way too: a bias may leave a row of one head alone no key.
+
 It forms the transposed scores K·Qᵀ, so that the sum over rows i is taken once, after the loop. Programs take tickets,
 numbered step-major (step 0 is the top layer), and wait for every column of the step before: only for lower tickets,
 which running programs hold, so no order of starting programs can deadlock. w lives in two buffers: a step reads one
@@ -12,17 +16,27 @@ and writes the other, and the step after it begins for a chain when it has ended
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rollout_kernels._triton.launch import ScoresLaunch
+from rollout_kernels._triton.layer import MAX, MEAN, MIN, WEIGHTS
+from rollout_kernels._triton.qk_fused_tile import fused_tile
 from rollout_kernels._triton.qk_inputs import QKInputs
-from rollout_kernels._triton.qk_tile import head_matrix, load_parts, multiply
+from rollout_kernels._triton.qk_tile import (
+    add_slopes,
+    head_matrix,
+    load_parts,
+    multiply,
+)
 from rollout_kernels._triton.tickets import arrive, wait_for
 
 
 @triton.jit
-def load_w(w_ptr, dead_ptr, offs, n, HAS_DEAD: tl.constexpr):
-    """w [S] of the step before at `offs`, and the part of it on rows that attend to no key."""
+def load_w(w_ptr, dead_ptr, sums_ptr, offs, n, HAS_DEAD: tl.constexpr, HAS_SUMS: tl.constexpr):
+    """w [S] of the step before at `offs`, over the row sums of M_l, and the part on rows that attend to no key."""
     w = tl.load(w_ptr + offs, mask=offs < n, other=0.0, cache_modifier=".cg")
+    if HAS_SUMS:  # a row of weight 0 may have none
+        w = w / tl.where(w == 0.0, 1.0, tl.load(sums_ptr + offs, mask=offs < n, other=1.0))
     lost = tl.zeros(offs.shape, tl.float32)
     if HAS_DEAD:
         dead = tl.load(dead_ptr + offs, mask=offs < n, other=0) != 0
@@ -33,22 +47,24 @@ def load_w(w_ptr, dead_ptr, offs, n, HAS_DEAD: tl.constexpr):
 
 @triton.jit
 def add_rows(
-    acc, k, k_rest, q_matrix, stride_q, lse_ptr, w_ptr, dead_ptr, offs_j, low, inner, outer, high, n,
-    scale2, lse_scale, head_weight, left, right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DEAD: tl.constexpr,
+    acc, k, k_rest, q_matrix, stride_q, lse_ptr, w_ptr, dead_ptr, slopes_ptr,
+    layer, head, H, offs_j, low, inner, outer, high, n, scale, lse_scale, head_weight, left, right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DEAD: tl.constexpr, HAS_SLOPES: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """acc[j, i mod BLOCK_M] += w_i·A_ij for the rows low … high of one head; inner … outer need no mask."""
     for start in range(low, high, BLOCK_M):
         offs_i = start + tl.arange(0, BLOCK_M)
         q, q_rest = load_parts(q_matrix, stride_q, offs_i, n, D, UPCAST, HALVES)
-        w, _ = load_w(w_ptr, dead_ptr, offs_i, n, HAS_DEAD)
+        w, _ = load_w(w_ptr, dead_ptr, w_ptr, offs_i, n, HAS_DEAD, False)
         lse = tl.load(lse_ptr + offs_i, mask=offs_i < n, other=0.0) * lse_scale
         # A row of weight 0 may be padding, or have no log-sum-exp: 2^−∞ keeps it out.
         lse = tl.where(w == 0.0, float("inf"), lse)
 
-        scores = multiply(k, k_rest, q, q_rest, PRECISION, HALVES)
-        p = tl.exp2(scores * scale2 - lse[None, :])
+        scores = multiply(k, k_rest, q, q_rest, PRECISION, HALVES) * scale
+        if HAS_SLOPES:
+            scores = add_slopes(scores, slopes_ptr, layer, head, H, offs_i[None, :], offs_j[:, None])
+        p = tl.exp2(scores - lse[None, :])
         masked = (start < inner) | (start >= outer)  # known at run time, the flags when compiling
         if HAS_LEFT:  # noqa: SIM102
             if masked:
@@ -67,18 +83,22 @@ def columns_kernel(
     keys_ptr,  # int64 [L, 4]: the same of [B, H_kv, S, D]
     lengths_ptr,  # int64 [B]
     key_valid_ptr,  # uint8 [B, S]
+    bias_ptr,  # int64 [L, 5]: address or 0, strides of batch, head, row and column of [B, H, S, S]
+    slopes_ptr,  # float32 [L, H]
     lse_table_ptr,  # int64 [L, 4]: the same of float32 [B, H, S], rows contiguous
     dead_ptr,  # uint8 [B, S]: rows that attend to no key
     head_weights_ptr,  # float32 [L, H]
+    sums_ptr,  # float32 [L, B, S] when HAS_SUMS
     w_ptr,  # float32 [2, B, R, S]: the start rows in the first half
     out_ptr,  # float32 [B, R, S]
     ready_ptr,  # int32 [L, chains], zeros; chains = B·R
     ticket_ptr,  # int32 [1], zero
     # sizes, weights
-    L, B, H, S, group, scale2, left, right, R, chains, lse_scale, residual, attention,
+    L, B, H, S, group, scale, left, right, R, chains, lse_scale, residual, attention,
     # flags
     HAS_LENGTHS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_DEAD: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    HAS_DEAD: tl.constexpr, HAS_SUMS: tl.constexpr, FUSION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BIAS_DTYPE: tl.constexpr, BIAS_UNIT: tl.constexpr, HAS_SLOPES: tl.constexpr,
     DTYPE: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     # blocks
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -93,6 +113,7 @@ def columns_kernel(
     sample = chain // R
     # A float32 tile is split into thirds before the product: at D = 128 all at once they are too many registers.
     HALVES: tl.constexpr = DTYPE == tl.float32 and D > 64  # noqa: SIM300
+    TILED: tl.constexpr = HAS_BIAS or FUSION == MAX or FUSION == MIN  # noqa: SIM109, RUF100
 
     n = S
     if HAS_LENGTHS:
@@ -107,6 +128,7 @@ def columns_kernel(
     ready_ptr += step.to(tl.int64) * chains + chain
     key_valid_ptr += sample.to(tl.int64) * S
     dead_ptr += sample.to(tl.int64) * S
+    sums_ptr += (layer.to(tl.int64) * B + sample) * S
 
     result = tl.zeros((BLOCK_N,), tl.float32)
     if column < n:
@@ -119,7 +141,7 @@ def columns_kernel(
         lost = 0.0
         for start in range(0, n, BLOCK_N):
             offs = start + tl.arange(0, BLOCK_N)
-            w, lost_here = load_w(from_ptr, dead_ptr, offs, n, HAS_DEAD)
+            w, lost_here = load_w(from_ptr, dead_ptr, sums_ptr, offs, n, HAS_DEAD, HAS_SUMS)
             low = tl.minimum(low, tl.min(tl.where(w != 0.0, offs, n), 0))
             high = tl.maximum(high, tl.max(tl.where(w != 0.0, offs + 1, 0), 0))
             lost += tl.sum(lost_here, 0)
@@ -127,46 +149,59 @@ def columns_kernel(
         # Of them, whole blocks between inner and outer may attend to every one of these columns.
         inner = low
         outer = high
-        if HAS_RIGHT:
+        # A row that a bias forbids every key is uniform, beyond the window too.
+        if HAS_RIGHT and not HAS_BIAS:
             low = tl.maximum(low, column - right)
             inner = column + BLOCK_N - 1 - right
-        if HAS_LEFT:
+        if HAS_LEFT and not HAS_BIAS:
             high = tl.minimum(high, column + BLOCK_N + left)
             outer = column + left - BLOCK_M + 2
         low = low // BLOCK_M * BLOCK_M
 
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for head in range(H):
-            q_matrix, stride_q = head_matrix(queries_ptr, layer, sample, head, DTYPE, VEC, ALIGNED)
-            k_matrix, stride_k = head_matrix(keys_ptr, layer, sample, head // group, DTYPE, VEC, ALIGNED)
-            lse_matrix, _ = head_matrix(lse_table_ptr, layer, sample, head, tl.float32, 1, False)
-            k, k_rest = load_parts(k_matrix, stride_k, offs_j, n, D, UPCAST, HALVES)
-            head_weight = 1.0
-            if HAS_WEIGHTS:
-                head_weight = tl.load(head_weights_ptr + layer * H + head)
+        if TILED:
+            for start in range(low, high, BLOCK_M):
+                offs_i = start + tl.arange(0, BLOCK_M)
+                tile = fused_tile(
+                    queries_ptr, keys_ptr, bias_ptr, slopes_ptr, lse_table_ptr, head_weights_ptr, key_valid_ptr,
+                    layer, sample, H, offs_i, offs_j, n, L, B, H, S, group, scale, lse_scale, left, right,
+                    FUSION, HAS_KEY_MASK, HAS_LEFT, HAS_RIGHT, HAS_BIAS, BIAS_DTYPE, BIAS_UNIT, HAS_SLOPES,
+                    DTYPE, VEC, ALIGNED, D, PRECISION, UPCAST,
+                )  # fmt: skip
+                w, _ = load_w(from_ptr, dead_ptr, sums_ptr, offs_i, n, HAS_DEAD, HAS_SUMS)
+                acc += tl.where(w[None, :] == 0.0, 0.0, tile * w[None, :])
+        else:
+            for head in range(H):
+                q_matrix, stride_q = head_matrix(queries_ptr, layer, sample, head, DTYPE, VEC, ALIGNED)
+                k_matrix, stride_k = head_matrix(keys_ptr, layer, sample, head // group, DTYPE, VEC, ALIGNED)
+                lse_matrix, _ = head_matrix(lse_table_ptr, layer, sample, head, tl.float32, 1, False)
+                k, k_rest = load_parts(k_matrix, stride_k, offs_j, n, D, UPCAST, HALVES)
+                head_weight = 1.0
+                if FUSION == WEIGHTS:
+                    head_weight = tl.load(head_weights_ptr + layer * H + head)
 
-            acc = add_rows(
-                acc, k, k_rest, q_matrix, stride_q, lse_matrix, from_ptr, dead_ptr, offs_j, low, inner, outer, high, n,
-                scale2, lse_scale, head_weight, left, right,
-                HAS_LEFT, HAS_RIGHT, HAS_DEAD, D, BLOCK_M, PRECISION, UPCAST, HALVES,
-            )  # fmt: skip
+                acc = add_rows(
+                    acc, k, k_rest, q_matrix, stride_q, lse_matrix, from_ptr, dead_ptr, slopes_ptr,
+                    layer, head, H, offs_j, low, inner, outer, high, n, scale, lse_scale, head_weight, left, right,
+                    HAS_LEFT, HAS_RIGHT, HAS_DEAD, HAS_SLOPES, D, BLOCK_M, PRECISION, UPCAST, HALVES,
+                )  # fmt: skip
 
         sums = tl.sum(acc, 1)
-        if not HAS_WEIGHTS:
+        if FUSION == MEAN and not TILED:
             sums = sums / H
-        if HAS_KEY_MASK:
+        if HAS_KEY_MASK and not TILED:
             sums = tl.where(tl.load(key_valid_ptr + offs_j, mask=offs_j < n, other=0) != 0, sums, 0.0)
         if HAS_DEAD:
             sums += lost / n  # a row that attends to no key is uniform over the sample's keys
-        own, lost_own = load_w(from_ptr, dead_ptr, offs_j, n, HAS_DEAD)
+        own, lost_own = load_w(from_ptr, dead_ptr, sums_ptr, offs_j, n, HAS_DEAD, HAS_SUMS)
         result = tl.where(offs_j < n, residual * (own + lost_own) + attention * sums, 0.0)
 
     tl.store(to_ptr + offs_j, result, mask=offs_j < S)
     arrive(ready_ptr, (column < n).to(tl.int32))
 
 
-def columns(inputs: QKInputs, launch: ScoresLaunch) -> None:
-    """Fills `inputs.out` [B, R, S] from the log-sum-exp of every row.
+def columns(inputs: QKInputs, launch: ScoresLaunch, sums: Tensor | None = None) -> None:
+    """Fills `inputs.out` [B, R, S] from the log-sum-exp of every row, and the row sums of every M_l where they divide.
 
     Scratch: float32 [2, B, R, S] and int32 [L, B·R]. The waits between programs are checked under adversarial schedules
     of the interpreter (tests/kernels/test_triton_schedules.py). Not yet run on a GPU.
@@ -176,8 +211,9 @@ def columns(inputs: QKInputs, launch: ScoresLaunch) -> None:
     ticket, ready, w = inputs.scratch()
     grid = (inputs.layers * chains * -(-seq // launch.block_n),)
     columns_kernel[grid](
-        *inputs.score_pointers, *inputs.column_pointers, w, inputs.out, ready, ticket,
+        *inputs.score_pointers, *inputs.column_pointers, w if sums is None else sums,
+        w, inputs.out, ready, ticket,
         *inputs.score_scalars, starts, chains, *inputs.column_scalars,
-        **inputs.score_flags, **inputs.column_flags, PRECISION="ieee" if inputs.exact else launch.precision,
-        **launch.blocks, **launch.options,
+        **inputs.score_flags, **inputs.column_flags, HAS_SUMS=sums is not None,
+        PRECISION="ieee" if inputs.exact else launch.precision, **launch.blocks, **launch.options,
     )  # fmt: skip

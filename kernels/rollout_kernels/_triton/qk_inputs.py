@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rollout_kernels._problem import QKProblem
+from rollout_kernels._triton import inputs
 from rollout_kernels._triton.inputs import DTYPES
 from rollout_kernels._triton.prepare import Prepared, Values, encode, flatten, prepare
 
@@ -20,21 +21,25 @@ class QKInputs:
 
     Attributes:
         problem: what they were made from.
-        values: tables of queries, keys and log-sum-exp, one after another, and head weights.
+        values: tables of queries, keys, log-sum-exp and biases, one after another, and head weights.
         masks: uint8 [B, S] of valid keys and of dead rows, or None.
-        score_scalars: L, B, H, S, queries a key head serves, scale·log2 e, left, right.
-        score_flags: the compile-time flags of both kernels.
-        column_flags: those of the columns alone.
+        slopes: float32 [L, H], ALiBi's, or None.
+        score_scalars: L, B, H, S, queries a key head serves, scale (times log2 e unless there is a bias), left, right.
+        score_flags: the compile-time flags of every kernel.
+        column_flags: those of all but the log-sum-exp.
         exact: whether products need no decomposition: 16-bit operands, or the interpreter, which knows none.
         column_scalars: factor that makes the log-sum-exp base 2, residual, attention.
-        lse: float32 [L, B, H, S] to be filled, base 2, or None when the caller gave it.
+        lse: float32 [L, B, H, S] to be filled, base 2, or None when the caller gave it. With a bias [2, L, B, H, S],
+            the maximum of each row and log2 of the sum after it, to be filled whatever the caller gave: beside a finite
+            fill a log-sum-exp has no bits for the sum, and not all say by −inf that a row is forbidden every key.
         kept: tensors that a table points to and nobody else holds.
-        out: float32 [B, R, S], not initialised.
+        out: float32 [B, R, S], or [B, S, S] for the full matrix, not initialised.
     """
 
     problem: QKProblem
     values: Values
     masks: tuple[Tensor | None, Tensor | None]
+    slopes: Tensor | None
     score_scalars: tuple[int | float, ...]
     score_flags: dict[str, object]
     column_scalars: tuple[float, ...]
@@ -62,11 +67,13 @@ class QKInputs:
 
     @property
     def score_pointers(self) -> tuple[Tensor, ...]:
-        """Tables of queries and keys, lengths, valid keys."""
+        """Tables of queries and keys, lengths, valid keys, table of biases, ALiBi slopes."""
         table, lengths, valid = self._ready.table, self.problem.lengths, self.masks[0]
         return (
             table, table[4 * self.layers :],
             table if lengths is None else lengths.contiguous(), table if valid is None else valid,
+            table[12 * self.layers :] if self.problem.has_bias else table,
+            table if self.slopes is None else self.slopes,
         )  # fmt: skip
 
     @property
@@ -88,7 +95,7 @@ class QKInputs:
         return self._prepared or self._prepare()
 
     def _prepare(self) -> Prepared:
-        batch, starts, seq = self.out.shape
+        batch, seq, starts = self.problem.batch, self.problem.seq, _starts(self.problem)
         self._weights = torch.empty(2, batch, starts, seq, dtype=torch.float32, device=self.out.device)
         if self.problem.weights is not None:
             self._weights[0] = self.problem.weights
@@ -98,28 +105,36 @@ class QKInputs:
 
 
 def qk_inputs(problem: QKProblem, interpreting: bool) -> QKInputs:
-    """The kernels' arguments for one problem in row form."""
+    """The kernels' arguments for one problem."""
     batch, heads, seq, size = problem.queries[0].shape
-    starts = 1 if problem.weights is None else problem.weights.shape[1]
+    rows = seq if problem.form == "full" else _starts(problem)
     vector, aligned = _vectors((*problem.queries, *problem.keys))
     valid, dead = _masks(problem)
+    biased, unit = problem.has_bias, 1.0 if problem.has_bias else LOG2_E
     lse, kept = None, []
-    if problem.logsumexp is None:
-        lse = torch.empty(problem.layers, batch, heads, seq, dtype=torch.float32, device=problem.device)
-        numbers = _filled_rows(lse)
+    if problem.logsumexp is None or biased:
+        parts = (2,) if biased else ()
+        lse = torch.empty(*parts, problem.layers, batch, heads, seq, dtype=torch.float32, device=problem.device)
+        numbers = _filled_rows(lse[0] if biased else lse)
     else:
         kept = [_unit_rows(t.float()) for t in problem.logsumexp]
         numbers = _table(kept, 1)
-    head_weights = () if problem.head_weights is None else flatten(problem.head_weights)[0]
+    numbers += _bias_table(problem) if biased else ()
+    biases = [bias for bias in problem.bias or () if bias is not None]
+    fusion, head_weights = str(problem.method.head_fusion), tuple[float, ...]()
+    if problem.head_weights is not None:
+        fusion, (head_weights, _) = "weights", flatten(problem.head_weights)
     left, right = _window(problem)
     method = problem.method
-    total = method.residual + method.attention_weight if method.renormalize else 1.0  # softmax rows sum to 1
+    # Rows of a mean of softmax rows sum to 1.
+    total = method.residual + method.attention_weight if method.renormalize and not takes_extremes(problem) else 1.0
     return QKInputs(
         problem=problem,
         values=Values(_table(problem.queries, vector) + _table(problem.keys, vector) + numbers, head_weights),
         masks=(valid, dead),
+        slopes=None if problem.alibi_slopes is None else _slopes(problem, heads).mul_(unit),
         score_scalars=(
-            problem.layers, batch, heads, seq, heads // problem.keys[0].shape[1], problem.scale * LOG2_E,
+            problem.layers, batch, heads, seq, heads // problem.keys[0].shape[1], problem.scale * unit,
             0 if left is None else min(left, seq), 0 if right is None else min(right, seq),
         ),
         score_flags={
@@ -127,6 +142,10 @@ def qk_inputs(problem: QKProblem, interpreting: bool) -> QKInputs:
             "HAS_KEY_MASK": valid is not None,
             "HAS_LEFT": left is not None,
             "HAS_RIGHT": right is not None,
+            "HAS_BIAS": biased,
+            "BIAS_DTYPE": DTYPES[biases[0].dtype if biased else torch.float32],
+            "BIAS_UNIT": all(bias.stride(-1) == 1 for bias in biases),
+            "HAS_SLOPES": problem.alibi_slopes is not None,
             "DTYPE": DTYPES[problem.queries[0].dtype],
             "VEC": vector,
             "ALIGNED": aligned,
@@ -136,12 +155,39 @@ def qk_inputs(problem: QKProblem, interpreting: bool) -> QKInputs:
         column_scalars=(
             LOG2_E if lse is None else 1.0, method.residual / total, method.attention_weight / total,
         ),
-        column_flags={"HAS_WEIGHTS": problem.head_weights is not None, "HAS_DEAD": dead is not None},
+        column_flags={"FUSION": inputs.FUSIONS[fusion], "HAS_DEAD": dead is not None},
         exact=interpreting or problem.queries[0].dtype != torch.float32,
         lse=lse,
         kept=kept,
-        out=torch.empty(batch, starts, seq, dtype=torch.float32, device=problem.device),
+        out=torch.empty(batch, rows, seq, dtype=torch.float32, device=problem.device),
     )  # fmt: skip
+
+
+def takes_extremes(problem: QKProblem) -> bool:
+    """Whether heads are fused by the maximum or minimum, so that rows of F_l do not sum to 1."""
+    return problem.head_weights is None and problem.method.head_fusion != "mean"
+
+
+def _starts(problem: QKProblem) -> int:
+    """R, 0 for the full matrix."""
+    if problem.weights is not None:
+        return problem.weights.shape[1]
+    return 0 if problem.rows is None else 1
+
+
+def _bias_table(problem: QKProblem) -> tuple[int, ...]:
+    """[L, 5], row after row and encoded: address, strides of batch, head, row and column; zeros for a layer without."""
+    return tuple(
+        encode(number)
+        for bias in problem.bias or ()
+        for number in ((0,) * 5 if bias is None else (bias.data_ptr(), *bias.stride()))
+    )
+
+
+def _slopes(problem: QKProblem, heads: int) -> Tensor:
+    """float32 [L, H], 0 for a layer without."""
+    none = torch.zeros(heads, dtype=torch.float32, device=problem.device)
+    return torch.stack([none if slopes is None else slopes.float() for slopes in problem.alibi_slopes or ()])
 
 
 def _unit_rows(lse: Tensor) -> Tensor:

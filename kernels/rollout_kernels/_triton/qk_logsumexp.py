@@ -5,7 +5,7 @@ import triton.language as tl
 
 from rollout_kernels._triton.launch import ScoresLaunch
 from rollout_kernels._triton.qk_inputs import QKInputs
-from rollout_kernels._triton.qk_tile import head_matrix, load_parts, multiply
+from rollout_kernels._triton.qk_tile import LOG2_E, add_bias, head_matrix, load_parts, multiply
 
 
 @triton.jit(do_not_specialize=["L", "B", "H", "S", "group", "left", "right"])
@@ -15,18 +15,24 @@ def logsumexp_kernel(
     keys_ptr,  # int64 [L, 4]: the same of [B, H_kv, S, D]
     lengths_ptr,  # int64 [B]
     key_valid_ptr,  # uint8 [B, S]
+    bias_ptr,  # int64 [L, 5]: address or 0, strides of batch, head, row and column of [B, H, S, S]
+    slopes_ptr,  # float32 [L, H]
     start_ptr,  # int64 [B] when ONE_HOT
-    lse_ptr,  # float32 [L, B, H, S]
+    lse_ptr,  # float32 [L, B, H, S], or [2, L, B, H, S]
     # sizes
-    L, B, H, S, group, scale2, left, right,
+    L, B, H, S, group, scale, left, right,
     # flags
+    HAS_BIAS: tl.constexpr, BIAS_DTYPE: tl.constexpr, BIAS_UNIT: tl.constexpr, HAS_SLOPES: tl.constexpr,
     ONE_HOT: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     DTYPE: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     # blocks
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """This program computes log2 Σ_j 2^score for BLOCK_M rows of one head, −inf for a row with no key allowed."""
+    """This program computes log2 Σ_j 2^score for BLOCK_M rows of one head, −inf for a row with no key allowed.
+
+    With a bias scores are in base e, and it gives their maximum, −inf for such a row, and log2 Σ_j e^(score − maximum).
+    """
     blocks = tl.cdiv(S, BLOCK_M)
     pid = tl.program_id(0)
     block = pid % blocks
@@ -71,7 +77,11 @@ def logsumexp_kernel(
         for first in range(low, high, BLOCK_N):
             offs_j = first + tl.arange(0, BLOCK_N)
             k, k_rest = load_parts(k_matrix, stride_k, offs_j, n, D, UPCAST, HALVES)
-            scores = multiply(q, q_rest, k, k_rest, PRECISION, HALVES) * scale2
+            scores = multiply(q, q_rest, k, k_rest, PRECISION, HALVES) * scale
+            scores = add_bias(
+                scores, bias_ptr, slopes_ptr, layer, sample, head, H, offs_i[:, None], offs_j[None, :], n,
+                HAS_BIAS, BIAS_DTYPE, BIAS_UNIT, HAS_SLOPES,
+            )  # fmt: skip
             if (first < inner) | (first >= outer):
                 allowed = offs_j < n
                 if HAS_KEY_MASK:
@@ -85,20 +95,29 @@ def logsumexp_kernel(
 
             highest = tl.maximum(top, tl.max(scores, 1))
             shift = tl.where(highest == float("-inf"), 0.0, highest)
-            total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
+            before = top - shift
+            entries = scores - shift[:, None]
+            if HAS_BIAS:
+                before = before * LOG2_E
+                entries = entries * LOG2_E
+            total = total * tl.exp2(before) + tl.sum(tl.exp2(entries), 1)
             top = highest
 
-        lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(tl.where(total == 0.0, 1.0, total)))
-        offset = ((layer.to(tl.int64) * B + sample) * H + head) * S
-        tl.store(lse_ptr + offset + offs_i, lse, mask=offs_i < n)
+        rest = tl.log2(tl.where(total == 0.0, 1.0, total))
+        rows = lse_ptr + ((layer.to(tl.int64) * B + sample) * H + head) * S + offs_i
+        if HAS_BIAS:
+            tl.store(rows, top, mask=offs_i < n)
+            tl.store(rows + L.to(tl.int64) * B * H * S, rest, mask=offs_i < n)
+        else:
+            tl.store(rows, tl.where(total == 0.0, float("-inf"), top + rest), mask=offs_i < n)
 
 
 def logsumexp(inputs: QKInputs, launch: ScoresLaunch) -> None:
-    """Fills `inputs.lse` [L, B, H, S], base 2, on the rows that the chain reads: valid ones, and of the top layer only
-    the block of a one-hot start row. Not yet run on a GPU.
+    """Fills `inputs.lse`, as `logsumexp_kernel` says, on the rows that the chain reads: valid ones, and of the top
+    layer only the block of a one-hot start row. Not yet run on a GPU.
     """
     assert inputs.lse is not None
-    layers, batch, heads, seq = inputs.lse.shape
+    layers, batch, heads, seq = inputs.lse.shape[-4:]
     grid = (layers * batch * heads * -(-seq // launch.block_m),)
     logsumexp_kernel[grid](
         *inputs.score_pointers, inputs.start, inputs.lse, *inputs.score_scalars,

@@ -1,7 +1,14 @@
-"""Device code shared by the kernels from Q and K: tiles of queries and keys, and their product."""
+"""Device code shared by the kernels from Q and K: tiles of queries and keys, their product, the scores made of it.
+
+Scores are in base 2, times log2 e, so that one FFMA and one exponential make an entry of the softmax. With a bias they
+are in base e until the row's maximum is taken off: a finite fill such as −1e9 or the lowest float, on every key of
+a row, swallows what is added to it, the logarithm of the row's sum too, which is therefore kept apart.
+"""
 
 import triton
 import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -53,3 +60,53 @@ def multiply(a, a_rest, b, b_rest, PRECISION: tl.constexpr, HALVES: tl.constexpr
     if HALVES:
         product = tl.dot(a_rest, tl.trans(b_rest), product, input_precision=PRECISION)
     return product
+
+
+@triton.jit
+def add_bias(
+    scores,  # already times the scale
+    bias_ptr,  # int64 [L, 5]: address (0 for a layer without one), strides of batch, head, row and column
+    slopes_ptr,  # float32 [L, H], in the base of the scores
+    layer, sample, head, H, i, j, n,  # i and j broadcast to the shape of the scores
+    HAS_BIAS: tl.constexpr, BIAS_DTYPE: tl.constexpr, BIAS_UNIT: tl.constexpr, HAS_SLOPES: tl.constexpr,
+):  # fmt: skip
+    """The scores of one head with its additive bias and ALiBi's slope."""
+    if HAS_BIAS:
+        row = bias_ptr + layer * 5
+        address = tl.load(row)
+        base = address.to(tl.pointer_type(BIAS_DTYPE))
+        base += sample.to(tl.int64) * tl.load(row + 1) + head * tl.load(row + 2)
+        columns = j.to(tl.int64)
+        if not BIAS_UNIT:
+            columns = columns * tl.load(row + 4)
+        end = tl.where(address == 0, 0, n)
+        mask = (i < end) & (j < end)
+        scores += tl.load(base + i.to(tl.int64) * tl.load(row + 3) + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SLOPES:
+        scores = add_slopes(scores, slopes_ptr, layer, head, H, i, j)
+    return scores
+
+
+@triton.jit
+def add_slopes(scores, slopes_ptr, layer, head, H, i, j):
+    """The scores of one head with ALiBi's −slope·|i − j|; the slope is in their base."""
+    return scores - tl.load(slopes_ptr + layer * H + head) * tl.abs(i - j).to(tl.float32)
+
+
+@triton.jit
+def load_lse(lse_ptr, rest_stride, offs, n, lse_scale, HAS_BIAS: tl.constexpr):
+    """The log-sum-exp of rows `offs` in base 2 (then twice); with a bias the maximum, and log2 of the sum after it."""
+    lse = tl.load(lse_ptr + offs, mask=offs < n, other=0.0) * lse_scale
+    rest = lse
+    if HAS_BIAS:
+        rest = tl.load(lse_ptr + rest_stride + offs, mask=offs < n, other=0.0)
+    return lse, rest
+
+
+@triton.jit
+def softmax_entries(scores, lse, rest, HAS_BIAS: tl.constexpr):
+    """The softmax from scores and what `load_lse` gives of their rows."""
+    if HAS_BIAS:
+        return tl.exp2((scores - lse) * LOG2_E - rest)
+    else:
+        return tl.exp2(scores - lse)
