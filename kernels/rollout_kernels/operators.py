@@ -27,8 +27,8 @@ _METHOD = (
 )
 _MAPS_SCHEMA = f"(Tensor[] attentions, Tensor[]? gradients, {_QUERY}, {_METHOD}, str backend, bool validate) -> Tensor"
 _QK_SCHEMA = (
-    "(Tensor[] queries, Tensor[] keys, Tensor[]? logsumexp, Tensor[]? sinks, Tensor?[]? bias, Tensor? key_mask, "
-    "Tensor? query_mask, bool causal, SymInt? left, SymInt? right, float? scale, float? softcap, "
+    "(Tensor[] queries, Tensor[] keys, Tensor[]? logsumexp, Tensor[]? sinks, Tensor?[]? bias, Tensor?[]? alibi_slopes, "
+    "Tensor? key_mask, Tensor? query_mask, bool causal, SymInt? left, SymInt? right, float? scale, float? softcap, "
     f"{_QUERY}, {_METHOD}, str backend, bool validate) -> Tensor"
 )
 
@@ -52,11 +52,9 @@ def attention_rollout_qk(queries: Sequence[Tensor], keys: Sequence[Tensor], **op
         None if options[argument] is None else _checks.tensor_list(name, argument, options[argument], what)
         for argument, what in (("logsumexp", "[B, H, S]"), ("sinks", "[H]"))
     )
-    bias = options["bias"]
-    if bias is not None:
-        bias = [_detached(each) for each in ([bias] * len(qs) if isinstance(bias, Tensor) else bias)]
+    bias, slopes = (_per_layer(options[argument], len(qs)) for argument in ("bias", "alibi_slopes"))
     return _qk_operator(
-        qs, ks, lse, sinks, bias, _detached(options["key_mask"]), _detached(options["query_mask"]),
+        qs, ks, lse, sinks, bias, slopes, _detached(options["key_mask"]), _detached(options["query_mask"]),
         _checks_qk.flag(name, "causal", options["causal"]), *_checks_qk.window(name, options["window"]),
         options["scale"], options["softcap"], *_query_and_method(name, options, qs[0]),
     )  # fmt: skip
@@ -88,6 +86,13 @@ def _query_and_method(name: str, options: dict[str, Any], first: Tensor) -> tupl
     )  # fmt: skip
 
 
+def _per_layer(value: Any, layers: int) -> list[Any] | None:
+    """One tensor or None for each layer; one tensor serves all."""
+    if value is None:
+        return None
+    return [_detached(each) for each in ([value] * layers if isinstance(value, Tensor) else value)]
+
+
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
@@ -117,14 +122,15 @@ def _maps_problem(
 
 def _qk_problem(
     queries: list[Tensor], keys: list[Tensor], logsumexp: list[Tensor] | None, sinks: list[Tensor] | None,
-    bias: list[Tensor | None] | None, key_mask: Tensor | None, query_mask: Tensor | None, causal: bool,
+    bias: list[Tensor | None] | None, alibi_slopes: list[Tensor | None] | None,
+    key_mask: Tensor | None, query_mask: Tensor | None, causal: bool,
     left: int | None, right: int | None, scale: float | None, softcap: float | None, row: int | None,
     query: Tensor | None, lengths: Tensor | None, *method: Any, validate: bool,
 ) -> QKProblem:  # fmt: skip
     return ops.qk_problem(
         queries, keys, query=query if row is None else row, lengths=lengths, key_mask=key_mask, query_mask=query_mask,
-        causal=causal, window=(left, right), bias=bias, scale=scale, softcap=softcap, logsumexp=logsumexp,
-        sinks=sinks, method=_method(*method), validate=validate,
+        causal=causal, window=(left, right), bias=bias, alibi_slopes=alibi_slopes, scale=scale, softcap=softcap,
+        logsumexp=logsumexp, sinks=sinks, method=_method(*method), validate=validate,
     )  # fmt: skip
 
 

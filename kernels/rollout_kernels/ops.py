@@ -70,8 +70,8 @@ def attention_rollout_qk(
 
         return operators.attention_rollout_qk(
             queries, keys, query=query, lengths=lengths, key_mask=key_mask, query_mask=query_mask, causal=causal,
-            window=window, bias=bias, scale=scale, logsumexp=logsumexp, softcap=softcap, sinks=sinks, method=method,
-            backend=backend, validate=validate,
+            window=window, bias=bias, alibi_slopes=alibi_slopes, scale=scale, logsumexp=logsumexp, softcap=softcap,
+            sinks=sinks, method=method, backend=backend, validate=validate,
         )  # fmt: skip
     with torch.no_grad():
         problem = qk_problem(

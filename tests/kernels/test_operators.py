@@ -36,6 +36,7 @@ QK_CALLS: dict[str, dict[str, Any]] = {
     "masks": {"query": 0, "lengths": LENGTHS, "key_mask": MASK, "query_mask": MASK, "causal": True, "window": (3, -1)},
     "full": {"bias": [None, torch.rand(S, S), torch.rand(4, 1, S)], "method": Method(start_layer=1), "scale": 0.5},
     "sinks": {"query": 0, "sinks": [torch.rand(4) for _ in range(L)], "softcap": 2.0},
+    "slopes": {"query": -1, "alibi_slopes": [torch.rand(4), None, torch.rand(4)]},
     "one-bias": {"query": torch.rand(B, S), "bias": torch.rand(S, S)},
 }
 CALLS = {
