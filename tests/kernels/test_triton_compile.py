@@ -146,16 +146,16 @@ def narrow_sampled(case: tuple[str, str, str, int, int, int]) -> bool:
 def test_narrow_loads(kernel: str, form: str, dtype: str, vector: int, seq: int, capability: int) -> None:
     """Rows that do not start on 16 bytes: as many warps are resident, and copies are asynchronous from 4 bytes on, as
     wide as the rows allow."""
-    gradients, one, size = form == "gradients", vector == 1, DTYPES[dtype].itemsize
-    config = launch.rows_launch(seq, DTYPES[dtype], gradients, one, TABLES[capability])
-    pairs = vector * size == 2 and not gradients and seq <= inputs.LONGEST_IN_PAIRS
+    gradients, load = form == "gradients", vector * DTYPES[dtype].itemsize
+    config = launch.rows_launch(seq, DTYPES[dtype], gradients, load, TABLES[capability])
+    pairs = load == 2 and not gradients and seq <= inputs.LONGEST_IN_PAIRS
     constants = map_constants(form, DTYPES[dtype], config, vector, pairs)
     name = f"rows_{kernel} {dtype} {config.rows}x{config.padded} w{config.num_warps} in {vector}"
     found = compiled(name, form, capability, MAP_KERNELS[kernel], constants, config, "LDG")
     assert found.resident_warps >= WARPS_TO_HIDE_LOADS, _rows[-1]
-    if vector * size == 8:
+    if load == 8:
         assert found.count(r"LDGSTS[.A-Z0-9]*\.64") > 0
-    elif vector * size == 4 or pairs:
+    elif load == 4 or pairs:
         assert found.count("LDGSTS") > 0
 
 
@@ -164,7 +164,7 @@ def test_narrow_loads(kernel: str, form: str, dtype: str, vector: int, seq: int,
 def test_sums_are_of_two(form: str, dtype: str, vector: int) -> None:
     """However wide the loads and many the warps, and in both regimes, a sample's sums are taken in one order: each adds
     two numbers, so that no layout has a part in it."""
-    config = launch.rows_launch(512, DTYPES[dtype], form == "gradients", vector == 1, "sm_90")
+    config = launch.rows_launch(512, DTYPES[dtype], form == "gradients", vector * DTYPES[dtype].itemsize, "sm_90")
     constants = map_constants(form, DTYPES[dtype], config, vector, vector == 1 and dtype == "bf16" and form == "max")
     found = compile_kernel(rows_split_kernel, constants, 90, config.options).summed("f32")
     assert len(found) >= config.rows.bit_length() - 1

@@ -122,9 +122,11 @@ def _flags(
 
 def launch_of(problem: MapsProblem, arguments: MapInputs, name: str) -> launch.RowsLaunch:
     """The launch of the kernels over maps for one problem."""
-    return launch.rows_launch(
-        problem.seq, problem.maps[0].dtype, problem.gradients is not None, arguments.vector == 1, name
+    dtypes = (
+        [problem.maps[0].dtype] if problem.gradients is None else [problem.maps[0].dtype, problem.gradients[0].dtype]
     )
+    load = arguments.vector * max(dtype.itemsize for dtype in dtypes)
+    return launch.rows_launch(problem.seq, dtypes[0], problem.gradients is not None, load, name)
 
 
 def vectors(

@@ -153,22 +153,22 @@ def padded(seq: int) -> int:
 
 @cache
 def rows_launch(
-    seq: int, dtype: torch.dtype, gradients: bool = False, narrow: bool = False, name: str = "default"
+    seq: int, dtype: torch.dtype, gradients: bool = False, load: int = 16, name: str = "default"
 ) -> RowsLaunch:
-    """The launch of the kernels over maps.
+    """The launch of the kernels over maps, where one load takes `load` bytes.
 
-    Two tensors, or an address for every element where loads are narrow, take registers that two programs of a
+    Two tensors, or more addresses where loads are less than 16 bytes, take registers that two programs of a
     multiprocessor do not have: one program of twice the warps has as many threads, each with half as much to hold. The
     bits of a sample stay, as warps have no part in the order of its sums.
     """
     size = padded(seq)
     launch = RowsLaunch(padded=size, **tables(name)["rows"][width(dtype)][str(size)])
-    if gradients or narrow:
+    if gradients or load < 16:
         most = launch.rows * size // (32 * 8)  # eight elements a thread: one load of 16 bytes where they have 16 bits
         launch = replace(launch, num_warps=max(launch.num_warps, min(16, 2 * launch.num_warps, most)))
     if gradients:  # each half as deep in flight
         launch = replace(launch, stages=max(1, launch.stages // 2))
-    elif narrow and width(dtype) == "16":  # words of 4 bytes of which 2 are wanted
+    elif load == 2:  # words of 4 bytes of which 2 are wanted
         launch = replace(launch, stages=launch.stages + 2)
     return launch
 
