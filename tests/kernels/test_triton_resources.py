@@ -56,7 +56,7 @@ def sampled(cases: list[tuple], fast: set[int]) -> list:
 
 
 def rows(form: str, dtype: str, seq: int, capability: int) -> Compiled:
-    config = launch.rows_launch(seq, DTYPES[dtype], form == "gradients", True, TABLES[capability])
+    config = launch.rows_launch(seq, DTYPES[dtype], form == "gradients", name=TABLES[capability])
     return compile_kernel(rows_split_kernel, map_constants(form, DTYPES[dtype], config), capability, config.options)
 
 
@@ -80,7 +80,7 @@ def test_programs_that_a_multiprocessor_holds(kernel: str, dtype: str, size: int
 )
 def test_loads_on_their_way_keep_the_memory_busy(dtype: str, seq: int, capability: int) -> None:
     """Of rows from maps: a program asks for `stages` − 1 tiles ahead of the one it adds."""
-    config = launch.rows_launch(seq, DTYPES[dtype], False, True, TABLES[capability])
+    config = launch.rows_launch(seq, DTYPES[dtype], name=TABLES[capability])
     found = rows("max", dtype, seq, capability)
     ahead = (config.stages - 1) * config.rows * config.padded * DTYPES[dtype].itemsize
     assert found.shared >= ahead, "the loads are not asynchronous"
@@ -129,7 +129,7 @@ def test_the_check_of_cached_reads_can_fail(kernel: str, tmp_path: Path) -> None
     module = mutated(sys.modules[function.fn.__module__], {', cache_modifier=".cg"': ""}, tmp_path)
     broken = getattr(module, function.fn.__name__)
     if kernel == "rows_split":
-        rows_config = launch.rows_launch(512, torch.float32, False, True, "sm_90")
+        rows_config = launch.rows_launch(512, torch.float32, name="sm_90")
         found = compile_kernel(broken, map_constants("max", torch.float32, rows_config), 90, rows_config.options)
     else:
         config = launch.scores_launch("columns", torch.bfloat16, 64, "sm_90")
