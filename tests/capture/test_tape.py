@@ -187,5 +187,27 @@ def test_masks_are_taken_apart_exactly(low: float | None):
             assert torch.allclose(record.maps(), wanted, atol=1e-7)
     other = torch.randn(2, 1, seq, seq, generator=generator(0))
     assert structure(other, 2)["bias"] is other
-    per_head = patterns["causal"][0].expand(2, 4, seq, seq)
+    same = patterns["causal"][0].expand(2, 4, seq, seq)  # one mask, seen by every head
+    assert structure(same, 2) == {"causal": True}
+    per_head = torch.stack([j <= i, j >= i])[None]
     assert torch.equal(structure(per_head, 2)["bias"] == 0, per_head)
+
+
+@pytest.mark.parametrize("low", [-math.inf, torch.finfo(torch.float32).min, -1e9])
+def test_keys_that_a_bias_hides_from_every_row_are_padding(low: float):
+    """ALiBi with a padding mask: the ends of the samples are known. Where a row hides its own key they are not."""
+    i, j = torch.arange(5)[:, None], torch.arange(5)
+    keys = (torch.arange(5) < torch.tensor([5, 3])[:, None])[:, None, None]
+    slopes = torch.tensor([0.5, 0.25])[None, :, None, None] * j
+    fields = structure(slopes + torch.zeros(2, 1, 5, 5).masked_fill(~(keys & (j <= i)), low), 2)
+    assert torch.equal(fields["key_mask"], keys[:, 0, 0])
+    sparse = keys & (j <= i) & ((i != j) | (i == 0))
+    assert "key_mask" not in structure(slopes + torch.zeros(2, 1, 5, 5).masked_fill(~sparse, low), 2)
+    q = torch.zeros(2, 2, 5, 4)
+    bias = slopes + torch.zeros(2, 1, 5, 5).masked_fill(~sparse, low)
+    tape = Tape()
+    tape.add("a", "x", Record(queries=q, keys=q, bias=bias))
+    with pytest.raises(ValueError, match="so where a sample ends cannot be told"):
+        tape.rollout(-1)
+    last = torch.tensor([4, 2])
+    assert torch.equal(tape.rollout(last)["a"], tape.rollout()["a"][torch.arange(2), last])
