@@ -168,8 +168,6 @@ def rows_launch(
         launch = replace(launch, num_warps=max(launch.num_warps, min(16, 2 * launch.num_warps, most)))
     if gradients:  # each half as deep in flight
         launch = replace(launch, stages=max(1, launch.stages // 2))
-    elif load == 2:  # words of 4 bytes of which 2 are wanted
-        launch = replace(launch, stages=launch.stages + 2)
     return launch
 
 
