@@ -54,7 +54,8 @@ def rows_qk(query: object = 0, **options: object) -> Callable[[], object]:
 
 
 LENGTHS = torch.tensor([S, 1, 20])
-WEIGHTS = stand_in.host(torch.tensor([0.5, 2.0, -0.25, 1.0]))
+WEIGHTED = Method(head_fusion=torch.tensor([0.5, 2.0, -0.25, 1.0]))
+stand_in.host(WEIGHTED.head_fusion)  # a method keeps its weights on the host
 ROWS = ["prepare_kernel", "rows_split_kernel"]
 QK = ["prepare_kernel", "logsumexp_kernel", "columns_kernel"]
 FUSED = ["prepare_kernel", "fuse_heads_kernel", *["fuse_heads_kernel", "matrix_product_kernel"] * (L - 1)]
@@ -63,14 +64,14 @@ CALLS = {  # name -> the call, the kernels of Triton, those of torch
     "last row": (rows(-1, lengths=LENGTHS), ROWS, []),
     "rows of a tensor": (rows(torch.tensor([0, -1, 3]), lengths=LENGTHS), ROWS, []),
     "weights": (rows(torch.rand(B, 2, S)), ROWS, []),
-    "head weights": (rows(0, method=Method(head_fusion=WEIGHTS)), ROWS, []),
+    "head weights": (rows(0, method=WEIGHTED), ROWS, []),
     "gradients": (rows(0, method="chefer", gradients=maps()), ROWS, []),
     "full": (rows(None, lengths=LENGTHS), FUSED, []),
     "qk row": (rows_qk(0), QK, []),
     "qk last row": (rows_qk(-1, lengths=LENGTHS, causal=True), QK, []),
     "qk rows of a tensor": (rows_qk(torch.tensor([0, -1, 3]), window=(3, None)), QK, []),
     "qk weights": (rows_qk(torch.rand(B, S)), QK, ["copy_"]),
-    "qk head weights": (rows_qk(0, method=Method(head_fusion=WEIGHTS)), QK, []),
+    "qk head weights": (rows_qk(0, method=WEIGHTED), QK, []),
     "qk log-sum-exp": (rows_qk(0, logsumexp=[torch.rand(B, H, S) for _ in range(L)]), [QK[0], QK[2]], []),
 }
 
