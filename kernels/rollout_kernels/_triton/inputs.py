@@ -137,7 +137,8 @@ def vectors(
     Returns:
         The elements of one load of 16 bytes or less: the largest power of two that divides S and every stride, and
         whose bytes divide every address.
-        Whether that is one element of 16 bits, next to its neighbour, so that loads go by words of 4 bytes.
+        Whether that is one element of 16 bits, next to its neighbour, for any tensor of so odd an S: loads then go by
+        words of 4 bytes.
         Whether every last axis is contiguous.
     """
     power, unit = _common_power(layouts, seq)
@@ -146,7 +147,7 @@ def vectors(
         common |= address
     aligned = (common & -common) // size  # in elements
     vector = max(1, min(16 // size, power, aligned))
-    return vector, vector == 1 and unit and size == 2, unit
+    return vector, seq % 2 == 1 and unit and size == 2, unit
 
 
 @lru_cache(1024)
