@@ -46,7 +46,8 @@ class RowsLaunch:
 class ScoresLaunch:
     """Launch of a kernel from Q and K: tiles of `block_m` queries and `block_n` keys; `precision` is how tensor cores
     multiply float32: as six products of bfloat16 thirds, or three of tf32 halves where those take fewer registers;
-    `maxnreg`, where it is set, keeps as many programs resident on any release of Triton."""
+    `maxnreg`, where it is set, keeps as many programs resident on any release of Triton; 255 keeps the assembler from
+    spilling a little to reach 128 of its own accord."""
 
     block_m: int
     block_n: int
