@@ -160,17 +160,17 @@ def rows_launch(
 
     Two tensors, or more addresses where loads are less than 16 bytes, take registers that two programs of a
     multiprocessor do not have: one program of twice the warps has as many threads, each with half as much to hold. The
-    bits of a sample stay, as warps have no part in the order of its sums. Rows of an odd number of 16-bit elements,
-    which need a word of 4 bytes and a shift for each, have blocks of half the rows, however they are read.
+    bits of a sample stay, as warps have no part in the order of its sums. Rows of an odd number of elements, which are
+    read one by one, have blocks of half the rows, whatever their strides.
     """
     size = padded(seq)
     launch = RowsLaunch(padded=size, **tables(name)["rows"][width(dtype)][str(size)])
     if gradients or load < 16:
         most = launch.rows * size // (32 * 8)  # eight elements a thread: one load of 16 bytes where they have 16 bits
         launch = replace(launch, num_warps=max(launch.num_warps, min(16, 2 * launch.num_warps, most)))
-    if dtype.itemsize == 2 and seq % 2:
+    if seq % 2:
         launch = replace(launch, rows=max(1, launch.rows // 2))
-    if gradients:  # each half as deep in flight
+    if gradients or (load == dtype.itemsize and seq % 2 == 0):  # two tensors, or addresses: half as deep in flight
         launch = replace(launch, stages=max(1, launch.stages // 2))
     return launch
 

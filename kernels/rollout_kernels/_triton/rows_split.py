@@ -32,10 +32,10 @@ def sum_partials(
     offs, n,
     PARTS: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
-    """w at columns `offs` as the step left it, 0 from n on, added in order of parts. Up to 16 loads are on their way at
+    """w at columns `offs` as the step left it, 0 from n on, added in order of parts. Up to 8 loads are on their way at
     once, so that a step of short rows waits for memory once; long ones have no registers for it, and more to do than
     to wait. `.cg`: the first-level cache may hold an older step's partials."""
-    AT_ONCE: tl.constexpr = min(PARTS, 16 if SP <= 1024 else 1)
+    AT_ONCE: tl.constexpr = min(PARTS, 8 if SP <= 1024 else 1)
     w = tl.zeros(offs.shape, tl.float32)
     for first in range(0, parts, AT_ONCE):
         for following in tl.static_range(AT_ONCE):
