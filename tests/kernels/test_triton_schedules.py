@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rollout_kernels import ops
+from rollout_kernels import _problem, ops
+from rollout_kernels.method import Method
 from tests.support.memory_model import Fault, Race, StaleRead
 from tests.support.mutants import mutated
 from tests.support.schedules import Deadlock
@@ -231,21 +232,44 @@ def test_a_fault_says_who_where_and_what(tmp_path: Path) -> None:
     assert re.match(rf"program \d+ \w+ partials_ptr\[\d+\] {line}, which program \d+ \w+ {line}", str(fault))
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_kernels_without_dependence_pass(seed: int) -> None:
-    """Those that only read what is given, or earlier launches wrote, and write what is theirs: nothing is found, and
-    bits stay."""
+def calls() -> dict[str, tuple[Callable[[], Tensor], set[str]]]:
+    """Calls of the package, and the kernels that each launches."""
     torch.manual_seed(3)
     maps = [torch.randn(2, 2, 12, 12).softmax(-1) for _ in range(2)]
     queries, keys = ([torch.randn(1, 2, 20, 16) for _ in range(2)] for _ in "qk")
-    runs = (
-        (lambda: _triton.full_from_maps(ops.maps_problem(maps)), {"fuse_heads_kernel", "matrix_product_kernel"}),
-        (lambda: _triton.rows_from_maps(ops.maps_problem(maps, query=3), split=False), {"rows_resident_kernel"}),
-        (lambda: _triton.rows_from_qk(ops.qk_problem(queries, keys, query=3)), {"logsumexp_kernel", "columns_kernel"}),
-    )
-    for run, kernels in runs:
+    whole, row, above = ops.maps_problem(maps), ops.maps_problem(maps, query=3), Method(head_fusion="max")
+
+    def from_qk(query: int | None, **options: object) -> _problem.QKProblem:
+        return ops.qk_problem(queries, keys, query=query, **options)
+
+    return {
+        "full": (lambda: _triton.full_from_maps(whole), {"fuse_heads_kernel", "matrix_product_kernel"}),
+        "resident": (lambda: _triton.rows_from_maps(row, split=False), {"rows_resident_kernel"}),
+        "split": (lambda: _triton.rows_from_maps(row, split=True), {"rows_split_kernel"}),
+        "Q,K": (lambda: _triton.rows_from_qk(from_qk(3)), {"logsumexp_kernel", "columns_kernel"}),
+        "Q,K max": (
+            lambda: _triton.rows_from_qk(from_qk(3, method=above)),
+            {"logsumexp_kernel", "row_sums_kernel", "columns_kernel"},
+        ),
+        "Q,K full": (
+            lambda: _triton.full_from_qk(from_qk(None)),
+            {"logsumexp_kernel", "qk_matrix_kernel", "matrix_product_kernel"},
+        ),
+    }
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_every_kernel_of_the_package_passes(seed: int) -> None:
+    """Those too whose programs depend on no other: they read what is given, or what earlier launches wrote."""
+    seen = set()
+    for run, kernels in calls().values():
         wanted = run()
         with schedule(seed, 3) as launches:
             result = run()
         assert {each.kernel for each in launches} == kernels | {"prepare_kernel"}
         assert torch.equal(result, wanted)
+        seen |= kernels | {"prepare_kernel"}
+    files = Path(_triton.__file__).parent.glob("*.py")
+    assert seen == {
+        name for file in files for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)
+    }
