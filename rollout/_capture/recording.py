@@ -306,8 +306,8 @@ class Recording:
         if queries == keys:
             return
         why = (
-            "run the whole sequence at once, without a filled key-value cache (use_cache=False); generation steps cannot "
-            "be recorded, nor keys of a shortened sequence"
+            "run the whole sequence at once, without a filled key-value cache (use_cache=False); generation steps "
+            "cannot be recorded, nor keys of a shortened sequence"
         )
         if 1 in (queries, keys):
             why += (

@@ -23,7 +23,7 @@ HALF_BOUND = 0.08
 class Heads(NamedTuple):
     """How a batch of matrices was seen to be made of B and H: [B·H, S, D], or with the heads first, [H·B, S, D]."""
 
-    count: int
+    number: int
     first: bool = False
 
 
@@ -58,8 +58,8 @@ def batched(tensor: Tensor, heads: Heads | None) -> Tensor:
         if heads is None:
             return tensor.unsqueeze(1)
         if heads.first:
-            return tensor.unflatten(0, (heads.count, -1)).transpose(0, 1)
-        return tensor.unflatten(0, (-1, heads.count))
+            return tensor.unflatten(0, (heads.number, -1)).transpose(0, 1)
+        return tensor.unflatten(0, (-1, heads.number))
     return tensor
 
 
