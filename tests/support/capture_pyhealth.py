@@ -1,6 +1,8 @@
 """PyHealth's models with attention, tiny and random, and what a capture must say of each."""
 
+import atexit
 import math
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -76,8 +78,9 @@ def batch(kind: str) -> dict[str, Any]:
 
 @cache
 def bert() -> str:
-    """A folder with a small random BERT and its tokenizer."""
+    """A folder with a small random BERT and its tokenizer, gone when the process ends."""
     folder = tempfile.mkdtemp(prefix="tiny-bert-")
+    atexit.register(shutil.rmtree, folder)
     words = sorted({word for text in TEXTS for word in text.split()})
     vocabulary = Path(folder, "vocab.txt")
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
