@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from rollout._capture import scores
 from rollout._capture.scores import Map, Scores
-from rollout._capture.seen import Seen
-from rollout._capture.shadow import Lockstep, written
+from rollout._capture.seen import Heads, Seen
+from rollout._capture.shadow import Lockstep, _has_storage, written
 from rollout.errors import CaptureError
 
 __all__ = ["Watch", "unwatched"]
@@ -37,7 +37,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._seer = seer
         self._held: dict[int, tuple[weakref.ref[Tensor], Scores | Map]] = {}
-        self._folded: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._folded: dict[int, tuple[weakref.ref[Tensor], Heads]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -70,7 +70,13 @@ class Watch(TorchFunctionMode):
             if made is not None:
                 self._hold(output, made)
         elif name in ("view", "reshape", "flatten") and isinstance(output, Tensor) and output.dim() == 3:
-            self._note_fold(args[0], output)
+            before = args[0]
+            if before.dim() == 4 and output.shape == (before.shape[0] * before.shape[1], *before.shape[2:]):
+                self._fold(output, Heads(before.shape[1]))
+        elif name in ("cat", "concat", "concatenate") and isinstance(output, Tensor) and output.dim() == 3:
+            given = dict(zip(("tensors", "dim"), args, strict=False)) | kwargs
+            if given.get("dim", 0) in (0, -3) and _are_slices(given["tensors"]):
+                self._fold(output, Heads(len(given["tensors"]), first=True))
 
     def _operand(self, args: Any) -> tuple[int, Scores | Map | None]:
         """The argument that is followed, a map or scores, and its number."""
@@ -107,11 +113,10 @@ class Watch(TorchFunctionMode):
         key = id(tensor)
         self._held[key] = weakref.ref(tensor, lambda _: self._held.pop(key, None)), held
 
-    def _note_fold(self, before: Any, after: Tensor) -> None:
-        """[B, H, S, D] made [B·H, S, D]: the one sign of how many heads a batch of matrices has."""
-        if before.dim() == 4 and after.shape == (before.shape[0] * before.shape[1], *before.shape[2:]):
-            key = id(after)
-            self._folded[key] = weakref.ref(after, lambda _: self._folded.pop(key, None)), before.shape[1]
+    def _fold(self, batch: Tensor, heads: Heads) -> None:
+        """[B, H, S, D] made [B·H, S, D], or slices of [B, S, H·D] made [H·B, S, D]: the one sign of heads there is."""
+        key = id(batch)
+        self._folded[key] = weakref.ref(batch, lambda _: self._folded.pop(key, None)), heads
 
     def _fused(
         self,
@@ -139,8 +144,8 @@ class Watch(TorchFunctionMode):
             self._seer.saw(Seen(query, key, value, output, scale=scale, mask=attn_mask, causal=is_causal, heads=heads))
         return output
 
-    def _heads(self, *tensors: Tensor) -> int | None:
-        """H of batches of matrices [B·H, S, D], where it was seen."""
+    def _heads(self, *tensors: Tensor) -> Heads | None:
+        """The heads of batches of matrices, where they were seen."""
         found = (self._folded.get(id(tensor)) for tensor in tensors)
         return next(
             (held[1] for held, tensor in zip(found, tensors, strict=True) if held and held[0]() is tensor), None
@@ -169,7 +174,7 @@ class Watch(TorchFunctionMode):
             broken = broken or "values for a sink"
         heads = self._heads(product.queries, product.keys)
         if heads is None and product.queries.dim() == 3 and held.values.dim() == 4:
-            heads = held.values.shape[1]
+            heads = Heads(held.values.shape[1])
         self._seer.saw(
             Seen(
                 product.queries,
@@ -182,6 +187,19 @@ class Watch(TorchFunctionMode):
                 heads=heads,
             )
         )
+
+
+def _are_slices(tensors: Any) -> bool:
+    """Whether these are the channels of one tensor, cut in parts of one size, in their order."""
+    if len(tensors) < 2 or not all(map(_has_storage, tensors)):
+        return False
+    first = tensors[0]
+    width = first.shape[-1] * first.stride(-1)
+    return all(
+        (part.shape, part.stride(), part.untyped_storage().data_ptr(), part.storage_offset())
+        == (first.shape, first.stride(), first.untyped_storage().data_ptr(), first.storage_offset() + at * width)
+        for at, part in enumerate(tensors)
+    )
 
 
 @contextmanager

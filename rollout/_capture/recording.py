@@ -20,7 +20,7 @@ from rollout._capture.plans import Plans, Site, batch_sizes, plans_of
 from rollout._capture.probe import CROSS, SELF, STALE, Study
 from rollout._capture.refusals import nothing_found, refuse_dropout
 from rollout._capture.running import running_module
-from rollout._capture.seen import Seen, batched, check, make_record
+from rollout._capture.seen import Heads, Seen, batched, check, make_record
 from rollout._capture.streams import stream_names
 from rollout.errors import CaptureError
 from rollout.tape import Record, Tape
@@ -162,7 +162,7 @@ class Recording:
 
         self.attended(module, states, batched(seen.output, seen.heads), make)
 
-    def _refuse_shape(self, where: str, queries: Tensor, heads: int | None) -> None:
+    def _refuse_shape(self, where: str, queries: Tensor, heads: Heads | None) -> None:
         if queries.dim() > 4:
             raise CaptureError(
                 f"capture: {where} must attend in [B, H, S, D], got queries {list(queries.shape)}: it attends within "
@@ -285,7 +285,9 @@ class Recording:
     def unseen(self, module: nn.Module) -> None:
         """A module that by its name attends has run, and nothing of it was seen."""
         if self.study is not None and not self.muted:
-            self.study.findings.append(f"{self.name(module)} ran, and no softmax attention of it was seen")
+            self.study.findings.append(
+                f"{self.name(module)} ran, and no softmax attention of it was seen, softmax(QKᵀ)·V"
+            )
             self._refuse_findings(self.study.findings)
             self.tape.notes = tuple(self.study.findings)
 
@@ -301,12 +303,21 @@ class Recording:
 
     def _refuse_lengths(self, module: nn.Module, states: Sequence[Tensor]) -> None:
         queries, keys = (state.shape[-2] for state in states[:2])
-        if queries != keys:
-            raise CaptureError(
-                f"capture: {self.name(module)} must attend over the positions it is given, got {queries} queries and "
-                f"{keys} keys: run the whole sequence at once, without a filled key-value cache (use_cache=False); "
-                f"generation steps cannot be recorded, nor keys of a shortened sequence"
+        if queries == keys:
+            return
+        why = (
+            "run the whole sequence at once, without a filled key-value cache (use_cache=False); generation steps "
+            "cannot be recorded, nor keys of a shortened sequence"
+        )
+        if 1 in (queries, keys):
+            why += (
+                "; where it pools a sequence into one position, capture the part of the model that holds the other "
+                "attentions, and call the model"
             )
+        raise CaptureError(
+            f"capture: {self.name(module)} must attend over the positions it is given, got {queries} queries and "
+            f"{keys} keys: {why}"
+        )
 
     def _refuse_again(self, module: nn.Module, stream: str, crosses: bool, state: Tensor) -> None:
         if (stream, module, crosses) not in self._ran or self.shared_layers:

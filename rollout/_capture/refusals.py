@@ -64,5 +64,7 @@ def nothing_found(model: nn.Module) -> str:
     return (
         f"capture: the model must have softmax attention that torch computes, in the call of {type(model).__name__} "
         f"none was seen: {found}. Known are scaled_dot_product_attention, attention written out as softmax(QKᵀ)·V, and "
-        f"torch.nn.MultiheadAttention; teach it another with rollout.register_capture(module_type, function)"
+        f"torch.nn.MultiheadAttention; teach it another with rollout.register_capture(module_type, function). "
+        f"Recurrence, state spaces, convolution and weights that pool positions are no self-attention: rollout does "
+        f"not apply to them"
     )

@@ -39,6 +39,7 @@ class Scores:
         sinks: [H], the score of a further column of each head, that is left out after the softmax.
         biases: added, each with the shape that the scores had.
         masks: bool, True = replaced.
+        zeroed: bool, True = multiplied by 0, which hides a key only together with what is added next.
         broken: the operation after which this is no longer what it is; None when it is.
     """
 
@@ -50,6 +51,7 @@ class Scores:
     sinks: Tensor | None = None
     biases: tuple[Tensor, ...] = ()
     masks: tuple[Tensor, ...] = ()
+    zeroed: Tensor | None = None
     broken: str | None = None
 
 
@@ -144,7 +146,7 @@ def softmax(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], scores: Sc
     dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
     if dim not in (-1, output.dim() - 1):
         return Map(scores, output, f"a softmax over dimension {dim}")
-    return Map(scores, output, scores.broken)
+    return Map(scores, output, scores.broken or (ZEROED if scores.zeroed is not None else None))
 
 
 def scaled_queries(scores: Scores, queries: Tensor) -> tuple[Tensor, float]:
@@ -180,6 +182,7 @@ def reshaped(mask: Tensor, shape: torch.Size) -> Tensor:
 
 # What an operation that breaks scores is likely to be there for.
 LIKELY = {"cat": "columns beside the scores that are not one sink a head: cat"}
+ZEROED = "scores times 0 that nothing low was added to"
 
 SAME = ("to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "detach")
 MAP_RULES = {*SAME, "dropout", "view", "reshape", "unsqueeze", "nan_to_num", "masked_fill"}
@@ -213,7 +216,10 @@ def _without_sinks(held: Map, args: tuple[Any, ...], output: Tensor) -> bool:
 def apply(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], held: Scores, at: int, output: Tensor) -> Scores:
     """What an operation makes of scores that are its argument number `at`."""
     rule = RULES.get(name.strip("_") if name.startswith("__") else name.rstrip("_"))
-    made = None if held.broken or rule is None else rule(name, args, kwargs, held, at)
+    lost = held.broken or rule is None or (held.zeroed is not None and rule not in (_add, _subtract))
+    made = None if lost or rule is None else rule(name, args, kwargs, held, at)
+    if made is None and held.zeroed is not None:
+        return replace(held, broken=held.broken or ZEROED, shape=output.shape)
     if made is None:
         return replace(held, broken=held.broken or LIKELY.get(name, name.strip("_")), shape=output.shape)
     return replace(made, shape=output.shape)
@@ -261,7 +267,28 @@ def _cat(name: str, args: Any, kwargs: Any, held: Scores, at: int) -> Scores | N
 
 
 def _multiply(name: str, args: Any, kwargs: Any, held: Scores, at: int) -> Scores | None:
-    return _times(held, args[1 - at]) if len(args) > 1 else None
+    if len(args) < 2:
+        return None
+    factor = args[1 - at]
+    if isinstance(factor, Tensor) and factor.numel() > 1 and not _one_per_map(factor):
+        return _zero(held, factor)
+    return _times(held, factor)
+
+
+def _zero(held: Scores, factor: Tensor) -> Scores | None:
+    """Scores times zeros and ones."""
+    if held.sinks is not None or torch.broadcast_shapes(factor.shape, held.shape) != held.shape:
+        return None
+    hidden = factor == 0
+    return replace(held, zeroed=hidden) if bool((hidden | (factor == 1)).all()) else None
+
+
+def _lower(held: Scores, hidden: Tensor, added: Any) -> Scores | None:
+    """What is added to scores that are 0 where `hidden` says: a mask when it is low there, and 0 elsewhere."""
+    if not isinstance(added, Tensor) or torch.broadcast_shapes(added.shape, held.shape) != held.shape:
+        return None
+    masks = bool(torch.where(hidden, added <= LOW, added == 0).all())
+    return replace(held, masks=(*held.masks, hidden), zeroed=None) if masks else None
 
 
 def _divide(name: str, args: Any, kwargs: Any, held: Scores, at: int) -> Scores | None:
@@ -274,6 +301,8 @@ def _add(name: str, args: Any, kwargs: Any, held: Scores, at: int) -> Scores | N
     if len(args) < 2 or kwargs or held.sinks is not None:
         return None
     other = args[1 - at]
+    if held.zeroed is not None:
+        return _lower(held, held.zeroed, other)
     if not isinstance(other, Tensor):
         return held if isinstance(other, int | float) and math.isfinite(other) else None
     if other.dtype == torch.bool or torch.broadcast_shapes(other.shape, held.shape) != held.shape:
@@ -284,7 +313,7 @@ def _add(name: str, args: Any, kwargs: Any, held: Scores, at: int) -> Scores | N
 def _subtract(name: str, args: Any, kwargs: Any, held: Scores, at: int) -> Scores | None:
     if len(args) < 2 or kwargs or at != 0 or name == "__rsub__" or not isinstance(args[1], Tensor):
         return None
-    if args[1].shape[-1:] == (1,):  # the same for every key of a row: softmax does not see it
+    if held.zeroed is None and args[1].shape[-1:] == (1,):  # the same for every key of a row: softmax does not see it
         return held
     return _add(name, (args[0], -args[1]), kwargs, held, 0)
 

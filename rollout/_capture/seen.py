@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,18 @@ from rollout._capture.scores import Scores, additive_mask, reshaped, scaled_quer
 from rollout.errors import CaptureError
 from rollout.tape import Record
 
-__all__ = ["Seen", "batched", "check", "make_record"]
+__all__ = ["Heads", "Seen", "batched", "check", "make_record"]
 
 # max|error| of a map, or of A·V against max|V|, by the dtype it was computed in: rounding, never another mask or scale.
 BOUNDS = {torch.float64: 1e-5, torch.float32: 2e-3}
 HALF_BOUND = 0.08
+
+
+class Heads(NamedTuple):
+    """How a batch of matrices was seen to be made of B and H: [B·H, S, D], or with the heads first, [H·B, S, D]."""
+
+    number: int
+    first: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Seen:
     Attributes:
         mask, causal, scale: of a fused call.
         scores, maps, broken: of one written out; `broken` names an operation on the scores that is not known.
-        heads: H, where a batch of matrices was seen to be made of B and H.
+        heads: where a batch of matrices was seen to be made of B and H.
     """
 
     queries: Tensor
@@ -39,15 +47,19 @@ class Seen:
     scores: Scores | None = None
     maps: Tensor | None = None
     broken: str | None = None
-    heads: int | None = None
+    heads: Heads | None = None
 
 
-def batched(tensor: Tensor, heads: int | None) -> Tensor:
-    """[S, D], [B, S, D] or [B·H, S, D] as [B, H, S, D]."""
+def batched(tensor: Tensor, heads: Heads | None) -> Tensor:
+    """[S, D], [B, S, D], [B·H, S, D] or [H·B, S, D] as [B, H, S, D]."""
     if tensor.dim() == 2:
         return tensor[None, None]
     if tensor.dim() == 3:
-        return tensor.unsqueeze(1) if heads is None else tensor.unflatten(0, (-1, heads))
+        if heads is None:
+            return tensor.unsqueeze(1)
+        if heads.first:
+            return tensor.unflatten(0, (heads.number, -1)).transpose(0, 1)
+        return tensor.unflatten(0, (-1, heads.number))
     return tensor
 
 
@@ -56,18 +68,27 @@ def make_record(seen: Seen, module: nn.Module, memo: Any) -> Record:
     queries, keys = (batched(tensor, seen.heads) for tensor in (seen.queries, seen.keys))
     shape = torch.Size((*queries.shape[:2], queries.shape[2], keys.shape[2]))
     scale = seen.scale
+    behind = partial(_heads_behind, seen.heads, len(queries) * queries.shape[1])
     fields: dict[str, Any] = {"causal": seen.causal}
     if seen.scores is not None:
-        queries, scale = scaled_queries(seen.scores, queries)
-        parts = (*seen.scores.biases, *seen.scores.masks)
-        fields = memo(parts, lambda: _said(additive_mask(seen.scores, shape), shape)) if parts else {}
-        fields = {**fields, "softcap": seen.scores.softcap, "sinks": seen.scores.sinks}
+        scores = replace(seen.scores, biases=behind(seen.scores.biases), masks=behind(seen.scores.masks))
+        queries, scale = scaled_queries(scores, queries)
+        parts = (*scores.biases, *scores.masks)
+        fields = memo(parts, lambda: _said(additive_mask(scores, shape), shape)) if parts else {}
+        fields = {**fields, "softcap": scores.softcap, "sinks": scores.sinks}
     elif seen.mask is not None:
-        mask = seen.mask
+        (mask,) = behind((seen.mask,))
         fields = memo((mask,), lambda: _said(reshaped(mask, shape), shape))
     if keys.shape[0] == 1 < shape[0]:
         keys = keys.expand(shape[0], -1, -1, -1)
     return Record(queries=queries, keys=_ungrouped(keys, module), scale=scale, **fields)
+
+
+def _heads_behind(heads: Heads | None, matrices: int, masks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Those that have one for each matrix of [H·B, S, S'] as [B, H, S, S']; the others as they are."""
+    if heads is None or not heads.first:
+        return masks
+    return tuple(batched(mask, heads) if mask.dim() == 3 and len(mask) == matrices else mask for mask in masks)
 
 
 def _said(mask: Tensor | None, shape: torch.Size) -> dict[str, Any]:

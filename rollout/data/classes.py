@@ -61,8 +61,8 @@ def check_model_class(model: Any, where: str) -> None:
     missing = [name for name in READOUT_METHODS if not hasattr(model, name)]
     if missing:
         raise ValueError(
-            f"{where}: PyHealth's {model.__name__} has no attention to roll out (it lacks {', '.join(missing)}); "
-            "Transformer and StageAttentionNet have"
+            f"{where}: PyHealth's {model.__name__} has no attention readout (it lacks {', '.join(missing)}); "
+            "Transformer and StageAttentionNet have. For other models there is rollout.capture"
         )
 
 

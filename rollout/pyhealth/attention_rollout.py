@@ -80,7 +80,9 @@ class AttentionRollout(RowInterpreter):
         if missing:
             raise TypeError(
                 f"AttentionRollout: model must have the attention readout methods {', '.join(READOUT_METHODS)}; got "
-                f"{type(model).__name__}. Missing: {', '.join(missing)}"
+                f"{type(model).__name__}. Missing: {', '.join(missing)}. They say which row the model reads; where you "
+                f"know it, record the attention and take that row: with rollout.capture(model) as tape: "
+                f"model(**batch); tape.rollout(0)"
             )
         super().__init__(model)
         self.head_fusion = head_fusion

@@ -59,7 +59,7 @@ def check_model(name: str, arguments: Mapping[str, Any]) -> None:
     """Check a model's name and arguments; PyHealth is imported, nothing built.
 
     Raises:
-        ValueError: If PyHealth has no such model, it has no attention to roll out, or it does not take an argument.
+        ValueError: If PyHealth has no such model, it has no attention readout, or it does not take an argument.
     """
     model = named_class("model", name, "[model] class")
     check_model_class(model, "[model] class")

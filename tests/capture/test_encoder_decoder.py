@@ -4,7 +4,6 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,33 +13,11 @@ from rollout import Method
 from tests.support.capture_families import BOTH, FAMILIES, IDS, MASK
 from tests.support.capture_state import assert_nothing_left, state
 from tests.support.cases import generator, same_bits
-from tests.support.oracles import array, assert_close
+from tests.support.oracles import assert_close, joint_rollout
 
 E, H = 16, 4
 PAIRS = ["BART", "Marian", "T5 (relative bias)", "Whisper"]
 SHORT = {"BART": IDS[:, :4], "Marian": IDS[:, :7], "T5 (relative bias)": IDS, "Whisper": IDS[:, :6]}
-
-
-def joint_rollout(
-    encoder: Sequence[Tensor], decoder: Sequence[Tensor], crossing: Sequence[Tensor], residual: float = 0.5
-) -> np.ndarray:
-    """Rows of the decoder of the chain over [decoder; encoder], [B, S, S + S'], from maps [B, H, ., .]."""
-    batch, seq, over = crossing[0].shape[0], crossing[0].shape[2], crossing[0].shape[3]
-    chain = np.broadcast_to(np.eye(seq + over), (batch, seq + over, seq + over))
-    rest = 1.0 - residual
-    for maps in encoder:
-        layer = np.broadcast_to(np.eye(seq + over), chain.shape).copy()
-        layer[:, seq:, seq:] = residual * np.eye(over) + rest * array(maps).mean(1)
-        chain = layer @ chain
-    for own, across in zip(decoder, crossing, strict=True):
-        layer = np.broadcast_to(np.eye(seq + over), chain.shape).copy()
-        layer[:, :seq, :seq] = residual * np.eye(seq) + rest * array(own).mean(1)
-        chain = layer @ chain
-        layer = np.broadcast_to(np.eye(seq + over), chain.shape).copy()
-        layer[:, :seq, :seq] = residual * np.eye(seq)
-        layer[:, :seq, seq:] = rest * array(across).mean(1)
-        chain = layer @ chain
-    return chain[:, :seq]
 
 
 def pair(name: str, implementation: str = "eager") -> tuple[nn.Module, dict[str, Any]]:

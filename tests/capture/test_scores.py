@@ -115,3 +115,104 @@ def test_layers_of_other_caps_are_refused() -> None:
         model(X)
     with pytest.raises(ValueError, match=r"must share their softcap, got \[0.7, 1.4\]"):
         tape.rollout(0)
+
+
+LOW_BESIDES = {
+    "as GPT-2's first code": lambda scores, seen: scores * seen - 1e10 * (1 - seen),
+    "as OpenAI GPT": lambda scores, seen: scores * seen + -1e4 * (1 - seen),
+    "in place, of numbers": lambda scores, seen: scores.mul_(seen).sub_((1 - seen) * 1e9),
+    "after a bias": lambda scores, seen: (scores + BIAS) * seen - 1e10 * (1 - seen),
+    "before one": lambda scores, seen: scores * seen - 1e10 * (1 - seen) + BIAS,
+    "and padding": lambda scores, seen: (scores.masked_fill(PADDED, -1e10) * seen) + (seen - 1) * 1e10,
+    "twice": lambda scores, seen: (scores * seen - 1e10 * (1 - seen)) * KEPT - 1e10 * (1 - KEPT),
+}
+NOT_HIDDEN = {
+    "nothing is added": lambda scores, seen: scores * seen,
+    "nothing low": lambda scores, seen: scores * seen - 100.0 * (1 - seen),
+    "a number": lambda scores, seen: scores * seen - 1e10,
+    "low elsewhere": lambda scores, seen: scores * seen - 1e10 * seen,
+    "something between": lambda scores, seen: (scores * seen) * 0.5 - 1e10 * (1 - seen),
+    "a column": lambda scores, seen: scores * seen - scores.amax(-1, keepdim=True),
+    "no zeros and ones": lambda scores, seen: scores * (0.5 * seen) - 1e10 * (1 - seen),
+}
+BIAS = torch.randn(1, H, S, S, generator=generator(2), dtype=torch.float64)
+PADDED = torch.arange(S) >= torch.tensor([S, S - 2, S - 3]).view(B, 1, 1, 1)
+KEPT = 1.0 - PADDED.double()
+
+
+class Multiplied(Attention):
+    """softmax over scores that are hidden by a factor 0 and by what is added."""
+
+    def __init__(self, hide: Any) -> None:
+        super().__init__("none", False)
+        self.hide = hide
+
+    def maps(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.hide(q @ k.transpose(-1, -2) * 0.9, CAUSAL.double()).softmax(-1)
+
+
+def multiplied(hide: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Multiplied(hide) for _ in range(3))).double().eval()
+
+
+@pytest.mark.parametrize("hide", LOW_BESIDES.values(), ids=LOW_BESIDES)
+def test_masks_that_multiply(hide: Any) -> None:
+    model = multiplied(hide)
+    with torch.inference_mode():
+        plain, maps = model(X), maps_by_hand(model)
+        for _ in range(2):
+            with rollout.capture(model) as tape:
+                assert same_bits(model(X), plain)
+            assert_close(tape.rollout()["layers"], rollout_matrices(maps, rollout.METHODS["rollout"]), "qk")
+
+
+@pytest.mark.parametrize("hide", NOT_HIDDEN.values(), ids=NOT_HIDDEN)
+def test_factors_that_hide_nothing_are_refused(hide: Any) -> None:
+    model = multiplied(hide)
+    with pytest.raises(rollout.CaptureError, match=r"cannot be recorded exactly"), rollout.capture(model):
+        model(X)
+
+
+class Stacked(nn.Module):
+    """Heads that are cut from the channels and put behind each other in the batch, as set transformers do."""
+
+    def __init__(self, fused: bool, masked: bool) -> None:
+        super().__init__()
+        self.qkv, self.fused = nn.Linear(E, 3 * E), fused
+        shown = torch.rand(H * B, S, S, generator=generator(3)) < 0.6
+        self.shown = shown | torch.eye(S, dtype=torch.bool) if masked else None
+
+    def maps(self, q: Tensor, k: Tensor) -> Tensor:
+        scores = q @ k.transpose(1, 2) / math.sqrt(E // H)
+        return (scores if self.shown is None else scores.masked_fill(~self.shown, -math.inf)).softmax(-1)
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        return [torch.cat(part.split(E // H, 2), 0) for part in self.qkv(x).chunk(3, -1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        if self.fused:
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.shown)
+        else:
+            mixed = self.maps(q, k) @ v
+        return x + torch.cat(mixed.split(len(x), 0), 2)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all keys", "a mask of each matrix"])
+@pytest.mark.parametrize("fused", [False, True], ids=["written out", "fused"])
+@pytest.mark.parametrize("batch", [1, B])
+def test_heads_in_front_of_the_batch(batch: int, fused: bool, masked: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Stacked(fused, masked and batch == B) for _ in range(3))).double().eval(), X[:batch]
+    with torch.inference_mode():
+        plain, maps, state = model(x), [], x
+        for layer in model:
+            assert isinstance(layer, Stacked)
+            made = layer.maps(*layer.heads(state)[:2])
+            maps.append(torch.stack([made[head * batch : (head + 1) * batch] for head in range(H)], 1))
+            state = layer(state)
+        for _ in range(2):
+            with rollout.capture(model) as tape:
+                assert same_bits(model(x), plain)
+            assert_close(tape.rollout()["layers"], rollout_matrices(maps, rollout.METHODS["rollout"]), "qk")

@@ -250,7 +250,7 @@ def changed(tables: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
         ("model.class", "pyhealth.models.Transformer", r"\[model\] class must be the name of a model"),
         ("model.class", "BaseModel", r"\[model\] class must be the name of a model"),
         ("model.class", "MIMIC4Dataset", r"\[model\] class must be the name of a model"),
-        ("model.class", "RNN", "PyHealth's RNN has no attention to roll out"),
+        ("model.class", "RNN", "PyHealth's RNN has no attention readout .* rollout.capture"),
         ("dataset.class", "system", r"\[dataset\] class must be the name of a dataset in pyhealth\.datasets"),
         ("task.class", "Mortality", r"\[task\] class must be the name of a task in pyhealth\.tasks"),
         ("model.arguments", {"head": 2}, r"Transformer has no argument 'head'; did you mean \"heads\"\?"),

@@ -102,6 +102,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "I-BERT": family(hugging_face("IBert", **TEXT), TOKENS),
     "MPNet": family(hugging_face("MPNet", **TEXT), TOKENS),
+    "OpenAI GPT": family(hugging_face("OpenAIGPT", **CLASSIC), TOKENS),
     "CTRL": family(hugging_face("CTRL", dff=48, **CLASSIC), TOKENS),
     "GPT-J": family(hugging_face("GPTJ", rotary_dim=4, n_inner=48, **CLASSIC), TOKENS),
     "GPT-NeoX": family(hugging_face("GPTNeoX", **TEXT), TOKENS, implementations=TWO),

@@ -25,7 +25,7 @@ class Family:
 
     Attributes:
         make: gives the model, for an attention implementation.
-        inputs: what it is called with.
+        inputs: what it is called with, or a function that gives it.
         maps: gives the maps of each stream that the model itself makes, from the model, its inputs and the tape.
         refused: what the refusal says; None when the family is captured.
         implementations: to be tried.
@@ -37,7 +37,7 @@ class Family:
     """
 
     make: Callable[[str], Any]
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any] | Callable[[], dict[str, Any]]
     maps: Callable[[Any, dict[str, Tensor], Any], Maps]
     refused: str | None = None
     implementations: tuple[str, ...] = ("eager",)
@@ -48,13 +48,17 @@ class Family:
     sparse: bool = False
 
 
-def prepared(family: Family, implementation: str) -> tuple[Any, dict[str, Tensor]]:
+def prepared(family: Family, implementation: str) -> tuple[Any, dict[str, Any]]:
     """A model of the family and its inputs, in float64 where it can be."""
     model = family.make(implementation)
+    inputs = family.inputs() if callable(family.inputs) else family.inputs
     if family.single:
-        return model, family.inputs
-    inputs = {key: value.double() if value.is_floating_point() else value for key, value in family.inputs.items()}
-    return model.double(), inputs
+        return model, inputs
+    return model.double(), {key: _double(value) for key, value in inputs.items()}
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def largest_error(family: Family, model: Any, inputs: dict[str, Tensor], tape: Any) -> float:

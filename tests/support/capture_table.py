@@ -18,6 +18,7 @@ GROUPS = {
     "transformers": "capture_families.FAMILIES",
     "timm": "capture_timm.TIMM",
     "x-transformers": "capture_x_transformers.X_TRANSFORMERS",
+    "pyhealth": "capture_pyhealth.PYHEALTH",
     "torch": "capture_own.OWN",
 }
 

@@ -68,6 +68,28 @@ def rollout_matrices(
     return result
 
 
+def joint_rollout(
+    encoder: Sequence[Tensor], decoder: Sequence[Tensor], crossing: Sequence[Tensor], residual: float = 0.5
+) -> np.ndarray:
+    """Rows of the decoder of the chain over [decoder; encoder], [B, S, S + S'], from maps [B, H, ., .]."""
+    batch, seq, over = crossing[0].shape[0], crossing[0].shape[2], crossing[0].shape[3]
+    chain = np.broadcast_to(np.eye(seq + over), (batch, seq + over, seq + over))
+    rest = 1.0 - residual
+    for maps in encoder:
+        layer = np.broadcast_to(np.eye(seq + over), chain.shape).copy()
+        layer[:, seq:, seq:] = residual * np.eye(over) + rest * array(maps).mean(1)
+        chain = layer @ chain
+    for own, across in zip(decoder, crossing, strict=True):
+        layer = np.broadcast_to(np.eye(seq + over), chain.shape).copy()
+        layer[:, :seq, :seq] = residual * np.eye(seq) + rest * array(own).mean(1)
+        chain = layer @ chain
+        layer = np.broadcast_to(np.eye(seq + over), chain.shape).copy()
+        layer[:, :seq, :seq] = residual * np.eye(seq)
+        layer[:, :seq, seq:] = rest * array(across).mean(1)
+        chain = layer @ chain
+    return chain[:, :seq]
+
+
 def layer_matrix(maps: np.ndarray, gradients: np.ndarray | None, method: Method, layer: int) -> np.ndarray:
     """M_l [n, n] from the heads [H, n, n] of one sample, row by row."""
     n = maps.shape[-1]

@@ -1,0 +1,115 @@
+"""`rollout.capture` of PyHealth's models beyond the two of its interpreters: right against their maps, or refused."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("pyhealth", reason="PyHealth's models need the pyhealth extra")
+
+import rollout
+from rollout.pyhealth import AttentionRollout
+from tests.support.capture_family import check, prepared
+from tests.support.capture_pyhealth import PYHEALTH, SETS, E, H, calls_of
+from tests.support.capture_table import assert_in_table, cases
+from tests.support.oracles import array, assert_close, joint_rollout, rollout_matrices
+
+READ_AT_0 = ["TransformersModel (BERT)", "TorchvisionModel (ViT)"]
+
+
+def recorded(model: Any, inputs: dict[str, Any], part: nn.Module | None = None, **options: Any) -> Any:
+    """The tape of one call of the model, of all of it or of a part."""
+    with torch.inference_mode(), rollout.capture(model if part is None else part, **options) as tape:
+        model(**inputs)
+    return tape
+
+
+@pytest.mark.parametrize(("name", "kind"), cases(PYHEALTH))
+def test_every_model(name: str, kind: str) -> None:
+    check(PYHEALTH[name], kind)
+
+
+def test_the_page_says_what_the_tests_say() -> None:
+    assert_in_table(PYHEALTH, "pyhealth")
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_prompt_ehr_from_decoder_to_prompt(kind: str) -> None:
+    """Each position of the decoder over its own inputs, and over soft prompt and codes of the encoder."""
+    model, inputs = prepared(PYHEALTH["PromptEHR (BART)"], kind)
+    tape = recorded(model, inputs, cross_attention=True)
+    above, below = "bart.model.decoder.layers", "bart.model.encoder.layers"
+    got = tape.encoder_decoder_rollout()
+    twin = copy.deepcopy(model.bart)
+    twin.set_attn_implementation("eager")
+    with torch.inference_mode(), calls_of(model.bart) as calls:
+        model(**inputs)
+        maps = twin(**calls[0], output_attentions=True)
+    wanted = joint_rollout(maps.encoder_attentions, maps.decoder_attentions, maps.cross_attentions)
+    seq = got[above].shape[-1]
+    assert_close(got[above], wanted[..., :seq], "qk")
+    assert_close(got[below], wanted[..., seq:], "qk")
+    row = tape.encoder_decoder_rollout(query=2)
+    assert (array(row[below])[:, : model.prompt_length] > 0).all()
+    assert_close(row[below], wanted[:, 2, seq:], "qk")
+
+
+def test_med_link_of_unequal_records() -> None:
+    """Padding of queries and of the corpus is masked, each in its own stream."""
+    family = PYHEALTH["MedLink"]
+    model, inputs = prepared(family, "plain")
+    inputs |= {"s_q": [["a"], ["b", "c", "a"], ["d", "e"]], "s_p": [["e", "d", "c", "b"], ["a", "b"], ["c"]]}
+    tape = recorded(model, inputs)
+    maps = family.maps(copy.deepcopy(model), inputs, tape)
+    assert [tape.layers(stream)[0].key_mask.sum(1).tolist() for stream in tape.streams] == [[4, 2, 1], [1, 3, 2]]
+    for stream, full in tape.rollout().items():
+        wanted = rollout_matrices(maps[stream], rollout.METHODS["rollout"])
+        for b, length in enumerate(tape.layers(stream)[0].key_mask.sum(1)):
+            assert_close(full[b : b + 1, :length], wanted[b : b + 1, :length], "qk")
+
+
+def test_con_care_by_its_part() -> None:
+    """Its attention over features, between a pooling over time and one over features: the refusal's advice is true."""
+    model, inputs = prepared(PYHEALTH["ConCare"], "plain")
+    with pytest.raises(rollout.CaptureError, match="capture the part of the model that holds the other attentions"):
+        recorded(model, inputs)
+    part = model.concare["labs"].MultiHeadedAttention
+    tape = recorded(model, inputs, part)
+    assert tape.layers(tape.streams[0])[0].queries.shape == (3, H, 5, E // H)
+    assert_close(tape.maps(0), part.attn, "qk")
+
+
+def test_mole_rec_by_its_part() -> None:
+    """One set for the whole batch: that of the substructures."""
+    model, inputs = prepared(PYHEALTH["MoleRec (its layer)"], "plain")
+    with pytest.raises(rollout.CaptureError, match="AttnAgg at combination_feature_aggregator ran"):
+        recorded(model, inputs)
+    part = model.substructure_interaction_module
+    tape = recorded(model, inputs, part)
+    given: list[Tensor] = []
+    with torch.inference_mode(), part.register_forward_pre_hook(lambda _, args: given.append(args[0])):
+        model(**inputs)
+    sets = PYHEALTH["MoleRec (its set attention)"]
+    (maps,) = sets.maps(nn.Sequential(part), {**SETS, "input": given[0]}, tape)["layers"]
+    assert maps.shape == (1, 2, 5, 5)
+    assert_close(tape.maps(0), maps, "qk")
+
+
+@pytest.mark.parametrize("name", READ_AT_0)
+def test_what_the_interpreter_says_of_a_model_without_readout_is_true(name: str) -> None:
+    """Row 0 of the one stream: the pooler of a BERT reads it, and the head of a ViT."""
+    family = PYHEALTH[name]
+    model, inputs = prepared(family, family.implementations[0])
+    with pytest.raises(TypeError, match=r"Missing: .*with rollout.capture\(model\) as tape: .*; tape.rollout\(0\)"):
+        AttentionRollout(model)
+    tape = recorded(model, inputs)
+    (stream,) = tape.streams
+    (maps,) = family.maps(copy.deepcopy(model), inputs, tape).values()
+    (row,) = tape.rollout(0).values()
+    assert_close(row, rollout_matrices(maps, rollout.METHODS["rollout"])[:, 0], "qk")
+    assert stream.startswith("model.")
+    assert row.sum(1).tolist() == pytest.approx([1.0] * 3)
+    if family.padding in inputs:
+        assert (array(row)[inputs[family.padding].numpy() == 0] == 0).all()
