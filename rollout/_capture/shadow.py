@@ -249,6 +249,8 @@ def _view(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
 
 def written(func: Any, name: str, args: Any, kwargs: Any) -> list[Tensor]:
     """The arguments that the operation writes."""
+    if not kwargs and not name.endswith("_") and not isinstance(func, OPERATIONS):
+        return []  # most calls: nothing says that they write
     schema = getattr(func, "_schema", None)
     if schema is not None:
         found = [
@@ -263,6 +265,7 @@ def written(func: Any, name: str, args: Any, kwargs: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(found) if _has_storage(leaf)]
 
 
+OPERATIONS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or", "xor", "mod")}
 
 
