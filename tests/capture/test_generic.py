@@ -360,8 +360,8 @@ def test_rows_count_from_each_samples_own_ends() -> None:
 
 def test_later_calls_cost_next_to_nothing() -> None:
     """Not the 4 times of the call that is looked at, but near the plain one, in processor time of one thread, the best
-    of alternating turns. What is held is other memory than the plain call reuses, which takes 1.1 to 1.25 times as long
-    by the machine in a model of nothing but attention this narrow; `bench` times models as they are used."""
+    of alternating turns. The bound is loose: what is held is other memory than the plain call reuses, which costs a
+    model of nothing but narrow attention more on one machine than on another; `bench` times models as they are used."""
     model, wide = stack(*[fused] * 4).float(), torch.randn(8, 512, E, generator=generator(4))
     threads, times = torch.get_num_threads(), {"plain": math.inf, "captured": math.inf}
 

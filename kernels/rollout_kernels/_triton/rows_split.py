@@ -33,7 +33,7 @@ def sum_partials(
     PARTS: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
     """w at columns `offs` as the step left it, 0 from n on, added in order of parts. Up to 8 loads are on their way at
-    once, so that a step of short rows waits for memory once; long ones have no registers for it, and more to do than
+    once, so that a step of short rows waits for memory once or twice; long ones have no registers, and more to do than
     to wait. `.cg`: the first-level cache may hold an older step's partials."""
     AT_ONCE: tl.constexpr = min(PARTS, 8 if SP <= 1024 else 1)
     w = tl.zeros(offs.shape, tl.float32)
