@@ -7,18 +7,24 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from bench import gpu
 from bench.gpu import Stage
 from bench.machine import host
+from tests.support.triton_cases import bounds_are_arrays
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_the_dry_run_goes_through_every_stage() -> None:
+    if bounds_are_arrays() and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip(
+            "the interpreter of this Triton cannot loop with this numpy; the lanes' tests mend it, in their process"
+        )
     path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     done = subprocess.run(
         [sys.executable, "-m", "bench.gpu", "--dry-run"], cwd=ROOT, env=os.environ | {"PYTHONPATH": path},

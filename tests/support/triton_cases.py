@@ -20,15 +20,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUERIES = ("row", "last", "rows", "weights", "negative weights")
 
 
-@pytest.fixture(autouse=True)
-def bounds_of_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+def bounds_are_arrays() -> bool:
     """Triton 3.6's interpreter turns an array of one element into a bound of a loop, which numpy 2.4 refuses; later
     ones take the element out first."""
     from triton import __version__
+
+    return tuple(map(int, __version__.split(".")[:2])) < (3, 7)
+
+
+@pytest.fixture(autouse=True)
+def bounds_of_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are arrays, the element is taken out."""
+    if not bounds_are_arrays():
+        return
     from triton.runtime import interpreter
 
-    if tuple(map(int, __version__.split(".")[:2])) >= (3, 7):
-        return
     patch_tensor = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, scope: Any) -> None:
