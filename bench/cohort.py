@@ -23,7 +23,7 @@ import torch
 from bench.machine import host
 from rollout import attribute_cohort
 from rollout.cohort import CohortRun
-from rollout.data.codebook import STREAMS
+from rollout.data.codebook import STREAMS, repeated_entry
 from rollout.data.quiet import quiet_pyhealth
 
 LAYERS, HEADS, EMBEDDING = 4, 8, 128
@@ -31,7 +31,7 @@ STOCK_BATCH, STOCK_BATCHES = 32, 40  # PyHealth's loader loop, in the order of t
 
 
 def raw_samples(count: int) -> Iterator[dict[str, Any]]:
-    """Samples as a task gives them: codes by Zipf's law, lengths of the streams log-normal."""
+    """Samples as a task gives them: codes by Zipf's law, drugs ordered again, lengths of the streams log-normal."""
     rng = np.random.default_rng(0)
     shares = {stream.feature: np.cumsum(1.0 / (np.arange(stream.vocabulary) + stream.offset)) for stream in STREAMS}
     for number in range(count):
@@ -40,6 +40,8 @@ def raw_samples(count: int) -> Iterator[dict[str, Any]]:
             length = min(stream.cap, max(1, round(stream.median * np.exp(stream.sigma * rng.standard_normal()))))
             share = shares[stream.feature]
             codes = np.searchsorted(share, rng.random(length) * share[-1])
+            if stream.fresh is not None:
+                codes = codes[repeated_entry(rng, np.arange(length), stream.fresh)]
             sample[stream.feature] = [f"{stream.feature[0]}{code}" for code in codes]
         yield sample | {"label": int(number % 3 == 0)}
 

@@ -19,7 +19,8 @@ class Stream:
         median, sigma, cap: Length of a non-empty record: `min(cap, median · exp(sigma · z))`.
         empty: Share of admissions with no entry.
         vocabulary: Number of codes; the r-th has weight `1 / (r + offset)`.
-        repeats: Whether a code may stand several times in one admission.
+        fresh: Entry i of a record, from 0, repeats one of the i before it, each alike, with probability
+            `i / (i + fresh)` (Hoppe's urn), as drugs are ordered again; None: a code stands once in an admission.
         planted: Number of risk codes.
         log_odds: What one planted code adds to the log odds of dying in the next admission.
     """
@@ -32,15 +33,15 @@ class Stream:
     empty: float
     vocabulary: int
     offset: float
-    repeats: bool
+    fresh: float | None
     planted: int
     log_odds: float
 
 
 STREAMS = (
-    Stream("conditions", "diagnoses_icd", 17.0, 0.58, 39, 0.0, 400, 20.0, False, 4, 4.0),
-    Stream("procedures", "procedures_icd", 3.0, 0.80, 40, 0.3, 150, 5.0, False, 3, 4.0),
-    Stream("drugs", "prescriptions", 52.0, 0.85, 1000, 0.08, 300, 8.0, True, 4, 4.0),
+    Stream("conditions", "diagnoses_icd", 17.0, 0.58, 39, 0.0, 400, 20.0, None, 4, 4.0),
+    Stream("procedures", "procedures_icd", 3.0, 0.80, 40, 0.3, 150, 5.0, None, 3, 4.0),
+    Stream("drugs", "prescriptions", 52.0, 0.85, 1000, 0.08, 300, 8.0, 90.0, 4, 4.0),
 )
 
 _MANNERS = (
@@ -105,6 +106,26 @@ def code_books(rng: np.random.Generator) -> dict[str, CodeBook]:
         weights[planted] = 0.0
         books[stream.feature] = CodeBook(codes, names, planted, np.cumsum(weights) / weights.sum())
     return books
+
+
+def repeated_entry(rng: np.random.Generator, place: np.ndarray, fresh: float) -> np.ndarray:
+    """Which entry each entry repeats, itself where it is new, by Hoppe's urn in each of consecutive records.
+
+    Args:
+        rng: draws two numbers an entry.
+        place: long [T], an entry's place in its record, from 0.
+        fresh: the urn's weight of a new entry.
+
+    Returns:
+        Indices, long [T].
+    """
+    entry = np.arange(len(place))
+    again = rng.random(len(place)) * (place + fresh) < place
+    earlier = entry - place + (rng.random(len(place)) * place).astype(np.int64)
+    repeated = np.where(again, earlier, entry)
+    while np.any(repeated != repeated[repeated]):  # an entry that repeats one that repeats another
+        repeated = repeated[repeated]
+    return repeated
 
 
 def _conditions(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from rollout.data.codebook import PREVALENCE, STREAMS, CodeBook, Stream, code_books
+from rollout.data.codebook import PREVALENCE, STREAMS, CodeBook, Stream, code_books, repeated_entry
 from rollout.files import empty_folder
 
 BLOCK_PATIENTS = 4096
@@ -32,7 +32,8 @@ LENGTH_CORRELATION = np.array([[1.0, 0.27, 0.61], [0.27, 1.0, 0.53], [0.61, 0.53
 def write_synthetic_cohort(root: str | Path, patients: int = 6000, seed: int = 0) -> dict[str, Any]:
     """Write MIMIC-IV tables of `patients` invented patients under `root`; return what was planted.
 
-    A patient has 1–25 admissions (Zipf). An admission's codes are drawn independently of everything; each planted code
+    A patient has 1–25 admissions (Zipf). An admission's codes are drawn independently of everything but that drugs
+    already there are ordered again, about as often as in the open MIMIC-IV demo; each planted code
     is added to an admission with a probability of its own. The patient dies in admission t+1 with probability
     `sigmoid(base + Σ_{planted codes present in admission t} log_odds)`, and the record ends there. So the codes of a
     visit decide the label that `MortalityPredictionMIMIC4` gives it, and nothing else does. (Death in a first
@@ -135,10 +136,11 @@ class _Block:
         rng, book = self.rng, self.books[stream.feature]
         admission = np.repeat(np.arange(self.admissions), length)
         code = np.searchsorted(book.cdf, rng.random(len(admission)), side="right")
-        if not stream.repeats:
-            admission, code = np.divmod(np.unique(admission * stream.vocabulary + code), stream.vocabulary)
         hit, which = np.nonzero(present)
-        if stream.repeats:
+        if stream.fresh is None:
+            admission, code = np.divmod(np.unique(admission * stream.vocabulary + code), stream.vocabulary)
+        else:
+            code = code[repeated_entry(rng, _within(length), stream.fresh)]
             times = 1 + rng.poisson(0.5, len(hit))
             hit, which = np.repeat(hit, times), np.repeat(which, times)
         admission = np.concatenate([admission, hit])

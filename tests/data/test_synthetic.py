@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from rollout.data.codebook import repeated_entry
 from rollout.data.mimic import REQUIRED, check_mimic_root
 from rollout.data.names import code_names
 from rollout.data.synthetic import BLOCK_PATIENTS, write_synthetic_cohort
@@ -94,6 +95,31 @@ def test_record_lengths_are_heavy_tailed_like_mimics(
     lengths = lengths[lengths > 0]
     for value, (low, high) in zip(np.percentile(lengths, [50, 90, 100]), (median, ninetieth, largest), strict=True):
         assert low <= value <= high
+
+
+def test_drugs_are_ordered_again_as_often_as_mimics_are(cohort: Path) -> None:
+    """Distinct codes of a record over all of them: 0.51 in the open demo, 0.96 of the shortest and 0.3 of the longest;
+    diagnoses stand once there too, procedures nearly."""
+    for feature, (name, column) in EVENTS.items():
+        records = table(cohort, f"hosp/{name}").group_by("hadm_id").agg(pl.len(), pl.col(column).n_unique().alias("u"))
+        if feature != "drugs":
+            assert (records["u"] == records["len"]).all()
+            continue
+        assert 0.48 <= records["u"].sum() / records["len"].sum() <= 0.54
+        share = records.with_columns(pl.col("u") / pl.col("len"))
+        assert share.filter(pl.col("len") < 16)["u"].mean() > 0.85
+        assert 0.33 <= share.filter(pl.col("len").is_between(128, 255))["u"].mean() <= 0.45
+
+
+def test_an_entry_repeats_one_before_it_in_its_own_record_and_that_one_is_new() -> None:
+    place = np.concatenate([np.arange(length) for length in (1, 500, 3, 800)])
+    record = np.repeat(np.arange(4), (1, 500, 3, 800))
+    repeated = repeated_entry(np.random.default_rng(0), place, 90.0)
+    assert (record[repeated] == record).all()
+    assert (repeated <= np.arange(len(place))).all()
+    assert (repeated[repeated] == repeated).all()
+    new = [np.unique(repeated[record == each]).size for each in (1, 3)]
+    assert new == [pytest.approx(90 * np.log1p(length / 90), rel=0.15) for length in (500, 800)]
 
 
 def test_half_the_patients_have_one_admission_and_a_few_have_many(admissions: pl.DataFrame) -> None:
