@@ -10,14 +10,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    ("entry_point", "errors", "files", "stopwatch", "method", "evaluate", "intervals"),
+    ("errors", "files", "stopwatch", "method", "evaluate", "intervals"),
     ("api", "data", "results"),
     ("tape", "report"),
     ("_capture",),
-    ("doctor",),
     ("pyhealth",),
     ("cohort", "bench"),
     ("runfile",),
+    ("doctor",),
     ("demo",),
     ("cli",),
 ]

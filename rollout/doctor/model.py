@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 from rollout._capture import capture
 from rollout._capture.recording import ATTENTION_LAYERS_ONLY
 from rollout._capture.refusals import ATTENTION
-from rollout.entry_point import call_entry, find_entry
 from rollout.errors import CaptureError
+from rollout.runfile.entry_point import call_entry, find_entry
 from rollout.tape import Tape
 
 __all__ = ["examine"]

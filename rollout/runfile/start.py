@@ -10,10 +10,10 @@ from rollout.cohort.run import CohortRun, attribute_cohort
 from rollout.cohort.store import run_folder
 from rollout.data.classes import did_you_mean
 from rollout.data.names import names_for
-from rollout.entry_point import call_entry, find_entry
 from rollout.errors import require
 from rollout.files import usable_path
 from rollout.results.layout import NAMES
+from rollout.runfile.entry_point import call_entry, find_entry
 from rollout.runfile.file import RunFile, read_run_file
 from rollout.runfile.settings import check_settings
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from rollout.cohort.content import changed
 from rollout.data.samples import prepare_samples
-from rollout.entry_point import call_entry, find_entry
 from rollout.results.folder import RunFolder
 from rollout.results.layout import CACHE
 from rollout.results.verify import verify_folder
+from rollout.runfile.entry_point import call_entry, find_entry
 from rollout.runfile.file import read_run_file
 
 SHOWN = 8
