@@ -1,5 +1,7 @@
-"""What every test module shares: reproducible hypothesis runs, where hypothesis is there; a key of their own."""
+"""What every test module shares: reproducible hypothesis runs, where hypothesis is there; a key and a Ctrl-C of their
+own."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -10,6 +12,10 @@ with suppress(ImportError):
 
     settings.register_profile("rollout", deadline=None, derandomize=True, database=None, max_examples=40)
     settings.load_profile("rollout")
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
