@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rollout._capture import capture, register_capture
 from rollout.api import attention_rollout, attention_rollout_qk
 from rollout.errors import CaptureError, require
+from rollout.frozen import frozen_gradient
 from rollout.method import METHODS
 from rollout.tape import Record
 from rollout_kernels.method import Method
@@ -33,6 +34,7 @@ __all__ = [
     "attention_rollout_qk",
     "attribute_cohort",
     "capture",
+    "frozen_gradient",
     "plot_positions",
     "plot_record",
     "plot_top_codes",

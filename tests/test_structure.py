@@ -14,6 +14,7 @@ FLOORS = [
     ("api", "data", "results"),
     ("tape", "report"),
     ("_capture",),
+    ("frozen",),
     ("pyhealth",),
     ("cohort", "bench"),
     ("runfile",),

@@ -4,11 +4,12 @@
 
 The same numbers, shapes, device and dtype. They also run where PyHealth's cannot: under `torch.no_grad()` and
 `torch.inference_mode()`, with frozen parameters, in float16, for sequences beyond `max_seq_len`, for empty features,
-and for a StageAttentionNet of flat features.
+and for a StageAttentionNet of flat features. `FrozenGradient` is signed and class-specific, and no chain.
 """
 
 from rollout.pyhealth.attention_rollout import AttentionRollout
+from rollout.pyhealth.frozen_gradient import FrozenGradient
 from rollout.pyhealth.gradient_rollout import CheferRelevance, GradientRollout
 from rollout.pyhealth.readout import MissingFeatureError
 
-__all__ = ["AttentionRollout", "CheferRelevance", "GradientRollout", "MissingFeatureError"]
+__all__ = ["AttentionRollout", "CheferRelevance", "FrozenGradient", "GradientRollout", "MissingFeatureError"]

@@ -34,6 +34,7 @@ __all__ = [
     "StageAttentionNet",
     "Transformer",
     "attention_sites",
+    "hooks_off",
     "is_own",
     "listener",
 ]
@@ -129,7 +130,7 @@ class ModelCapture(ABC):
 
     def forward(self, data: Batch) -> Any:
         """Run the model once, its own hooks off, and give what it returns."""
-        with _hooks_off(self.model), self._watching():
+        with hooks_off(self.model), self._watching():
             output = self.model(**data)
         if isinstance(self.model, Transformer):
             for key, (batch, _) in self.shapes().items():
@@ -247,7 +248,7 @@ def _to_float32(value: Any) -> Any:
 
 
 @contextmanager
-def _hooks_off(model: Any) -> Iterator[None]:
+def hooks_off(model: Any) -> Iterator[None]:
     """PyHealth's own hooks need gradients: off while we run, then as they were."""
     enabled = getattr(model, "_attention_hooks_enabled", False)
     if not enabled:
