@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rollout.cohort.settings import check_class
+from rollout.cohort.settings import FROZEN, check_class, class_specific
 from rollout.method import get_method
 from rollout_kernels import Method
 
@@ -44,13 +44,13 @@ class PyHealthExplain:
     """Explain a PyHealth model's batches with the interpreters of `rollout.pyhealth`.
 
     Attributes:
-        method: Its maps are gradient-weighted when `method.gradients` says so; then `target_class` counts.
+        method: Its maps are gradient-weighted when `method.gradients` says so; None: no chain, the frozen gradient.
         readout: `"model"` or `"forward"`, as in `rollout.pyhealth.AttentionRollout`.
         backend: As in `rollout.attention_rollout`.
         target_class: Of a class-specific method; None is the class predicted, per sample.
     """
 
-    method: Method
+    method: Method | None
     readout: str = "model"
     backend: str = "auto"
     target_class: int | None = None
@@ -61,7 +61,7 @@ class PyHealthExplain:
         Raises:
             ValueError, TypeError: As the interpreters raise them, or when `target_class` has no meaning.
         """
-        if self.method.matrices:
+        if self.method is not None and self.method.matrices:
             raise ValueError(
                 "attribute_cohort: a method of supplied matrices, such as 'product', reads no attention of a model; "
                 "give another, or explain="
@@ -79,15 +79,17 @@ class PyHealthExplain:
             relevance = interpreter.attribute(self.target_class, **batch)
         output = outputs[-1] if outputs else {}
         target = None
-        if self.method.gradients is not None and "logit" in output:
+        if class_specific(self.method) and "logit" in output:
             target = interpreter._resolve_target_indices(output["logit"].detach(), self.target_class)
-        return Explained(
-            relevance, output.get("y_prob"), output.get("y_true"), target, row_sums=interpreter.rows_sum_to_one
-        )
+        whole = getattr(interpreter, "rows_sum_to_one", False)
+        prob, true = (value if value is None else value.detach() for value in map(output.get, ("y_prob", "y_true")))
+        return Explained(relevance, prob, true, target, row_sums=whole)
 
     def _interpreter(self, model: Any) -> Any:
-        from rollout.pyhealth import AttentionRollout, GradientRollout
+        from rollout.pyhealth import AttentionRollout, FrozenGradient, GradientRollout
 
+        if self.method is None:
+            return FrozenGradient(model)
         if self.method.gradients is not None:
             return GradientRollout(model, self.method, self.backend)
         return AttentionRollout(model, method=self.method, backend=self.backend, readout=self.readout)
@@ -109,9 +111,26 @@ def _outputs(model: torch.nn.Module) -> Iterator[list[Mapping[str, Any]]]:
         handle.remove()
 
 
+def chain_of(method: str | Method) -> Method | None:
+    """How a method forms its chain; None for the one that has none.
+
+    Raises:
+        ValueError, TypeError: there is no such method.
+    """
+    return None if method == FROZEN else get_method(method, "attribute_cohort")
+
+
 def describe_method(name: str | Method) -> dict[str, Any]:
     """A method as it stands in a manifest: its name, if it has one, and the fields of its formula."""
-    method = get_method(name, "attribute_cohort")
+    method = chain_of(name)
+    if method is None:
+        return {
+            "name": FROZEN,
+            "formula": ["e ∘ ∂logit/∂e summed over the embedding e of a code; attention weights, norm statistics and "
+                        "gates held", "positive: speaks for the class; negative: against it"],
+            "paper": "Ali et al. 2022 (ICML), XAI for Transformers: Better Explanations through Conservative "
+                     "Propagation, arXiv:2202.07304",
+        }  # fmt: skip
     fusion: Any = method.head_fusion
     if isinstance(fusion, Tensor):
         fusion = fusion.tolist()

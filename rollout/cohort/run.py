@@ -10,18 +10,17 @@ import torch
 from torch import nn
 
 from rollout.cohort.code import python_version
-from rollout.cohort.explain import Explain, PyHealthExplain, describe_method
+from rollout.cohort.explain import Explain, PyHealthExplain, chain_of, describe_method
 from rollout.cohort.identity import function_identity, model_identity, read_state
 from rollout.cohort.plan import Plan
 from rollout.cohort.session import Session, device_of, settled
-from rollout.cohort.settings import check_count, check_device, check_word
+from rollout.cohort.settings import check_count, check_device, check_word, class_specific
 from rollout.cohort.source import Source, open_source
 from rollout.cohort.store import Store
 from rollout.cohort.summary import CohortRun
 from rollout.cohort.work import Work
 from rollout.data.collate import Collate, pyhealth_collate
 from rollout.errors import require
-from rollout.method import get_method
 from rollout.results.manifest import Manifest
 from rollout_kernels import Method
 
@@ -90,7 +89,8 @@ def attribute_cohort(
         dataset: A PyHealth `SampleDataset`; or anything with `len` and `[i]` that gives mappings, with
             `vocabularies` and `collate`.
         out: New folder, or that of the same run.
-        method: A name in `rollout.METHODS` or a `rollout.Method`. Gradient-weighted ones are class-specific.
+        method: A name in `rollout.METHODS`, a `rollout.Method`, or "frozen_gradient", which is no chain
+            (`rollout.pyhealth.FrozenGradient`) and signed. It and gradient-weighted ones are class-specific.
         batch_tokens: Most tokens in a batch, padding included, all features added; a longer sample goes alone.
         device: Where to run; None: where the model is (on workers, on a device of that type).
         workers: Processes on this machine, each with a model of its own and its share of the threads; 1: this one.
@@ -130,8 +130,8 @@ def attribute_cohort(
         require(module, "cohort")
     chosen = {"workers": workers, "readout": readout, "backend": backend, "target_class": target_class}
     _check(model, client, chosen)
-    resolved = get_method(method, "attribute_cohort")
-    whole_map = resolved.needs_whole_map and explain is None
+    chain = chain_of(method)
+    whole_map = chain is not None and chain.needs_whole_map and explain is None
     plan = Plan(batch_tokens, batch_samples, part_samples, whole_map if equal_lengths is None else equal_lengths)
     if whole_map and plan.pads:
         raise ValueError(
@@ -142,12 +142,12 @@ def attribute_cohort(
     where = _device_to_run_on(model, device, client, workers)
     if backend == "triton" and (where or device_of(model)).type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
         raise ValueError("attribute_cohort: backend='triton' needs a CUDA device; use 'auto'")
-    functions = _functions_of_the_caller(source, resolved, explain)
+    functions = _functions_of_the_caller(source, chain, explain)
     if explain is None:
-        explain = PyHealthExplain(resolved, readout, backend, target_class)
+        explain = PyHealthExplain(chain, readout, backend, target_class)
         with settled(model, None):
             explain.check(model)
-    work = Work(model, source, explain, plan, class_specific=resolved.gradients is not None)
+    work = Work(model, source, explain, plan, class_specific=class_specific(chain))
     identity = {
         "model": model_identity(model),
         "dataset": source.description,
@@ -162,7 +162,7 @@ def attribute_cohort(
         identity,
         work.class_specific,
         state=state(),
-        granularity={feature: decoder.granularity for feature, decoder in source.decoders.items()},
+        granularity={feature: _scored(decoder.granularity, chain) for feature, decoder in source.decoders.items()},
         time=source.time,
         labels=source.labels,
     )
@@ -174,6 +174,11 @@ def attribute_cohort(
         return Session(store, work, state, workers, client, where, progress).run()
     finally:
         store.close()
+
+
+def _scored(granularity: str, chain: Method | None) -> str:
+    """What has a score of its own: without a chain, whose positions are visits, every code."""
+    return "code" if granularity == "visit" and chain is None else granularity
 
 
 def _check(model: Any, client: Any, settings: Mapping[str, Any]) -> None:
@@ -203,9 +208,9 @@ def _device_to_run_on(
     return torch.device(device_of(model).type) if client is not None or workers > 1 else None
 
 
-def _functions_of_the_caller(source: Source, method: Method, explain: Explain | None) -> dict[str, Any]:
+def _functions_of_the_caller(source: Source, method: Method | None, explain: Explain | None) -> dict[str, Any]:
     """Argument → function, of those that are not this package's."""
     collate = None if source.collate is pyhealth_collate else source.collate
-    fusion = method.head_fusion if callable(method.head_fusion) else None
+    fusion = method.head_fusion if method is not None and callable(method.head_fusion) else None
     functions = {"explain": explain, "collate": collate, "head_fusion": fusion}
     return {name: function for name, function in functions.items() if function is not None}

@@ -10,6 +10,8 @@ from rollout.method import METHODS
 from rollout_kernels import Method
 from rollout_kernels._dispatch import BACKENDS
 
+FROZEN = "frozen_gradient"
+"""The method of a cohort run that is no chain: `rollout.pyhealth.FrozenGradient`."""
 READOUTS = ("model", "forward")
 COUNTS = {
     "batch_tokens": (1, 2**24), "batch_samples": (1, 2**16), "part_samples": (1, 2**20), "workers": (1, 512),
@@ -17,7 +19,7 @@ COUNTS = {
 }  # fmt: skip
 """Whole numbers: the least and the most. Past the most it is a slip of the pen, or no machine has the memory."""
 WORDS = {
-    "method": tuple(name for name, method in METHODS.items() if not method.matrices),
+    "method": (*(name for name, method in METHODS.items() if not method.matrices), FROZEN),
     "readout": READOUTS,
     "backend": tuple(BACKENDS),
 }
@@ -44,7 +46,7 @@ def check_settings(settings: Mapping[str, Any], named: Callable[[str], str]) -> 
             check_device(value, named(key))
         else:
             check_word(key, value, named(key))
-    method = METHODS[settings.get("method", "rollout")]
+    method = METHODS.get(settings.get("method", "rollout"))
     check_class(method, settings.get("target_class"), settings.get("readout", "model"), named)
 
 
@@ -85,19 +87,24 @@ def check_flag(key: str, value: Any, name: str) -> None:
         raise TypeError(f"{name} must be true or false, got {value!r}")
 
 
-def check_class(method: Method, target_class: int | None, readout: str, named: Callable[[str], str]) -> None:
+def class_specific(method: Method | None) -> bool:
+    """Whether a method, None for `FROZEN`, explains one class."""
+    return method is None or method.gradients is not None
+
+
+def check_class(method: Method | None, target_class: int | None, readout: str, named: Callable[[str], str]) -> None:
     """Refuse a class for a method that has none, and the readout that a class-specific one does not have.
 
     Raises:
         ValueError: naming the setting.
     """
-    if target_class is not None and method.gradients is None:
-        specific = ", ".join(name for name in WORDS["method"] if METHODS[name].gradients is not None)
+    if target_class is not None and not class_specific(method):
+        specific = ", ".join(name for name in WORDS["method"] if class_specific(METHODS.get(name)))
         raise ValueError(
             f"{named('target_class')} is for class-specific methods, {specific}; got a method that gives every class "
             "the same relevance"
         )
-    if method.gradients is not None and readout != "model":
+    if class_specific(method) and readout != "model":
         raise ValueError(f"{named('readout')} must be model for a class-specific method, got {readout!r}")
 
 

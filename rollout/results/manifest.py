@@ -12,7 +12,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Self, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator, with_config
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+    with_config,
+)
 
 from rollout.files import as_json, plain, read_json
 from rollout.results.layout import (
@@ -85,12 +95,28 @@ class MethodIdentity(TypedDict):
 
 
 @with_config(_STRICT)
+class FormulaIdentity(TypedDict):
+    """A method that is no chain: its formula in words."""
+
+    name: str
+    formula: list[str]
+    paper: str
+
+
+CHAIN, FORMULA = "(chain)", "(formula)"
+AnyMethod = Annotated[
+    Annotated[MethodIdentity, Tag(CHAIN)] | Annotated[FormulaIdentity, Tag(FORMULA)],
+    Discriminator(lambda value: FORMULA if isinstance(value, dict) and "formula" in value else CHAIN),
+]
+
+
+@with_config(_STRICT)
 class Identity(TypedDict):
     """What is run on what: two runs of equal identities give the same rows."""
 
     model: ModelIdentity
     dataset: DatasetIdentity
-    method: MethodIdentity
+    method: AnyMethod
     plan: dict[str, Count | bool]
     readout: str
     backend: str
@@ -406,7 +432,7 @@ def _problems(error: ValidationError) -> str:
     found = error.errors(include_url=False)
     lines = []
     for one in found[:SHOWN]:
-        where = ".".join(map(str, one["loc"]))[:200]
+        where = ".".join(str(part) for part in one["loc"] if part not in (CHAIN, FORMULA))[:200]
         if one["type"] == "value_error":
             lines.append(str(one["ctx"]["error"]))
         elif one["type"] == "missing":

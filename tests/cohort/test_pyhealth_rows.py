@@ -14,6 +14,8 @@ from pyhealth.models import Transformer
 import rollout
 from rollout.cohort.rows import attribution_table, feature_decoders
 from rollout.data.collate import pyhealth_collate
+from rollout.pyhealth import FrozenGradient
+from rollout.report import write_report
 from tests.support.capture_state import assert_nothing_left, state
 from tests.support.pyhealth_models import Stock, dataset, stage_net, transformer
 from tests.support.toy_cohort import rows
@@ -60,6 +62,24 @@ def test_stage_attention_net(tmp_path) -> None:
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["granularity"] == {"visits": "visit"}
     assert_rows(rows(tmp_path / "out"), stock_rows(Stock(model), samples))
+
+
+@pytest.mark.parametrize("kind", ["flat", "nested"])
+def test_the_frozen_gradient_has_signs_and_a_score_for_every_code(kind: str, tmp_path) -> None:
+    model, samples = transformer(kind), dataset(kind)
+    before = state(model)
+    run = rollout.attribute_cohort(model, samples, tmp_path / "out", method="frozen_gradient", **SETTINGS)
+    assert_nothing_left(model, before)
+    assert (run.attributed, run.failed) == (6, 0)
+    found = rows(tmp_path / "out")
+    assert_rows(found, stock_rows(FrozenGradient(model), samples))
+    assert found["attribution"].min() < 0 < found["attribution"].max()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert set(manifest["granularity"].values()) == {"code"}
+    assert manifest["identity"]["method"]["name"] == "frozen_gradient"
+    assert set(rows(tmp_path / "out", "predictions")["target_class"]) == {0}
+    page = write_report(tmp_path / "out").read_text(encoding="utf-8")
+    assert "attention weights, norm statistics and gates held" in page
 
 
 @pytest.fixture(scope="module")

@@ -39,8 +39,8 @@ def run(cohort: CohortAttributions) -> dict[str, Any]:
 
 def formula(method: Mapping[str, Any]) -> list[str]:
     """How a layer's matrix is formed, and the chain, as lines of text."""
-    if not method:
-        return []
+    if not method or isinstance(method.get("formula"), list):  # what is no chain says its own
+        return [str(line) for line in method.get("formula") or []]
     fused = _fused(method)
     residual = method.get("residual", 0.5)
     attention = method.get("attention")
