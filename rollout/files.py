@@ -133,3 +133,18 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def put_between_markers(path: Path, marker: str, text: str | None) -> Path:
+    """Replace what stands between `<!-- marker -->` and `<!-- /marker -->` on a page; with None, only look for them.
+
+    Raises:
+        ValueError: the page lacks them.
+    """
+    whole, start, end = path.read_text(encoding="utf-8"), f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    if whole.count(start) != 1 or whole.count(end) != 1:
+        raise ValueError(f"{path.name} must have the markers {start} and {end} once each")
+    if text is not None:
+        before, rest = whole.split(start)
+        write_whole(path, f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}".encode())
+    return path

@@ -18,6 +18,7 @@ from bench.providers.kernels import FLEX
 from bench.suites import SUITES
 from rollout.bench.end_to_end import STOCK
 from rollout.bench.measure import OURS
+from rollout.files import put_between_markers
 
 Devices = dict[str, dict[str, Record]]  # folder → the records of one machine, by "cpu" and "cuda"
 
@@ -137,20 +138,6 @@ def _context(suite: Suite) -> str:
     return "; ".join(filter(None, parts))
 
 
-def render(path: Path, text: str, marker: str) -> Path:
-    """Replace what stands between `<!-- marker -->` and `<!-- /marker -->` on a page.
-
-    Raises:
-        ValueError: the page lacks the markers.
-    """
-    whole, start, end = path.read_text(), f"<!-- {marker} -->", f"<!-- /{marker} -->"
-    if whole.count(start) != 1 or whole.count(end) != 1:
-        raise ValueError(f"{path.name} must have the markers {start} and {end} once each")
-    before, rest = whole.split(start)
-    path.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
-    return path
-
-
 def write_all(root: Path = host.ROOT, plots: bool = True) -> list[Path]:
     """Every page and plot; returns what was written."""
     folder = root / "bench" / "results"
@@ -165,9 +152,9 @@ def write_all(root: Path = host.ROOT, plots: bool = True) -> list[Path]:
     verdicts = tables.verdict_table(judge_all(shown, cuda))
     results_page = root / "bench" / "RESULTS.md"
     results_page.write_text(page(folder, found, verdicts, shown))
-    written += [results_page, render(root / "bench" / "README.md", verdicts, "verdicts")]
+    written += [results_page, put_between_markers(root / "bench" / "README.md", "verdicts", verdicts)]
     if shown is not None:
-        written.append(render(root / "README.md", readme_table(shown, cuda), "bench"))
+        written.append(put_between_markers(root / "README.md", "bench", readme_table(shown, cuda)))
     return written
 
 

@@ -21,8 +21,8 @@ class Stream:
         vocabulary: Number of codes; the r-th has weight `1 / (r + offset)`.
         fresh: Entry i of a record, from 0, repeats one of the i before it, each alike, with probability
             `i / (i + fresh)` (Hoppe's urn), as drugs are ordered again; None: a code stands once in an admission.
-        planted: Number of risk codes.
-        log_odds: What one planted code adds to the log odds of dying in the next admission.
+        planted: Number of planted codes.
+        log_odds: What one risk code adds to the log odds of dying in the next admission.
     """
 
     feature: str
@@ -75,28 +75,32 @@ _ENDINGS = ("prane", "stat", "micin", "dolol", "zepine", "mab", "cillin", "tide"
 
 @dataclass(frozen=True)
 class CodeBook:
-    """The codes of one stream: `planted` are indices into `codes`; `cdf` leaves them out of the draws."""
+    """The codes of one stream: `planted` are indices into `codes`; `cdf` leaves them out of the draws.
+
+    `effects` is what each planted code adds to the log odds of dying in the next admission.
+    """
 
     codes: np.ndarray
     names: np.ndarray
     planted: np.ndarray
+    effects: np.ndarray
     cdf: np.ndarray
 
-    def planted_rows(self, stream: Stream) -> list[dict[str, Any]]:
+    def planted_rows(self) -> list[dict[str, Any]]:
         """Return the planted codes as rows of the truth file."""
         return [
             {
                 "code": str(self.codes[i]),
                 "name": str(self.names[i]),
-                "log_odds": stream.log_odds,
+                "log_odds": float(effect),
                 "prevalence": PREVALENCE,
             }
-            for i in self.planted
+            for i, effect in zip(self.planted, self.effects, strict=True)
         ]
 
 
-def code_books(rng: np.random.Generator) -> dict[str, CodeBook]:
-    """Make each stream's codes and names, and choose the planted ones."""
+def code_books(rng: np.random.Generator, protective: bool = False) -> dict[str, CodeBook]:
+    """Make each stream's codes and names, and choose the planted ones; every other one protective if so asked."""
     books = {}
     for stream in STREAMS:
         numbers = np.arange(stream.vocabulary)
@@ -104,7 +108,9 @@ def code_books(rng: np.random.Generator) -> dict[str, CodeBook]:
         weights = rng.permutation(1.0 / (numbers + stream.offset))
         planted = np.sort(rng.choice(stream.vocabulary, stream.planted, replace=False))
         weights[planted] = 0.0
-        books[stream.feature] = CodeBook(codes, names, planted, np.cumsum(weights) / weights.sum())
+        effects = np.full(stream.planted, stream.log_odds)
+        effects[1::2] *= -1.0 if protective else 1.0
+        books[stream.feature] = CodeBook(codes, names, planted, effects, np.cumsum(weights) / weights.sum())
     return books
 
 

@@ -24,12 +24,15 @@ BLOCK_PATIENTS = 4096
 """Patients generated at a time: the memory a cohort needs does not grow with its size."""
 
 BASE_LOG_ODDS = -4.0
+BASE_WITH_PROTECTIVE = -1.5  # where no code protects from next to nothing, none could be seen to
 FIRST_VISIT_DEATHS = 0.02
 DAY = 86_400
 LENGTH_CORRELATION = np.array([[1.0, 0.27, 0.61], [0.27, 1.0, 0.53], [0.61, 0.53, 1.0]])
 
 
-def write_synthetic_cohort(root: str | Path, patients: int = 6000, seed: int = 0) -> dict[str, Any]:
+def write_synthetic_cohort(
+    root: str | Path, patients: int = 6000, seed: int = 0, *, protective: bool = False
+) -> dict[str, Any]:
     """Write MIMIC-IV tables of `patients` invented patients under `root`; return what was planted.
 
     A patient has 1–25 admissions (Zipf). An admission's codes are drawn independently of everything but that drugs
@@ -43,6 +46,7 @@ def write_synthetic_cohort(root: str | Path, patients: int = 6000, seed: int = 0
         root: Folder to write: `hosp/*.csv.gz`, `icu/icustays.csv.gz` and `truth.json`; new or empty.
         patients: Number of patients, at least 1.
         seed: Same seed and size, same bytes.
+        protective: Whether every other planted code lowers the log odds, of a base rate that is then higher.
 
     Returns:
         The content of `truth.json`: `planted` maps each feature to a list of `{code, name, log_odds,
@@ -57,13 +61,14 @@ def write_synthetic_cohort(root: str | Path, patients: int = 6000, seed: int = 0
         raise ValueError(f"write_synthetic_cohort: seed must not be negative, got {seed}")
     root = empty_folder(root, "write_synthetic_cohort: root")
     sequence = np.random.SeedSequence(seed)
-    books = code_books(np.random.default_rng(sequence.spawn(1)[0]))
+    books = code_books(np.random.default_rng(sequence.spawn(1)[0]), protective)
+    base = BASE_WITH_PROTECTIVE if protective else BASE_LOG_ODDS
     admissions = 0
     with _Tables(root) as tables:
         _write_dictionaries(tables, books)
         for first in range(0, patients, BLOCK_PATIENTS):
             rng = np.random.default_rng(sequence.spawn(1)[0])
-            block = _Block(rng, books, first, min(BLOCK_PATIENTS, patients - first), admissions)
+            block = _Block(rng, books, base, first, min(BLOCK_PATIENTS, patients - first), admissions)
             for name, frame in block.frames():
                 tables.write(name, frame)
             admissions += block.admissions
@@ -71,9 +76,9 @@ def write_synthetic_cohort(root: str | Path, patients: int = 6000, seed: int = 0
         "seed": seed,
         "patients": patients,
         "admissions": admissions,
-        "base_log_odds": BASE_LOG_ODDS,
+        "base_log_odds": base,
         "outcome": "a planted code of admission t adds log_odds to the log odds of death in admission t + 1",
-        "planted": {s.feature: books[s.feature].planted_rows(s) for s in STREAMS},
+        "planted": {s.feature: books[s.feature].planted_rows() for s in STREAMS},
     }
     (root / "truth.json").write_text(json.dumps(truth, indent=1) + "\n", encoding="utf-8")
     return truth
@@ -87,18 +92,24 @@ class _Block:
     """
 
     def __init__(
-        self, rng: np.random.Generator, books: Mapping[str, CodeBook], first: int, patients: int, admissions: int
+        self,
+        rng: np.random.Generator,
+        books: Mapping[str, CodeBook],
+        base: float,
+        first: int,
+        patients: int,
+        admissions: int,
     ) -> None:
         self.rng, self.books, self.first, self.first_admission = rng, books, first, admissions
         planned = rng.choice(np.arange(1, 26), patients, p=_zipf(25, 1.75))
         patient = np.repeat(np.arange(patients), planned)
         ordinal = _within(planned)
         lengths, present = self._draw_lengths(len(patient)), {}
-        log_odds = np.full(len(patient), BASE_LOG_ODDS)
+        log_odds = np.full(len(patient), base)
         for stream in STREAMS:
             hit = rng.random((len(patient), stream.planted)) < PREVALENCE
             present[stream.feature] = hit & (lengths[stream.feature] > 0)[:, None]
-            log_odds += stream.log_odds * present[stream.feature].sum(axis=1)
+            log_odds += present[stream.feature] @ books[stream.feature].effects
         dies_next = rng.random(len(patient)) < 1.0 / (1.0 + np.exp(-log_odds))
         died = np.where(ordinal == 0, rng.random(len(patient)) < FIRST_VISIT_DEATHS, np.roll(dies_next, 1))
         before = np.cumsum(died) - died

@@ -148,6 +148,23 @@ def test_planted_codes_drive_the_outcome_of_the_next_admission(admissions: pl.Da
     assert rate[2] == pytest.approx(1 / (1 + np.exp(-4.0)), abs=0.05)
 
 
+def test_every_other_planted_code_protects_where_it_is_asked_for(tmp_path: Path) -> None:
+    truth = write_synthetic_cohort(tmp_path / "tables", patients=4000, seed=1, protective=True)
+    effects = {feature: [row["log_odds"] for row in rows] for feature, rows in truth["planted"].items()}
+    assert effects == {"conditions": [4.0, -4.0] * 2, "procedures": [4.0, -4.0, 4.0], "drugs": [4.0, -4.0] * 2}
+    frame = table(tmp_path / "tables", "hosp/admissions").sort("subject_id", "admittime")
+    died = pl.col("hospital_expire_flag").cast(pl.Int64).shift(-1).over("subject_id")
+    pairs = frame.select("hadm_id", died=died).drop_nulls()
+    base = pairs["died"].mean()
+    for feature, (name, column) in EVENTS.items():
+        present = (
+            table(tmp_path / "tables", f"hosp/{name}").select("hadm_id", column).unique().join(pairs, on="hadm_id")
+        )
+        risk = dict(present.group_by(column).agg(pl.col("died").mean()).iter_rows())
+        for row in truth["planted"][feature]:
+            assert risk[row["code"]] > 1.5 * base if row["log_odds"] > 0 else risk[row["code"]] < 0.7 * base
+
+
 @pytest.mark.parametrize("feature", list(EVENTS))
 def test_each_planted_code_raises_the_risk_and_no_other_code_does(
     cohort: Path, admissions: pl.DataFrame, feature: str
