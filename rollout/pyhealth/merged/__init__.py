@@ -1,0 +1,10 @@
+"""Encoders without positions run on the distinct rows of each record: equal rows in, equal rows at every layer.
+
+`rows` finds the distinct rows of a batch and shares their relevance out again, `blocks` says what an encoder must be
+for it, `attend` writes each score out once, `encode` runs the layers and the chain, and `capture` has PyHealth's
+Transformer run so.
+"""
+
+from rollout.pyhealth.merged.capture import MergedCapture, can_merge
+
+__all__ = ["MergedCapture", "can_merge"]

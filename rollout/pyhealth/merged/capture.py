@@ -1,0 +1,160 @@
+"""PyHealth's Transformer run on the distinct rows of its records, its own forward pass around them.
+
+Where a stream's ids are looked up in an embedding, each id is embedded once: what the Transformer gets in place of the
+embedding is row 0 of its encoder, [B, 1, E], which the encoder hands through. Anything else is told apart by its bits
+when it comes to the encoder.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyhealth.models.embedding import EmbeddingModel
+from torch import Tensor, nn
+
+from rollout._capture.adapters.pyhealth import CannotFuseError
+from rollout._capture.patch import Around, foreign_forward
+from rollout.pyhealth.merged.blocks import Block, blocks_of
+from rollout.pyhealth.merged.encode import encode, serves
+from rollout.pyhealth.merged.rows import Rows, rows_of, rows_of_ids
+from rollout.pyhealth.merged.trial import behaves
+from rollout.pyhealth.watch import Batch, ModelCapture, Sites, Transformer, listener
+from rollout_kernels import Method
+
+Forward = Callable[..., Any]
+Blocks = dict[str, list[Block]]
+
+BACKENDS = ("auto", "torch")
+
+
+def can_merge(model: Any, method: Method, backend: str) -> Blocks | None:
+    """Per feature key the blocks of its encoder; None where the model must be run on all positions.
+
+    PyHealth's own Transformer is served on a CPU, when of each stream it reads row 0 and nothing else and nobody looks
+    into its layers, by methods of which one row of a layer needs no other.
+    """
+    if backend not in BACKENDS or not serves(method) or not _reads_row_0(model):
+        return None
+    found = {key: blocks_of(layer) for key, layer in model.transformer.items()}
+    blocks = {key: each for key, each in found.items() if each is not None}
+    if len(blocks) < len(found) or any(p.device.type != "cpu" for p in model.parameters()):
+        return None
+    return blocks if all(behaves(model.transformer[key], blocks[key]) for key in blocks) else None
+
+
+def _reads_row_0(model: Any) -> bool:
+    return (
+        isinstance(model, Transformer)
+        and type(model).forward is Transformer.forward
+        and foreign_forward(model) is None
+        and _is_its_own(model, "forward_from_embedding")
+    )
+
+
+def _is_its_own(model: Any, name: str) -> bool:
+    """Whether a method of the Transformer is PyHealth's, neither a subclass's nor the instance's."""
+    return getattr(type(model), name) is getattr(Transformer, name) and name not in vars(model)
+
+
+class MergedCapture(ModelCapture):
+    """Row 0 of one forward pass and of its rollout, from the distinct rows of each record.
+
+    Its `run` raises CannotFuseError when a layer is called with a mask that is not [B, S].
+
+    Args:
+        model, sites: as `attention_sites` found them.
+        method: of the rollout.
+        blocks: as `can_merge` found them.
+    """
+
+    def __init__(self, model: Any, sites: Sites, method: Method, blocks: Blocks) -> None:
+        super().__init__(model, sites)
+        self.method, self.blocks = method, blocks
+        self._first_rows: dict[str, Tensor] = {}
+        self._looked_up: set[str] = set()
+        self._ahead: set[str] = set()
+        self.key_of |= {model.transformer[key]: key for key in sites}
+        self.key_of[model.embedding_model] = ""
+
+    def watched(self) -> dict[nn.Module, Around]:
+        layers: dict[nn.Module, Around] = {self.model.transformer[key]: _through_layer for key in self.sites}
+        return super().watched() | layers | {self.model.embedding_model: _through_embedding}
+
+    def forward(self, data: Batch) -> Any:
+        """Run the model once, its own hooks off, and give what it returns."""
+        self._looked_up = {key for key in self.sites if _is_looked_up(self.model, key, data[key])}
+        return super().forward(data)
+
+    def embed(self, forward: Forward, inputs: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Row 0 of an encoder in place of its embedding; None when the embedding is to be made."""
+        if len(inputs) != 1 or not self._looked_up.issuperset(inputs):
+            return None
+        ((key, ids),) = inputs.items()
+        ids = ids[:, : self.model.max_seq_len]
+        rows = rows_of_ids(ids, lambda found: forward({key: found})[key], self.model._mask_from_embeddings)
+        self._ahead.add(key)
+        return {key: self._encode(key, rows).unsqueeze(1)}
+
+    def run_layer(self, layer: nn.Module, x: Tensor, mask: Tensor | None) -> Any:
+        """What a `TransformerLayer` gives: None, which the Transformer does not read, and row 0, [B, E]."""
+        key = self.key_of[layer]
+        if key in self._ahead:
+            return None, x[:, 0]
+        if mask is not None and mask.shape != x.shape[:2]:
+            raise CannotFuseError
+        valid = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask != 0
+        return None, self._encode(key, rows_of(x, valid))
+
+    def _encode(self, key: str, rows: Rows) -> Tensor:
+        output, self._first_rows[key] = encode(self.blocks[key], rows, self.method)
+        return output
+
+    def shape(self, key: str) -> tuple[int, int]:
+        self.check_layers(key, [key in self._first_rows] * len(self.sites[key]))
+        batch, seq = self._first_rows[key].shape
+        return batch, seq
+
+    def rollout(self, key: str) -> Tensor:
+        """Row 0 [B, S] of the rollout of a feature key; what was recorded is dropped here."""
+        self.shape(key)
+        return self._first_rows.pop(key).clone()  # the clone is no inference tensor
+
+
+def _is_looked_up(model: Any, key: str, feature: Any) -> bool:
+    """Whether a feature is ids [B, S] without a mask, which the model looks up and nobody else sees embedded."""
+    if not _looks_up(model.embedding_model, key):
+        return False
+    if not all(_is_its_own(model, name) for name in ("_pool_embedding", "_mask_from_embeddings")):
+        return False
+    schema = model.dataset.input_processors[key].schema()
+    parts = (feature,) if isinstance(feature, Tensor) else feature
+    if "mask" in schema or "value" not in schema or len(parts) != len(schema):
+        return False
+    value = parts[schema.index("value")]
+    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
+
+
+def _looks_up(embedding: nn.Module, key: str) -> bool:
+    if type(embedding) is not EmbeddingModel or key not in embedding.embedding_layers:
+        return False
+    layer = embedding.embedding_layers[key]
+    return type(layer) is nn.Embedding and _is_unwatched(embedding) and _is_unwatched(layer)
+
+
+def _is_unwatched(module: nn.Module) -> bool:
+    return not (module._forward_hooks or module._forward_pre_hooks or foreign_forward(module) is not None)
+
+
+def _through_embedding(module: nn.Module, forward: Forward, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    capture = listener(module)
+    found = capture.embed(forward, inputs) if isinstance(capture, MergedCapture) else None
+    return forward(inputs, *args, **kwargs) if found is None else found
+
+
+def _through_layer(
+    module: nn.Module, forward: Forward, x: Tensor, mask: Tensor | None = None, register_hook: bool = False
+) -> Any:
+    capture = listener(module)
+    if not isinstance(capture, MergedCapture):
+        return forward(x, mask, register_hook)
+    return capture.run_layer(module, x, mask)
