@@ -5,7 +5,7 @@ a group find room; where a record is so long that they do not, queries and keys 
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from rollout_kernels import Method
 
 # A tile of scores stays in the second-level cache between the products and the softmax.
 TILE_BYTES = 1 << 20
+_PAIRWISE: dict[str, Callable[..., Tensor]] = {"mean": torch.add, "max": torch.maximum, "min": torch.minimum}
+
 # Fused maps that a group may keep, all layers together; `bench/test_attend.py` times both sides.
 KEPT_BYTES = 256 << 20
 
@@ -32,6 +34,12 @@ class Keys:
     bias: Tensor | None
     uniform: Tensor | None = None
     shares: Tensor | None = None
+
+    def spread(self, maps: Tensor, rows: slice) -> Tensor:
+        """Maps [..., b or h, r, n] of some rows, with the uniform ones as they are."""
+        if self.uniform is None or self.shares is None:
+            return maps
+        return torch.where(self.uniform[:, rows], self.shares, maps)
 
 
 def keys_of(counts: Tensor, valid: Tensor | None) -> Keys:
@@ -57,13 +65,15 @@ class Attention:
 
     Args:
         keys: of the group.
+        heads: H.
         method: of the rollout.
         weights: head weights [L, H] where the method has them.
         keep: keep F_l of each layer.
     """
 
-    def __init__(self, keys: Keys, method: Method, weights: Tensor | None, *, keep: bool) -> None:
+    def __init__(self, keys: Keys, heads: int, method: Method, weights: Tensor | None, *, keep: bool) -> None:
         self.keys, self.method, self.weights, self.keep = keys, method, weights, keep
+        self._bias = None if keys.bias is None else keys.bias.repeat(heads, 1, 1, 1)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Kept]:
         """softmax(QKᵀ/√D + bias)·V of [H, b, n, D] as [b, n, H·D], and what the chain needs of the layer."""
@@ -72,12 +82,13 @@ class Attention:
         fused = query.new_empty(batch, rows, rows) if self.keep else None
         for h, r in _tiles(heads, batch, rows, query.itemsize):
             maps = self._maps(query, key, h, r)
-            product = torch.bmm(maps.flatten(0, 1), value[h].flatten(0, 1))
-            mixed[h, :, r] = product.view(maps.shape[0], batch, -1, dim)
+            if r.stop - r.start == rows:
+                torch.bmm(maps.flatten(0, 1), value[h].flatten(0, 1), out=mixed[h].flatten(0, 1))
+            else:
+                mixed[h, :, r] = torch.matmul(maps, value[h])
             if fused is not None:
-                self._fuse(layer, maps, h, fused[:, r])
-        out = mixed.permute(1, 2, 0, 3).reshape(batch, rows, heads * dim)
-        return out, Kept(layer, fused, query, key)
+                self.fuse(layer, maps, h, fused[:, r])
+        return mixed.permute(1, 2, 0, 3).reshape(batch, rows, heads * dim), Kept(layer, fused, query, key)
 
     def fused(self, kept: Kept) -> Iterator[tuple[slice, Tensor]]:
         """F_l of the group, [b, r, n], all of it or by slices of rows. The mean is left as a sum."""
@@ -90,52 +101,43 @@ class Attention:
             maps = self._maps(kept.query, kept.key, h, r)
             if h.start == 0:
                 part = maps.new_empty(maps.shape[1:])
-            self._fuse(kept.layer, maps, h, part)
+            self.fuse(kept.layer, maps, h, part)
             if h.stop == heads:
                 yield r, part
 
     def _maps(self, query: Tensor, key: Tensor, h: slice, r: slice) -> Tensor:
         """The softmax [h, b, r, n] of some heads and rows."""
-        keys, queries = key[h].flatten(0, 1), query[h, :, r].flatten(0, 1)
-        heads, scale = h.stop - h.start, 1 / math.sqrt(query.shape[3])
-        bias, beta = self.keys.bias, 1
-        if bias is None:
-            bias, beta = queries.new_empty(1, 1, 1), 0
-        elif heads > 1:
-            bias = bias.repeat(heads, 1, 1)
-        maps = torch.baddbmm(bias, queries, keys.transpose(1, 2), beta=beta, alpha=scale)
-        torch.softmax(maps, -1, out=maps)
-        maps = maps.view(heads, -1, *maps.shape[1:])
-        if self.keys.uniform is not None:
-            maps = torch.where(self.keys.uniform[:, r], self.keys.shares, maps)
-        return maps
-
-    def _fuse(self, layer: int, maps: Tensor, h: slice, fused: Tensor) -> None:
-        """Add some heads [h, b, r, n] to F_l [b, r, n]."""
-        fuse_heads(
-            maps, self.method, None if self.weights is None else self.weights[layer, h], fused, first=h.start == 0
-        )
-
-
-def fuse_heads(maps: Iterable[Tensor], method: Method, weights: Tensor | None, fused: Tensor, *, first: bool) -> None:
-    """Fuse heads, [b, r, n] each, into `fused` [b, r, n], which holds the heads before them unless these are the first."""
-    for h, head in enumerate(maps):
-        if weights is not None:
-            weight = float(weights[h])
-            torch.mul(head, weight, out=fused) if first and h == 0 else fused.add_(head, alpha=weight)
-        elif first and h == 0:
-            fused.copy_(head)
-        elif method.head_fusion == "mean":
-            fused.add_(head)
-        elif method.head_fusion == "max":
-            torch.maximum(fused, head, out=fused)
+        queries, keys = query[h, :, r].flatten(0, 1), key[h].flatten(0, 1).transpose(1, 2)
+        scale = 1 / math.sqrt(query.shape[3])
+        if self._bias is None:
+            maps = torch.baddbmm(queries.new_empty(1, 1, 1), queries, keys, beta=0, alpha=scale)
         else:
-            torch.minimum(fused, head, out=fused)
+            maps = torch.baddbmm(self._bias[h].flatten(0, 1), queries, keys, alpha=scale)
+        maps = torch.softmax(maps, -1, out=maps).view(h.stop - h.start, -1, *maps.shape[1:])
+        return self.keys.spread(maps, r)
+
+    def fuse(self, layer: int, maps: Tensor, h: slice, fused: Tensor) -> None:
+        """Fuse heads `h`, [h, b, r, n], into F_l [b, r, n], which holds those below. The mean is left as a sum."""
+        if self.weights is not None:
+            if h.start == 0:
+                fused.zero_()
+            for head, weight in zip(maps, self.weights[layer, h].tolist(), strict=True):
+                fused.add_(head, alpha=weight)
+            return
+        two = _PAIRWISE[str(self.method.head_fusion)]
+        if h.start > 0:
+            two(fused, maps[0], out=fused)
+        elif len(maps) > 1:
+            two(maps[0], maps[1], out=fused)
+        else:
+            fused.copy_(maps[0])
+        for head in maps[1 if h.start else 2 :]:
+            two(fused, head, out=fused)
 
 
-def keeps_maps(batch: int, rows: int, layers: int, itemsize: int) -> bool:
-    """Whether F_l [b, n, n] of so many layers is kept, rather than made again from queries and keys."""
-    return layers * batch * rows * rows * itemsize <= KEPT_BYTES
+def keeps_maps(counts: Tensor, layers: int) -> bool:
+    """Whether F_l [b, n, n] of so many layers is kept for counts [b, n], or made again from queries and keys."""
+    return layers * counts.numel() * counts.shape[1] * counts.itemsize <= KEPT_BYTES
 
 
 def _tiles(heads: int, batch: int, rows: int, itemsize: int) -> Iterator[tuple[slice, slice]]:

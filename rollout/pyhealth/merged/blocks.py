@@ -31,14 +31,14 @@ class Block:
         norm: row by row, [..., E] → [..., E].
         projections: W_Q, W_K and W_V, one below the other, [3E, E].
         output: W_O [E, E].
-        feed_forward: what is added to each row after attention, [..., E] → [..., E]; a tensor of its own.
+        feed_forward: adds to rows [N, E], in place.
     """
 
     heads: int
     norm: Callable[[Tensor], Tensor]
     projections: Tensor
     output: Tensor
-    feed_forward: Callable[[Tensor], Tensor]
+    feed_forward: Callable[[Tensor], object]
 
 
 # PyHealth's own. Any other class among the parts of a layer, or another forward of these, may do anything.
@@ -61,10 +61,11 @@ FORWARDS = {
 }
 
 
-def blocks_of(layer: nn.Module) -> list[Block] | None:
+def blocks_of(layer: Any) -> list[Block] | None:
     """The blocks of PyHealth's `TransformerLayer`; None where one row more or less could be told by anyone.
 
-    So it is when a part is of another class, has another forward or numbers of its own, or someone's hook is in it.
+    So it is when a part is of another class, has another forward or numbers of its own, is in training mode or on a
+    GPU, or someone's hook is in it.
     """
     if type(layer) is not TransformerLayer or not all(map(_is_own, layer.modules())):
         return None
@@ -77,9 +78,10 @@ def _is_own(part: nn.Module) -> bool:
     kind = type(part)
     if FORWARDS.get(kind) is not kind.forward or foreign_forward(part) is not None:
         return False
-    if part._forward_hooks or part._forward_pre_hooks or part._buffers:
+    if part.training or part._forward_hooks or part._forward_pre_hooks or part._buffers:
         return False
-    return not part._parameters or kind in (nn.LayerNorm, nn.Linear)
+    parameters = [p for p in part._parameters.values() if p is not None]
+    return not parameters or (kind in (nn.LayerNorm, nn.Linear) and all(p.device.type == "cpu" for p in parameters))
 
 
 def _without_bias(layer: Any) -> Iterator[nn.Linear]:
@@ -89,10 +91,17 @@ def _without_bias(layer: Any) -> Iterator[nn.Linear]:
 
 def _block(part: Any) -> Block:
     attention, norm, feed_forward = part.attention, part.output_sublayer.norm, part.feed_forward
+    inner, outer, activation = feed_forward.w_1, feed_forward.w_2, feed_forward.activation
+
+    def feed(x: Tensor) -> None:
+        x.addmm_(activation(inner(norm(x))), outer.weight.T)
+        if outer.bias is not None:
+            x += outer.bias
+
     return Block(
         attention.h,
         part.input_sublayer.norm,
         torch.cat([linear.weight.detach() for linear in attention.linear_layers]),
         attention.output_linear.weight.detach(),
-        lambda x: feed_forward(norm(x)),
+        feed,
     )

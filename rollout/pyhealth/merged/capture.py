@@ -37,7 +37,7 @@ def can_merge(model: Any, method: Method, backend: str) -> Blocks | None:
         return None
     found = {key: blocks_of(layer) for key, layer in model.transformer.items()}
     blocks = {key: each for key, each in found.items() if each is not None}
-    if len(blocks) < len(found) or any(p.device.type != "cpu" for p in model.parameters()):
+    if len(blocks) < len(found):
         return None
     return blocks if all(behaves(model.transformer[key], blocks[key]) for key in blocks) else None
 
@@ -90,8 +90,15 @@ class MergedCapture(ModelCapture):
         if len(inputs) != 1 or not self._looked_up.issuperset(inputs):
             return None
         ((key, ids),) = inputs.items()
-        ids = ids[:, : self.model.max_seq_len]
-        rows = rows_of_ids(ids, lambda found: forward({key: found})[key], self.model._mask_from_embeddings)
+        known = self.model.embedding_model.embedding_layers[key].num_embeddings
+        rows = rows_of_ids(
+            ids[:, : self.model.max_seq_len],
+            known,
+            lambda found: forward({key: found})[key],
+            self.model._mask_from_embeddings,
+        )
+        if rows is None:
+            return None
         self._ahead.add(key)
         return {key: self._encode(key, rows).unsqueeze(1)}
 
@@ -135,9 +142,10 @@ def _is_looked_up(model: Any, key: str, feature: Any) -> bool:
 
 
 def _looks_up(embedding: nn.Module, key: str) -> bool:
-    if type(embedding) is not EmbeddingModel or key not in embedding.embedding_layers:
+    layers = embedding.embedding_layers if type(embedding) is EmbeddingModel else None
+    if not isinstance(layers, nn.ModuleDict) or key not in layers:
         return False
-    layer = embedding.embedding_layers[key]
+    layer = layers[key]
     return type(layer) is nn.Embedding and _is_unwatched(embedding) and _is_unwatched(layer)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rollout.pyhealth.merged.attend import Attention, Kept, Keys, fuse_heads, keeps_maps, keys_of
+from rollout.pyhealth.merged.attend import Attention, Kept, Keys, keeps_maps, keys_of
 from rollout.pyhealth.merged.blocks import Block
 from rollout.pyhealth.merged.rows import Group, Merged, Rows
 from rollout_kernels import Method
@@ -55,10 +55,10 @@ class _Run:
     """One group on its way up through the blocks, and down the chain."""
 
     def __init__(self, blocks: list[Block], method: Method, weights: Tensor | None, group: Group) -> None:
-        self.blocks, self.method, self.weights, self.group = blocks, method, weights, group
+        self.blocks, self.method, self.group = blocks, method, group
         self.keys: Keys = keys_of(group.counts, group.valid)
-        keep = keeps_maps(*group.rows.shape, len(blocks) - 1 - method.start_layer, group.counts.itemsize)
-        self.attention = Attention(self.keys, method, weights, keep=keep)
+        keep = keeps_maps(group.counts, len(blocks) - 1 - method.start_layer)
+        self.attention = Attention(self.keys, blocks[0].heads, method, weights, keep=keep)
         self.kept: list[Kept] = []
 
     def below(self, table: Tensor, first: Tensor | None) -> Tensor:
@@ -71,15 +71,9 @@ class _Run:
             mixed, kept = self.attention.attend(layer, query, key, value)
             if layer >= self.method.start_layer:
                 self.kept.append(kept)
-            x += functional.linear(mixed.view(len(x), -1), block.output)
-            x += self._fed(block, x, self.group.valid)
+            x.addmm_(mixed.view(len(x), -1), block.output.T)
+            x = _fed(block, x, self.group.valid)
         return x.view(*size, -1)
-
-    @staticmethod
-    def _fed(block: Block, x: Tensor, valid: Tensor | None) -> Tensor:
-        """What the feed-forward network adds to rows [N, E]: nothing where a row may not be attended."""
-        fed = block.feed_forward(x)
-        return fed if valid is None else torch.where(valid.reshape(-1, 1), fed, 0.0)
 
     def top(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Row 0 of the top block's output, [b, E], and row 0 of M_L, [b, n]; no other row is projected.
@@ -90,24 +84,21 @@ class _Run:
         y = block.norm(x)
         to_query, to_key, to_value = block.projections.view(3, block.heads, -1, width)
         query = torch.matmul(to_query, y[:, 0].T)
-        scores = torch.bmm(torch.bmm(query.permute(0, 2, 1), to_key).transpose(0, 1), y.transpose(1, 2))
+        scores = torch.bmm(torch.bmm(query.transpose(1, 2), to_key).transpose(0, 1), y.transpose(1, 2))
         scores.mul_(1 / math.sqrt(query.shape[1]))
         if self.keys.bias is not None:
             scores += self.keys.bias
-        maps = scores.softmax(-1)
-        if self.keys.uniform is not None:
-            maps = torch.where(self.keys.uniform[:, :1], self.keys.shares, maps)
+        maps = self.keys.spread(scores.softmax(-1), slice(0, 1))
         mixed = torch.bmm(torch.bmm(maps, y).transpose(0, 1), to_value.transpose(1, 2))
-        row = x[:, 0] + functional.linear(mixed.transpose(0, 1).reshape(batch, width), block.output)
-        valid = None if self.group.valid is None else self.group.valid[:, :1]
-        return row + self._fed(block, row, valid), self._top_row(maps)
+        row = torch.addmm(x[:, 0], mixed.transpose(0, 1).reshape(batch, width), block.output.T)
+        valid = None if self.group.valid is None else self.group.valid[:, 0]
+        return _fed(block, row, valid), self._top_row(maps.transpose(0, 1))
 
     def _top_row(self, maps: Tensor) -> Tensor:
-        """Row 0 of M_L [b, n] from that of every head, [b, H, n]."""
-        fused = torch.empty_like(maps[:, 0])
-        weights = None if self.weights is None else self.weights[-1]
-        fuse_heads(maps.unbind(1), self.method, weights, fused, first=True)
-        row = fused.mul_(self._factor)
+        """Row 0 of M_L [b, n] from that of every head, [H, b, n]."""
+        row = torch.empty_like(maps[0])
+        self.attention.fuse(len(self.blocks) - 1, maps, slice(0, len(maps)), row)
+        row.mul_(self._factor)
         row[:, 0] += self.method.residual
         return row / row.sum(1, keepdim=True) if self.method.renormalize else row
 
@@ -129,5 +120,14 @@ class _Run:
     def _factor(self) -> float:
         """What the fused heads are multiplied with: the weight of F_l, and for the mean 1/H."""
         fusion, weight = self.method.head_fusion, self.method.attention_weight
-        mean = isinstance(fusion, str) and fusion == "mean"
-        return weight / self.blocks[0].heads if mean else weight
+        return weight / self.blocks[0].heads if isinstance(fusion, str) and fusion == "mean" else weight
+
+
+def _fed(block: Block, x: Tensor, valid: Tensor | None) -> Tensor:
+    """Rows [N, E] after the feed-forward network, which leaves those that may not be attended as they are."""
+    if valid is None:
+        block.feed_forward(x)
+        return x
+    fed = x.clone()
+    block.feed_forward(fed)
+    return torch.where(valid.reshape(-1, 1), fed, x)

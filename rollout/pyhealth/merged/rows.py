@@ -115,9 +115,7 @@ def rows_of(x: Tensor, valid: Tensor) -> Rows:
     """The distinct rows of x [B, S, E], told apart by their bits; float32 or float64."""
     flat = x.flatten(0, 1).contiguous()
     bits = flat.view(_INTEGERS[x.dtype])
-    generator = torch.Generator().manual_seed(0)
-    odd = torch.randint(1 << 62, bits.shape[1:], generator=generator) * 2 + 1
-    _, index = (bits * odd).sum(1).unique(return_inverse=True)
+    _, index = _sums(bits).unique(return_inverse=True)
     first = index.new_full((int(index.max()) + 1,), len(flat))
     first.scatter_reduce_(0, index, torch.arange(len(flat)), "amin")
     if not torch.equal(bits[first[index]], bits):  # two rows of one sum
@@ -125,14 +123,28 @@ def rows_of(x: Tensor, valid: Tensor) -> Rows:
     return Rows(flat[first], index.view(valid.shape), valid)
 
 
-def rows_of_ids(ids: Tensor, embed: Callable[[Tensor], Tensor], mask: Callable[[Tensor], Tensor]) -> Rows:
-    """The rows of a batch of ids [B, S] that are looked up, each id once.
+def _sums(bits: Tensor) -> Tensor:
+    """A number for each row of bits [N, E], long [N]: the same for the same bits, and hardly ever for others."""
+    factors = torch.randint(1 << 62, bits.shape[1:], generator=torch.Generator().manual_seed(0)) * 2 + 1
+    return (bits * factors).sum(1)
+
+
+def rows_of_ids(
+    ids: Tensor, known: int, embed: Callable[[Tensor], Tensor], mask: Callable[[Tensor], Tensor]
+) -> Rows | None:
+    """The rows of a batch of ids that are looked up, each id once; None when there are ids that cannot be.
 
     Args:
         ids: long [B, S].
+        known: the ids are 0 … known − 1.
         embed: ids [1, T] → their rows [1, T, E].
         mask: [B, S, 1], not 0 where the row is not 0 → the valid positions, bool [B, S].
     """
-    found, index = ids.unique(return_inverse=True)
-    table = embed(found[None])[0]
+    lowest, highest = ids.aminmax()
+    if lowest < 0 or highest >= known:
+        return None
+    occurs = torch.zeros(known, dtype=torch.bool)
+    occurs[ids] = True
+    index = (occurs.cumsum(0) - 1)[ids]
+    table = embed(occurs.nonzero().T)[0]
     return Rows(table, index, mask((table.abs() > 0).any(-1)[index].unsqueeze(-1).to(table)))
