@@ -20,18 +20,21 @@ _PAIRWISE: dict[str, Callable[..., Tensor]] = {"mean": torch.add, "max": torch.m
 # Fused maps that a group may keep, all layers together; `bench/test_attend.py` times both sides.
 KEPT_BYTES = 256 << 20
 
+NEVER = -1e30  # a score that softmax makes exactly 0; an infinite one times 0 is no number
+
 
 @dataclass(frozen=True)
 class Keys:
-    """What the rows of a group are attended with.
+    """How the rows of a group are attended.
 
     Attributes:
-        bias: log counts, -inf past a sample's last row and where a row may not be attended, [b, 1, n]; None when 0.
+        bias: what is added to the scores of each row as a key, [b, n]: its log count, `NEVER` where it may not be
+            attended and past a sample's last row.
         uniform: rows that are uniform over all positions, bool [b, n, 1]; None when there are none.
         shares: counts over their sum, [b, 1, n]: such a row; None when there are none.
     """
 
-    bias: Tensor | None
+    bias: Tensor
     uniform: Tensor | None = None
     shares: Tensor | None = None
 
@@ -45,14 +48,14 @@ class Keys:
 def keys_of(counts: Tensor, valid: Tensor | None) -> Keys:
     """The `Keys` of counts [b, n] and which rows may be attended, bool [b, n] or None."""
     if valid is None:
-        return Keys(None if bool((counts == 1).all()) else counts.log().unsqueeze(1))
-    bias = torch.where(valid, counts, 0.0).log().unsqueeze(1)
+        return Keys(counts.log().clamp_(min=NEVER))
+    bias = torch.where(valid, counts, 0.0).log().clamp_(min=NEVER)
     return Keys(bias, ~valid.unsqueeze(2), (counts / counts.sum(1, keepdim=True)).unsqueeze(1))
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What the chain needs of a layer: F_l [b, n, n], or queries and keys [H, b, n, D] to make it of again."""
+    """What the chain needs of a layer: F_l [b, n, n], or queries and keys [H, b, n, D + 1] to make it of again."""
 
     layer: int
     fused: Tensor | None
@@ -65,20 +68,26 @@ class Attention:
 
     Args:
         keys: of the group.
-        heads: H.
         method: of the rollout.
         weights: head weights [L, H] where the method has them.
         keep: keep F_l of each layer.
     """
 
-    def __init__(self, keys: Keys, heads: int, method: Method, weights: Tensor | None, *, keep: bool) -> None:
+    def __init__(self, keys: Keys, method: Method, weights: Tensor | None, *, keep: bool) -> None:
         self.keys, self.method, self.weights, self.keep = keys, method, weights, keep
-        self._bias = None if keys.bias is None else keys.bias.repeat(heads, 1, 1, 1)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Kept]:
-        """softmax(QKᵀ/√D + bias)·V of [H, b, n, D] as [b, n, H·D], and what the chain needs of the layer."""
-        heads, batch, rows, dim = query.shape
-        mixed = torch.empty_like(query)
+    def attend(self, layer: int, parts: Tensor) -> tuple[Tensor, Kept]:
+        """softmax(QKᵀ/√D + bias)·V as [b, n, H·D], and what the chain needs of the layer.
+
+        Args:
+            layer: its number.
+            parts: queries, keys and values [3, H, b, n, D + 1]: with a last column of 1 in the queries and of anything
+                in the others. That of the keys is made the bias here, so that a product adds it.
+        """
+        query, key, value = parts
+        heads, batch, rows, dim = value[..., :-1].shape
+        key[..., -1] = self.keys.bias * math.sqrt(dim)
+        value, mixed = value[..., :-1], value.new_empty(heads, batch, rows, dim)
         fused = query.new_empty(batch, rows, rows) if self.keep else None
         for h, r in _tiles(heads, batch, rows, query.itemsize):
             maps = self._maps(query, key, h, r)
@@ -108,11 +117,8 @@ class Attention:
     def _maps(self, query: Tensor, key: Tensor, h: slice, r: slice) -> Tensor:
         """The softmax [h, b, r, n] of some heads and rows."""
         queries, keys = query[h, :, r].flatten(0, 1), key[h].flatten(0, 1).transpose(1, 2)
-        scale = 1 / math.sqrt(query.shape[3])
-        if self._bias is None:
-            maps = torch.baddbmm(queries.new_empty(1, 1, 1), queries, keys, beta=0, alpha=scale)
-        else:
-            maps = torch.baddbmm(self._bias[h].flatten(0, 1), queries, keys, alpha=scale)
+        scale = 1 / math.sqrt(query.shape[3] - 1)
+        maps = torch.baddbmm(queries.new_empty(1, 1, 1), queries, keys, beta=0, alpha=scale)
         maps = torch.softmax(maps, -1, out=maps).view(h.stop - h.start, -1, *maps.shape[1:])
         return self.keys.spread(maps, r)
 

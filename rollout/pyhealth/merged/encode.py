@@ -46,9 +46,11 @@ def serves(method: Method) -> bool:
 
 
 def _projected(block: Block, x: Tensor) -> Tensor:
-    """Queries, keys and values of rows [N, E], head by head: [3H, N, D]."""
-    flat = functional.linear(block.norm(x), block.projections)
-    return flat.view(len(x), 3 * block.heads, -1).transpose(0, 1).contiguous()
+    """Queries, keys and values of rows [N, E], head by head and with a column of 1 after each: [3H, N, D + 1]."""
+    flat = functional.linear(block.norm(x), block.projections).view(len(x), 3 * block.heads, -1)
+    parts = flat.new_ones(flat.shape[1], len(x), flat.shape[2] + 1)
+    parts[..., :-1] = flat.transpose(0, 1)
+    return parts
 
 
 class _Run:
@@ -58,7 +60,7 @@ class _Run:
         self.blocks, self.method, self.group = blocks, method, group
         self.keys: Keys = keys_of(group.counts, group.valid)
         keep = keeps_maps(group.counts, len(blocks) - 1 - method.start_layer)
-        self.attention = Attention(self.keys, blocks[0].heads, method, weights, keep=keep)
+        self.attention = Attention(self.keys, method, weights, keep=keep)
         self.kept: list[Kept] = []
 
     def below(self, table: Tensor, first: Tensor | None) -> Tensor:
@@ -67,8 +69,7 @@ class _Run:
         x = table.index_select(0, index)
         for layer, block in enumerate(self.blocks[:-1]):
             parts = _projected(block, x) if layer or first is None else first.index_select(1, index)
-            query, key, value = parts.view(3, block.heads, *size, -1)
-            mixed, kept = self.attention.attend(layer, query, key, value)
+            mixed, kept = self.attention.attend(layer, parts.view(3, block.heads, *size, -1))
             if layer >= self.method.start_layer:
                 self.kept.append(kept)
             x.addmm_(mixed.view(len(x), -1), block.output.T)
@@ -86,8 +87,7 @@ class _Run:
         query = torch.matmul(to_query, y[:, 0].T)
         scores = torch.bmm(torch.bmm(query.transpose(1, 2), to_key).transpose(0, 1), y.transpose(1, 2))
         scores.mul_(1 / math.sqrt(query.shape[1]))
-        if self.keys.bias is not None:
-            scores += self.keys.bias
+        scores += self.keys.bias.unsqueeze(1)
         maps = self.keys.spread(scores.softmax(-1), slice(0, 1))
         mixed = torch.bmm(torch.bmm(maps, y).transpose(0, 1), to_value.transpose(1, 2))
         row = torch.addmm(x[:, 0], mixed.transpose(0, 1).reshape(batch, width), block.output.T)
