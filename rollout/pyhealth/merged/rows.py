@@ -15,9 +15,9 @@ _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 # Samples of up to GROUP_WIDTH rows run together when their numbers of rows differ by at most GROUP_SLACK, longer ones
 # when they do not differ: a further group costs time, and so does padding.
-GROUP_WIDTH = 128
+GROUP_WIDTH = 256
 GROUP_SLACK = 24
-GROUP_POSITIONS = 2048
+GROUP_POSITIONS = 1024
 
 
 @dataclass(frozen=True)
