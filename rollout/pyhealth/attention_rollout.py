@@ -14,10 +14,10 @@ from rollout.api import attention_rollout
 from rollout.method import METHODS, get_method
 from rollout.pyhealth.fused import CannotFuseError, FusedCapture, can_fuse
 from rollout.pyhealth.interpreter import RowInterpreter
-from rollout.pyhealth.merged import MergedCapture, can_merge
+from rollout.pyhealth.merged import Blocks, CannotMergeError, MergedCapture, merged_blocks
 from rollout.pyhealth.protocol import protocol_maps
 from rollout.pyhealth.readout import Relevance
-from rollout.pyhealth.watch import READOUT_METHODS, MapCapture, Sites, is_own
+from rollout.pyhealth.watch import READOUT_METHODS, MapCapture, Sites, attention_sites, is_own
 from rollout_kernels import Method
 from rollout_kernels._dispatch import BACKENDS
 from rollout_kernels.method import HEAD_FUSIONS, HeadFusion
@@ -132,10 +132,8 @@ class AttentionRollout(RowInterpreter):
 
     def _by_fused(self, sites: Sites, data: dict[str, Any]) -> Relevance:
         """Row 0 of each stream when that is all that is read, else any rows, else the full matrix."""
-        reads_rows = self.readout == "forward" or is_own(self.model, *READOUT_METHODS)
-        blocks = can_merge(self.model, self.method, self.backend) if reads_rows else None
-        if blocks is not None:
-            merged = MergedCapture(self.model, sites, self.method, blocks)
+        with suppress(CannotMergeError):
+            merged = MergedCapture(self.model, sites, self.method, self._merged_blocks())
             merged.run(data)
             rows = self._rows(merged, data)
             if rows is not None and not any(bool(row.any()) for row in rows.values()):
@@ -145,6 +143,24 @@ class AttentionRollout(RowInterpreter):
         rows = self._rows(captured, data)
         relevance = {key: captured.rollout(key, None if rows is None else rows[key]) for key in sites}
         return self._read_matrices(relevance, data) if rows is None else relevance
+
+    def _merged_blocks(self) -> Blocks:
+        if self.readout != "forward" and not is_own(self.model, *READOUT_METHODS):
+            raise CannotMergeError("the model has a readout of its own")
+        return merged_blocks(self.model, self.method, self.backend)
+
+    def describe_path(self) -> str:
+        """How batches are run on this model as it is, and where it is not the fastest way, why."""
+        sites = attention_sites(self.model)
+        if sites is None:
+            return "by PyHealth's protocol, the full matrix: its attention or what hooks it is not PyHealth's own"
+        if not can_fuse(self.model, sites):
+            return "from stored maps: half precision, autocast, dropout, or someone else's eyes on the attention"
+        try:
+            self._merged_blocks()
+        except CannotMergeError as error:
+            return f"on all positions with fused attention: {error}"
+        return "on the distinct rows of each record, every score visited once, and of the top layer one row"
 
     def _rollout(self, maps: list[Tensor], rows: Tensor | None) -> Tensor:
         """Rows [B, S] of the rollout, or all of it [B, S, S], in the maps' dtype; a NaN stays in its sample."""

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -19,7 +20,7 @@ from pyhealth.models.transformer import Attention, TransformerLayer
 
 import rollout
 from rollout.pyhealth import AttentionRollout
-from rollout.pyhealth.merged import attend, blocks, can_merge, capture, rows, trial
+from rollout.pyhealth.merged import CannotMergeError, attend, blocks, capture, merged_blocks, rows, trial
 from tests.support.pyhealth_models import Stock, assert_same, batch, maps_of, result, stage_net, transformer
 
 PYHEALTH = rollout.METHODS["pyhealth"]
@@ -61,7 +62,9 @@ def record(data: dict[str, Any], b: int) -> dict[str, Any]:
 
 
 def merges(subject: Any, method: rollout.Method = PYHEALTH) -> bool:
-    return can_merge(subject, method, "auto") is not None
+    with suppress(CannotMergeError):
+        return bool(merged_blocks(subject, method, "auto"))
+    return False
 
 
 # The numbers.
@@ -249,6 +252,30 @@ def test_an_id_that_is_not_known_is_the_models_error(ids: list[list[int]]) -> No
     ours, stock = (result(interpreter, transformer("flat"), data) for interpreter in (AttentionRollout, Stock))
     assert type(ours) is type(stock) is IndexError
     assert str(ours) == str(stock)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "said"),
+    [
+        (lambda subject: None, {}, "on the distinct rows of each record"),
+        (
+            lambda subject: None,
+            {"method": "discard"},
+            "on all positions with fused attention: the method looks at whole",
+        ),
+        (lambda subject: None, {"backend": "reference"}, "fused attention: backend 'reference' was asked for"),
+        (lambda subject: hooked(subject), {}, "fused attention: of 'drugs' a layer is not all PyHealth's own"),
+        (lambda subject: with_another_pass(subject), {}, "fused attention: the model has a forward pass of its own"),
+        (lambda subject: with_another_readout(subject), {}, "fused attention: the model has a readout of its own"),
+        (lambda subject: subject.bfloat16(), {}, "from stored maps"),
+        (lambda subject: setattr(subject, "get_attention_layers", dict), {}, "by PyHealth's protocol"),
+    ],
+    ids=str,
+)
+def test_the_way_is_told(change: Callable[[Any], None], options: dict[str, Any], said: str) -> None:
+    subject = transformer("flat")
+    change(subject)
+    assert said in AttentionRollout(subject, **options).describe_path()
 
 
 # The guards: another way runs, and its numbers are right.

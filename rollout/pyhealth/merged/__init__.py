@@ -5,6 +5,6 @@ for it, `attend` writes each score out once, `encode` runs the layers and the ch
 Transformer run so.
 """
 
-from rollout.pyhealth.merged.capture import MergedCapture, can_merge
+from rollout.pyhealth.merged.capture import Blocks, CannotMergeError, MergedCapture, merged_blocks
 
-__all__ = ["MergedCapture", "can_merge"]
+__all__ = ["Blocks", "CannotMergeError", "MergedCapture", "merged_blocks"]

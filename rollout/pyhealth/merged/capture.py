@@ -27,28 +27,37 @@ Blocks = dict[str, list[Block]]
 BACKENDS = ("auto", "torch")
 
 
-def can_merge(model: Any, method: Method, backend: str) -> Blocks | None:
-    """Per feature key the blocks of its encoder; None where the model must be run on all positions.
+class CannotMergeError(ValueError):
+    """A model that must be run on all positions; the message says why."""
+
+
+def merged_blocks(model: Any, method: Method, backend: str) -> Blocks:
+    """Per feature key the blocks of its encoder.
 
     PyHealth's own Transformer is served on a CPU, when of each stream it reads row 0 and nothing else and nobody looks
     into its layers, by methods of which one row of a layer needs no other.
+
+    Raises:
+        CannotMergeError: it must be run on all positions.
     """
-    if backend not in BACKENDS or not serves(method) or not _reads_row_0(model):
-        return None
-    found = {key: blocks_of(layer) for key, layer in model.transformer.items()}
-    blocks = {key: each for key, each in found.items() if each is not None}
-    if len(blocks) < len(found):
-        return None
-    return blocks if all(behaves(model.transformer[key], blocks[key]) for key in blocks) else None
-
-
-def _reads_row_0(model: Any) -> bool:
-    return (
-        isinstance(model, Transformer)
-        and type(model).forward is Transformer.forward
-        and foreign_forward(model) is None
-        and _is_its_own(model, "forward_from_embedding")
-    )
+    if backend not in BACKENDS:
+        raise CannotMergeError(f"backend {backend!r} was asked for")
+    if not serves(method):
+        raise CannotMergeError("the method looks at whole maps")
+    if not isinstance(model, Transformer):
+        raise CannotMergeError(f"{type(model).__name__} is no Transformer of PyHealth's")
+    forwards = foreign_forward(model) is None and type(model).forward is Transformer.forward
+    if not forwards or not _is_its_own(model, "forward_from_embedding"):
+        raise CannotMergeError("the model has a forward pass of its own")
+    blocks: Blocks = {}
+    for key, layer in model.transformer.items():
+        found = blocks_of(layer)
+        if found is None:
+            raise CannotMergeError(f"of {key!r} a layer is not all PyHealth's own, on a CPU, or has a hook in it")
+        if not behaves(layer, found):
+            raise CannotMergeError(f"the encoder of {key!r} tells positions apart")
+        blocks[key] = found
+    return blocks
 
 
 def _is_its_own(model: Any, name: str) -> bool:
@@ -64,7 +73,7 @@ class MergedCapture(ModelCapture):
     Args:
         model, sites: as `attention_sites` found them.
         method: of the rollout.
-        blocks: as `can_merge` found them.
+        blocks: as `merged_blocks` found them.
     """
 
     def __init__(self, model: Any, sites: Sites, method: Method, blocks: Blocks) -> None:
