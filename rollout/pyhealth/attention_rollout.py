@@ -14,10 +14,10 @@ from rollout.api import attention_rollout
 from rollout.method import METHODS, get_method
 from rollout.pyhealth.fused import CannotFuseError, FusedCapture, can_fuse
 from rollout.pyhealth.interpreter import RowInterpreter
-from rollout.pyhealth.merged import Blocks, CannotMergeError, MergedCapture, merged_blocks
+from rollout.pyhealth.merged import CannotMergeError, MergedCapture
 from rollout.pyhealth.protocol import protocol_maps
 from rollout.pyhealth.readout import Relevance
-from rollout.pyhealth.watch import READOUT_METHODS, MapCapture, Sites, attention_sites, is_own
+from rollout.pyhealth.watch import READOUT_METHODS, MapCapture, Sites, attention_sites
 from rollout_kernels import Method
 from rollout_kernels._dispatch import BACKENDS
 from rollout_kernels.method import HEAD_FUSIONS, HeadFusion
@@ -134,20 +134,14 @@ class AttentionRollout(RowInterpreter):
         """Row 0 of each stream when that is all that is read, else any rows, else the full matrix."""
         with suppress(CannotMergeError):
             merged = MergedCapture(self.model, sites, self.method, self._merged_blocks())
-            merged.run(data)
-            rows = self._rows(merged, data)
-            if rows is not None and not any(bool(row.any()) for row in rows.values()):
-                return {key: merged.rollout(key) for key in sites}
+            relevance = self._by_merged(merged, data)
+            if relevance is not None:
+                return relevance
         captured = FusedCapture(self.model, sites, self.method, self.backend)
         captured.run(data)
         rows = self._rows(captured, data)
         relevance = {key: captured.rollout(key, None if rows is None else rows[key]) for key in sites}
         return self._read_matrices(relevance, data) if rows is None else relevance
-
-    def _merged_blocks(self) -> Blocks:
-        if self.readout != "forward" and not is_own(self.model, *READOUT_METHODS):
-            raise CannotMergeError("the model has a readout of its own")
-        return merged_blocks(self.model, self.method, self.backend)
 
     def describe_path(self) -> str:
         """How batches are run on this model as it is, and where it is not the fastest way, why."""

@@ -187,7 +187,7 @@ def test_nothing_is_left_after_an_exception(build: Any, where: str, monkeypatch:
 
     if where == "readout":
         monkeypatch.setattr("rollout.pyhealth.fused.attention_rollout_qk", boom)
-        monkeypatch.setattr("rollout.pyhealth.merged.encode._Run.chain", boom)
+        monkeypatch.setattr("rollout.pyhealth.merged.encode.Run.chain", boom)
         before = footprint(model)
     else:
         handle = (model.fc if where == "forward" else model.embedding_model).register_forward_hook(boom)

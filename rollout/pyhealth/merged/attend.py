@@ -96,7 +96,7 @@ class Attention:
             else:
                 mixed[h, :, r] = torch.matmul(maps, value[h])
             if fused is not None:
-                self.fuse(layer, maps, h, fused[:, r])
+                self._fuse(layer, maps, h, fused[:, r])
         return mixed.permute(1, 2, 0, 3).reshape(batch, rows, heads * dim), Kept(layer, fused, query, key)
 
     def fused(self, kept: Kept) -> Iterator[tuple[slice, Tensor]]:
@@ -110,7 +110,7 @@ class Attention:
             maps = self._maps(kept.query, kept.key, h, r)
             if h.start == 0:
                 part = maps.new_empty(maps.shape[1:])
-            self.fuse(kept.layer, maps, h, part)
+            self._fuse(kept.layer, maps, h, part)
             if h.stop == heads:
                 yield r, part
 
@@ -122,23 +122,38 @@ class Attention:
         maps = torch.softmax(maps, -1, out=maps).view(h.stop - h.start, -1, *maps.shape[1:])
         return self.keys.spread(maps, r)
 
-    def fuse(self, layer: int, maps: Tensor, h: slice, fused: Tensor) -> None:
-        """Fuse heads `h`, [h, b, r, n], into F_l [b, r, n], which holds those below. The mean is left as a sum."""
-        if self.weights is not None:
-            if h.start == 0:
-                fused.zero_()
-            for head, weight in zip(maps, self.weights[layer, h].tolist(), strict=True):
-                fused.add_(head, alpha=weight)
-            return
-        two = _PAIRWISE[str(self.method.head_fusion)]
-        if h.start > 0:
-            two(fused, maps[0], out=fused)
-        elif len(maps) > 1:
-            two(maps[0], maps[1], out=fused)
-        else:
-            fused.copy_(maps[0])
-        for head in maps[1 if h.start else 2 :]:
-            two(fused, head, out=fused)
+    def attend_top(self, scores: Tensor) -> Tensor:
+        """Row 0 of the top block's maps, [b, H, n], from its scores."""
+        return self.keys.spread((scores + self.keys.bias.unsqueeze(1)).softmax(-1), slice(0, 1))
+
+    def fuse_top(self, maps: Tensor) -> Tensor:
+        """Row 0 of F_L [b, n] from that of every head; the mean is left as a sum."""
+        row = torch.empty_like(maps[:, 0])
+        self._fuse(-1, maps.transpose(0, 1), slice(0, maps.shape[1]), row)
+        return row
+
+    def _fuse(self, layer: int, maps: Tensor, h: slice, fused: Tensor) -> None:
+        weights = None if self.weights is None else self.weights[layer, h]
+        fuse_heads(maps, self.method, weights, fused, first=h.start == 0)
+
+
+def fuse_heads(maps: Tensor, method: Method, weights: Tensor | None, fused: Tensor, *, first: bool) -> None:
+    """Fuse heads [h, ...] into `fused` [...], which holds those below unless they are the first: the mean as a sum."""
+    if weights is not None:
+        if first:
+            fused.zero_()
+        for head, weight in zip(maps, weights.tolist(), strict=True):
+            fused.add_(head, alpha=weight)
+        return
+    two = _PAIRWISE[str(method.head_fusion)]
+    if not first:
+        two(fused, maps[0], out=fused)
+    elif len(maps) > 1:
+        two(maps[0], maps[1], out=fused)
+    else:
+        fused.copy_(maps[0])
+    for head in maps[2 if first else 1 :]:
+        two(fused, head, out=fused)
 
 
 def keeps_maps(counts: Tensor, layers: int) -> bool:

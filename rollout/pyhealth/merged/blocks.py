@@ -31,14 +31,14 @@ class Block:
         norm: row by row, [..., E] → [..., E].
         projections: W_Q, W_K and W_V, one below the other, [3E, E].
         output: W_O [E, E].
-        feed_forward: adds to rows [N, E], in place.
+        feed_forward: adds to `out` what the network makes of each row of `x`, both [N, E] and maybe one.
     """
 
     heads: int
     norm: Callable[[Tensor], Tensor]
     projections: Tensor
     output: Tensor
-    feed_forward: Callable[[Tensor], object]
+    feed_forward: Callable[[Tensor, Tensor], object]
 
 
 # PyHealth's own. Any other class among the parts of a layer, or another forward of these, may do anything.
@@ -93,10 +93,10 @@ def _block(part: Any) -> Block:
     attention, norm, feed_forward = part.attention, part.output_sublayer.norm, part.feed_forward
     inner, outer, activation = feed_forward.w_1, feed_forward.w_2, feed_forward.activation
 
-    def feed(x: Tensor) -> None:
-        x.addmm_(activation(inner(norm(x))), outer.weight.T)
+    def feed(x: Tensor, out: Tensor) -> None:
+        out.addmm_(activation(inner(norm(x))), outer.weight.T)
         if outer.bias is not None:
-            x += outer.bias
+            out += outer.bias
 
     return Block(
         attention.h,

@@ -16,8 +16,10 @@ from rollout._capture.adapters.pyhealth import CannotFuseError
 from rollout._capture.patch import Around, foreign_forward
 from rollout.pyhealth.merged.blocks import Block, blocks_of
 from rollout.pyhealth.merged.encode import encode, serves
+from rollout.pyhealth.merged.gradients import GradientEncoding
 from rollout.pyhealth.merged.rows import Rows, rows_of, rows_of_ids
 from rollout.pyhealth.merged.trial import behaves
+from rollout.pyhealth.protocol import usable
 from rollout.pyhealth.watch import Batch, ModelCapture, Sites, Transformer, listener
 from rollout_kernels import Method
 
@@ -79,6 +81,7 @@ class MergedCapture(ModelCapture):
     def __init__(self, model: Any, sites: Sites, method: Method, blocks: Blocks) -> None:
         super().__init__(model, sites)
         self.method, self.blocks = method, blocks
+        self._shapes: dict[str, tuple[int, int]] = {}
         self._first_rows: dict[str, Tensor] = {}
         self._looked_up: set[str] = set()
         self._ahead: set[str] = set()
@@ -109,7 +112,7 @@ class MergedCapture(ModelCapture):
         if rows is None:
             return None
         self._ahead.add(key)
-        return {key: self._encode(key, rows).unsqueeze(1)}
+        return {key: self._run(key, rows).unsqueeze(1)}
 
     def run_layer(self, layer: nn.Module, x: Tensor, mask: Tensor | None) -> Any:
         """What a `TransformerLayer` gives: None, which the Transformer does not read, and row 0, [B, E]."""
@@ -119,21 +122,56 @@ class MergedCapture(ModelCapture):
         if mask is not None and mask.shape != x.shape[:2]:
             raise CannotFuseError
         valid = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask != 0
-        return None, self._encode(key, rows_of(x, valid))
+        return None, self._run(key, rows_of(x, valid))
+
+    def _run(self, key: str, rows: Rows) -> Tensor:
+        batch, seq = rows.index.shape
+        self._shapes[key] = batch, seq
+        return self._encode(key, rows)
 
     def _encode(self, key: str, rows: Rows) -> Tensor:
         output, self._first_rows[key] = encode(self.blocks[key], rows, self.method)
         return output
 
     def shape(self, key: str) -> tuple[int, int]:
-        self.check_layers(key, [key in self._first_rows] * len(self.sites[key]))
-        batch, seq = self._first_rows[key].shape
-        return batch, seq
+        self.check_layers(key, [key in self._shapes] * len(self.sites[key]))
+        return self._shapes[key]
 
     def rollout(self, key: str) -> Tensor:
         """Row 0 [B, S] of the rollout of a feature key; what was recorded is dropped here."""
         self.shape(key)
         return self._first_rows.pop(key).clone()  # the clone is no inference tensor
+
+
+class MergedGradientCapture(MergedCapture):
+    """As `MergedCapture`, for a method that weights maps with the gradient of a target.
+
+    Args:
+        target: the logits [B, C] → the number whose gradient it is.
+    """
+
+    def __init__(
+        self, model: Any, sites: Sites, method: Method, blocks: Blocks, target: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__(model, sites, method, blocks)
+        self._target = target
+        self._encodings: dict[str, GradientEncoding] = {}
+
+    def run(self, data: Batch) -> None:
+        """Run the model forward, its own hooks off, and backward as far as the maps."""
+        with torch.inference_mode(False), torch.enable_grad():
+            logits = self.forward(usable(data))["logit"]
+            maps = [each for encoding in self._encodings.values() for each in encoding.maps]
+            gradients = torch.autograd.grad(self._target(logits), maps, materialize_grads=True)
+        by_map = dict(zip(maps, gradients, strict=True))
+        with torch.no_grad():
+            for key, encoding in self._encodings.items():
+                self._first_rows[key] = encoding.relevance(by_map)
+        self._encodings.clear()
+
+    def _encode(self, key: str, rows: Rows) -> Tensor:
+        encoding = self._encodings[key] = GradientEncoding(self.blocks[key], rows, self.method)
+        return encoding.output
 
 
 def _is_looked_up(model: Any, key: str, feature: Any) -> bool:

@@ -114,7 +114,7 @@ def _alike(sizes: Tensor, start_valid: Tensor) -> list[tuple[list[int], int]]:
 def rows_of(x: Tensor, valid: Tensor) -> Rows:
     """The distinct rows of x [B, S, E], told apart by their bits; float32 or float64."""
     flat = x.flatten(0, 1).contiguous()
-    bits = flat.view(_INTEGERS[x.dtype])
+    bits = flat.detach().view(_INTEGERS[x.dtype])
     _, index = _sums(bits).unique(return_inverse=True)
     first = index.new_full((int(index.max()) + 1,), len(flat))
     first.scatter_reduce_(0, index, torch.arange(len(flat)), "amin")
