@@ -14,6 +14,8 @@ SUITES = {
     "BERT-base from tokens": "test_models.py::test_bert_base",
     "overhead of capture": "test_models.py::test_overhead",
     "PyHealth end to end": "test_pyhealth_end_to_end.py::test_attribute",
+    "PyHealth on real records": "test_pyhealth_end_to_end.py::test_real_records",
+    "one visit to each score": "test_pyhealth_end_to_end.py::test_visits",
     "cohort run": "test_cohort.py::test_cohort",
     "scaling": "test_scaling.py::test_scaling",
     "kernels on a GPU": "test_gpu.py::test_kernel",

@@ -1,12 +1,15 @@
 """PyHealth's Transformer from batch to attributions: PyHealth's interpreter, ours, and the model's forward alone."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache, partial
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from bench import records
 from bench.machine import host
 from rollout.bench import end_to_end
 from rollout.bench.end_to_end import EMBEDDING, FUSED, STOCK
@@ -17,9 +20,14 @@ pytest.importorskip("pyhealth", reason="PyHealth is not installed: pip install '
 from pyhealth.interpret.methods import AttentionRollout as PyHealthRollout
 
 from rollout.pyhealth import AttentionRollout
+from rollout.pyhealth.merged import attend
 
 BATCH, HEADS, LAYERS = 32, 8, 4
 CASES = ("S=64", "S=256", "S=512", "lengths 256-512", "log-normal, sorted", "log-normal, unsorted")
+SIZES = {"E64 H2 L2": (64, 2, 2), "E128 H8 L4": (128, 8, 4)}
+WIDTHS, QUICK_WIDTH = (64, 128, 256, 512, 1024, 2048, 4096), 64
+MOST_EXACT = 1024  # wider, PyHealth's own in float64 takes gigabytes
+ROWS = 1024  # in a batch of records of different codes
 QUICK, QUICK_BATCH = ("S=64", "log-normal, unsorted"), 8
 FORWARDS = {FUSED: end_to_end.fused_forward, "plain forward": end_to_end.plain_forward}
 
@@ -61,3 +69,76 @@ def test_attribute(case: str, provider: str, measure: Callable[..., None], quick
         dtype="float32",
     )
     end_to_end.drop_maps(model())
+
+
+@cache
+def real(size: str) -> tuple[Any, end_to_end.Batches, Tensor]:
+    """A model of a size, the drug records that EHR_ROOT holds, and PyHealth's attributions in float64."""
+    found, vocabulary = records.drugs()
+    embedding, heads, layers = SIZES[size]
+    subject = end_to_end.make_model(heads, layers, host.DEVICE, embedding=embedding, vocabulary=vocabulary)
+    data = [
+        {"codes": ids.to(host.DEVICE), "label": torch.zeros(len(ids), 1, device=host.DEVICE)}
+        for ids in records.batches_of(found, BATCH)
+    ]
+    return subject, data, end_to_end.exact(subject, data)
+
+
+@pytest.mark.skipif(records.ROOT is None, reason="EHR_ROOT does not name a folder of MIMIC-IV tables")
+@pytest.mark.parametrize("provider", [STOCK, OURS])
+@pytest.mark.parametrize("size", SIZES)
+def test_real_records(size: str, provider: str, measure: Callable[..., None]) -> None:
+    """Drug records repeat their codes as no drawn ones do."""
+    subject, data, reference = real(size)
+    interpreter = (PyHealthRollout if provider == STOCK else AttentionRollout)(subject)
+    measure(
+        partial(end_to_end.attribute, interpreter, data),
+        reference=reference,
+        tolerance=1e-5,
+        suite="PyHealth on real records",
+        provider=provider,
+        case=f"{records.CASE}, {size}",
+        samples=sum(len(each["codes"]) for each in data),
+        shape={"B": BATCH, "S": max(each["codes"].shape[1] for each in data)},
+        dtype="float32",
+    )
+    end_to_end.drop_maps(subject)
+
+
+@cache
+def wide_model() -> Any:
+    """A model that reads records of up to 4096 codes, all different."""
+    subject = end_to_end.make_model(HEADS, LAYERS, host.DEVICE, vocabulary=2 + max(WIDTHS))
+    subject.max_seq_len = max(WIDTHS)
+    return subject
+
+
+@pytest.mark.skipif(host.DEVICE.type != "cpu", reason="rows are merged on a CPU")
+@pytest.mark.parametrize("provider", ["F kept", "F made again", "fused attention, Q and K again"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_visits(
+    width: int, provider: str, measure: Callable[..., None], quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where `KEPT_BYTES` of `rollout.pyhealth.merged.attend` comes from: is there a width at which F is not kept?"""
+    if quick and width > QUICK_WIDTH:
+        pytest.skip("left out of the quick run")
+    generator = torch.Generator().manual_seed(0)
+    batch = max(1, ROWS // width)
+    ids = torch.stack([2 + torch.randperm(max(WIDTHS), generator=generator)[:width] for _ in range(batch)])
+    data: end_to_end.Batches = [{"codes": ids, "label": torch.zeros(batch, 1)}]
+    monkeypatch.setattr(attend, "KEPT_BYTES", 0 if provider == "F made again" else 1 << 40)
+    interpreter = AttentionRollout(wide_model())
+    layer = interpreter.model.transformer["codes"]
+    with ExitStack() as stack:
+        if provider.startswith("fused"):  # a hook in a layer has it run whole
+            stack.callback(layer.register_forward_hook(lambda *args: None).remove)
+        measure(
+            partial(end_to_end.attribute, interpreter, data),
+            reference=end_to_end.exact(wide_model(), data) if width <= MOST_EXACT else None,
+            tolerance=1e-5,
+            suite="one visit to each score",
+            provider=provider,
+            samples=batch,
+            shape={"B": batch, "H": HEADS, "S": width, "L": LAYERS, "E": EMBEDDING},
+            dtype="float32",
+        )

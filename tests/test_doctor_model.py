@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -89,6 +90,26 @@ def test_a_refusal_says_why_and_what_could_be_had_all_the_same() -> None:
     assert lines[2] == "with allow='attention_layers_only', less than the model:"
     assert lines[3] == "stream blocks: 2 layers over 5 positions, 3 samples"
     assert lines[-1].startswith("  let pass: positions are mixed")
+
+
+def test_how_the_drop_in_runs_a_model_of_pyhealths(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyhealth", reason="the PyHealth drop-in needs the pyhealth extra")
+    from tests.support.pyhealth_models import batch, stage_net, transformer
+
+    models = SimpleNamespace(
+        transformer=lambda: (transformer("flat").eval(), batch("flat")),
+        stage_net=lambda: (stage_net("stagenet").eval(), batch("stagenet")),
+    )
+    monkeypatch.setitem(sys.modules, "own_models", models)
+    said = {}
+    for name in vars(models):
+        said[name] = CliRunner().invoke(app, ["doctor", "--model", f"own_models:{name}"]).output.splitlines()[1]
+    assert said == {
+        "transformer": "rollout.pyhealth.AttentionRollout runs it on the distinct rows of each record, every score "
+        "visited once, and of the top layer one row",
+        "stage_net": "rollout.pyhealth.AttentionRollout runs it on all positions with fused attention: "
+        "StageAttentionNet is no Transformer of PyHealth's",
+    }
 
 
 def test_a_model_without_a_batch() -> None:

@@ -7,14 +7,17 @@ same oracle. Cases use the public names only, so that an older revision can run 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench import records
 from bench.providers import oracle
 
-LAYERS, HEADS, SIZE, WIDTH = 4, 8, 64, 128
+LAYERS, HEADS, SIZE, WIDTH, BATCH = 4, 8, 64, 128, 32
 # Of max|err| / max|ref|: rows from maps, the full matrix, from Q and K, through a float32 model.
 MAPS, FULL, QK, CAPTURED = 1e-6, 3e-6, 3e-6, 1e-5
 
@@ -61,6 +64,22 @@ def _captured(batch: int, seq: int) -> Case:
     return Case("capture", [model.state_dict(), tokens], {"heads": HEADS, "layers": LAYERS}, exact, CAPTURED)
 
 
+def _attributed(embedding: int, heads: int, layers: int, *, real: bool) -> Case:
+    """PyHealth's Transformer on codes: records of log-normal lengths, sorted, or the drugs of EHR_ROOT's tables."""
+    from rollout.bench import end_to_end
+
+    cpu, vocabulary = torch.device("cpu"), end_to_end.VOCABULARY
+    if real:
+        found, vocabulary = records.drugs()
+        ids = records.batches_of(found, BATCH)
+    else:
+        ids = [batch["codes"] for batch in end_to_end.make_batches("log-normal, sorted", BATCH, cpu)]
+    model = end_to_end.make_model(heads, layers, cpu, embedding=embedding, vocabulary=vocabulary)
+    exact = end_to_end.exact(model, [{"codes": batch, "label": torch.zeros(len(batch), 1)} for batch in ids])
+    sizes = {"embedding": embedding, "heads": heads, "layers": layers}
+    return Case("attribute", [model.state_dict(), ids], sizes, exact, CAPTURED)
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "rows from maps S=64": lambda: _from_maps(32, 64),
     "rows from maps S=128": lambda: _from_maps(32, 128),
@@ -74,3 +93,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "discard S=128": lambda: _from_maps(8, 128, method="discard"),
     "capture, TransformerEncoder S=128": lambda: _captured(8, 128),
 }
+for _name, _sizes in (("E64 H2 L2", (64, 2, 2)), ("E128 H8 L4", (128, 8, 4))):
+    if find_spec("pyhealth") is not None:
+        CASES[f"PyHealth, {_name}, log-normal"] = partial(_attributed, *_sizes, real=False)
+        if records.ROOT is not None:
+            CASES[f"PyHealth, {_name}, {records.CASE}"] = partial(_attributed, *_sizes, real=True)

@@ -31,8 +31,9 @@ import rollout
 def load(path: Path, device: torch.device) -> Callable[[], Tensor]:
     """The call that a file describes."""
     case = torch.load(path, weights_only=True, map_location=device)
-    if case["call"] == "capture":
-        return captured(*case["inputs"], **case["options"])
+    models = {"capture": captured, "attribute": attributed}
+    if case["call"] in models:
+        return models[case["call"]](*case["inputs"], **case["options"])
     return partial(getattr(rollout, case["call"]), *case["inputs"], **case["options"])
 
 
@@ -47,6 +48,29 @@ def captured(weights: dict[str, Tensor], tokens: Tensor, heads: int, layers: int
         with torch.inference_mode(), rollout.capture(model) as tape:
             model(tokens)
         return next(iter(tape.rollout(query=0).values()))
+
+    return run
+
+
+def attributed(
+    weights: dict[str, Tensor], batches: list[Tensor], embedding: int, heads: int, layers: int
+) -> Callable[[], Tensor]:
+    """The attributions of PyHealth's Transformer for batches of ids, in one vector."""
+    from pyhealth.datasets import create_sample_dataset
+    from pyhealth.models import Transformer
+
+    from rollout.pyhealth import AttentionRollout
+
+    known = len(weights["embedding_model.embedding_layers.codes.weight"]) - 2  # beside <pad> and <unk>
+    codes = [f"c{i}" for i in range(known)]
+    samples = [{"patient_id": f"p{i}", "visit_id": "v", "codes": codes, "label": i} for i in range(2)]
+    dataset = create_sample_dataset(samples, {"codes": "sequence"}, {"label": "binary"}, dataset_name="bench")
+    model = Transformer(dataset, embedding_dim=embedding, heads=heads, num_layers=layers)
+    model.load_state_dict(weights)
+    interpreter = AttentionRollout(model.to(batches[0].device))
+
+    def run() -> Tensor:
+        return torch.cat([interpreter.attribute(codes=ids)["codes"].flatten() for ids in batches])
 
     return run
 

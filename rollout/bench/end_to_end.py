@@ -64,18 +64,20 @@ def _row(model: Any, settings: Settings, case: str) -> Row:
         drop_maps(model)
 
 
-def make_model(heads: int, layers: int, device: torch.device) -> Any:
+def make_model(
+    heads: int, layers: int, device: torch.device, *, embedding: int = EMBEDDING, vocabulary: int = VOCABULARY
+) -> Any:
     """A Transformer of one stream of codes with random weights, the same every time."""
     from pyhealth.datasets import create_sample_dataset
     from pyhealth.models import Transformer
 
-    codes = [f"c{i}" for i in range(VOCABULARY)]
+    codes = [f"c{i}" for i in range(vocabulary)]
     samples = [{"patient_id": f"p{i}", "visit_id": "v", "codes": codes, "label": i} for i in range(2)]
     with redirect_stdout(io.StringIO()):  # it prints the vocabulary of the label
         dataset = create_sample_dataset(samples, {"codes": "sequence"}, {"label": "binary"}, dataset_name="bench")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Transformer(dataset, embedding_dim=EMBEDDING, heads=heads, num_layers=layers)
+        model = Transformer(dataset, embedding_dim=embedding, heads=heads, num_layers=layers)
     return model.to(device).eval()
 
 

@@ -1,5 +1,6 @@
 """What a capture makes of a user's own model: which modules it records, which it leaves out or refuses, and why."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -42,7 +43,17 @@ def examine(entry: str) -> Iterator[Line]:
             + (f" with {type(model).__name__} first" if model is not made else "")
         )
     yield f"{type(model).__name__} of {entry}", True
+    yield from _interpreter(model)
     yield from _report(model, batch, entry)
+
+
+def _interpreter(model: nn.Module) -> Iterator[Line]:
+    """How the drop-in for PyHealth's interpreter runs a model, where it can; a copy, because it evaluates."""
+    if hasattr(model, "get_relevance_tensor"):
+        from rollout.pyhealth import AttentionRollout
+
+        path = AttentionRollout(copy.deepcopy(model)).describe_path()
+        yield f"rollout.pyhealth.AttentionRollout runs it {path}", True
 
 
 def _report(model: nn.Module, batch: Any, entry: str) -> Iterator[Line]:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from rollout.api import attention_rollout
 from rollout.method import METHODS, get_method
-from rollout.pyhealth.fused import CannotFuseError, FusedCapture, can_fuse, can_split
+from rollout.pyhealth.fused import CannotFuseError, FusedCapture, can_fuse
 from rollout.pyhealth.interpreter import RowInterpreter
+from rollout.pyhealth.merged import CannotMergeError, MergedCapture
 from rollout.pyhealth.protocol import protocol_maps
 from rollout.pyhealth.readout import Relevance
-from rollout.pyhealth.watch import READOUT_METHODS, MapCapture, Sites, is_own
+from rollout.pyhealth.watch import READOUT_METHODS, MapCapture, Sites, attention_sites
 from rollout_kernels import Method
 from rollout_kernels._dispatch import BACKENDS
 from rollout_kernels.method import HEAD_FUSIONS, HeadFusion
@@ -36,10 +37,11 @@ class AttentionRollout(RowInterpreter):
     overrides a readout method, or any other model that has the three, is run by PyHealth's protocol and handed the full
     R [B, S, S].
 
-    In float32 and float64 those two run on fused attention and no map is made; a Transformer on a CPU runs on groups of
-    samples of like length, and of its top layer only what row 0 needs. Hooks of others inside a layer have it run on
-    the whole batch, and on an `Attention` bring its maps back, as do half precision, autocast, dropout, a mask that is
-    not made of valid positions, and an open `rollout.capture`.
+    In float32 and float64 a Transformer on a CPU, which knows no positions, runs on the distinct rows of each record,
+    and of its top layer only what row 0 needs (`rollout.pyhealth.merged`). Otherwise, as when others have hooks inside
+    its layers, the two models run whole on fused attention and no map is kept. A hook on an `Attention` brings its maps
+    back, as do half precision, autocast, dropout, a mask that is not made of valid positions, and an open
+    `rollout.capture`.
 
     Nothing is left on the model: no hook, no map, no flag, no `.grad`, also after an exception. `model.eval()` is
     called once, here; a model put back in training mode is attributed with its dropout, as by PyHealth.
@@ -130,18 +132,29 @@ class AttentionRollout(RowInterpreter):
 
     def _by_fused(self, sites: Sites, data: dict[str, Any]) -> Relevance:
         """Row 0 of each stream when that is all that is read, else any rows, else the full matrix."""
-        reads_rows = self.readout == "forward" or is_own(self.model, *READOUT_METHODS)
-        if reads_rows and not self.method.needs_whole_map and can_split(self.model):
-            captured = FusedCapture(self.model, sites, self.method, self.backend, split=True)
-            captured.run(data)
-            rows = self._rows(captured, data)
-            if rows is not None and not any(bool(row.any()) for row in rows.values()):
-                return {key: captured.rollout(key, rows[key]) for key in sites}
-        captured = FusedCapture(self.model, sites, self.method, self.backend, split=False)
+        with suppress(CannotMergeError):
+            merged = MergedCapture(self.model, sites, self.method, self._merged_blocks())
+            relevance = self._by_merged(merged, data)
+            if relevance is not None:
+                return relevance
+        captured = FusedCapture(self.model, sites, self.method, self.backend)
         captured.run(data)
         rows = self._rows(captured, data)
         relevance = {key: captured.rollout(key, None if rows is None else rows[key]) for key in sites}
         return self._read_matrices(relevance, data) if rows is None else relevance
+
+    def describe_path(self) -> str:
+        """How batches are run on this model as it is, and where it is not the fastest way, why."""
+        sites = attention_sites(self.model)
+        if sites is None:
+            return "by PyHealth's protocol, the full matrix: its attention or what hooks it is not PyHealth's own"
+        if not can_fuse(self.model, sites):
+            return "from stored maps: half precision, autocast, dropout, or someone else's eyes on the attention"
+        try:
+            self._merged_blocks()
+        except CannotMergeError as error:
+            return f"on all positions with fused attention: {error}"
+        return "on the distinct rows of each record, every score visited once, and of the top layer one row"
 
     def _rollout(self, maps: list[Tensor], rows: Tensor | None) -> Tensor:
         """Rows [B, S] of the rollout, or all of it [B, S, S], in the maps' dtype; a NaN stays in its sample."""

@@ -1,36 +1,22 @@
-"""One forward pass of PyHealth's own models on fused attention: queries and keys are kept, no map is made.
-
-What a sample's valid positions become does not depend on its padding, nor on the other samples: a valid row attends to
-valid keys only, and everything else in a `TransformerLayer` works position by position. So on a CPU a layer may be run
-on groups of samples of like length, each at its own width and small enough to stay in cache, when all the model reads
-is row 0 and that is valid; and of the top block no row but 0 is needed. A sample whose row 0 is not valid is uniform
-over all S positions there, and keeps the full width.
-"""
+"""One forward pass of PyHealth's own models on fused attention: queries and keys are kept, no map is made."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyhealth.models.transformer import PositionwiseFeedForward, TransformerBlock, TransformerLayer
 from torch import Tensor, nn
 
 from rollout._capture.adapters.pyhealth import CannotFuseError, fused_attention, valid_positions
 from rollout._capture.patch import Around, foreign_forward
 from rollout._capture.recording import is_recording
 from rollout.api import attention_rollout_qk
-from rollout.pyhealth.watch import ModelCapture, Sites, Transformer, listener
+from rollout.pyhealth.watch import ModelCapture, Sites, listener
 from rollout_kernels import Method
 
-__all__ = ["CannotFuseError", "FusedCapture", "can_fuse", "can_split"]
+__all__ = ["CannotFuseError", "FusedCapture", "can_fuse"]
 
 Forward = Callable[..., Any]
-
-# Samples of up to GROUP_WIDTH positions run together when their lengths differ by at most GROUP_SLACK, longer ones when
-# they do not differ: a further group costs time, and so do padded positions and their mask.
-GROUP_WIDTH = 128
-GROUP_SLACK = 24
-GROUP_POSITIONS = 2048
 
 
 def can_fuse(model: nn.Module, sites: Sites) -> bool:
@@ -51,43 +37,16 @@ def can_fuse(model: nn.Module, sites: Sites) -> bool:
     )
 
 
-def can_split(model: Any) -> bool:
-    """Whether of each stream PyHealth's own Transformer reads row 0 and nothing else, and runs on a CPU."""
-    return (
-        isinstance(model, Transformer)
-        and type(model).forward is Transformer.forward
-        and type(model).forward_from_embedding is Transformer.forward_from_embedding
-        and foreign_forward(model) is None
-        and "forward_from_embedding" not in vars(model)
-        and all(map(_plain_layer, model.transformer.values()))
-        and all(p.device.type == "cpu" for p in model.parameters())
-    )
-
-
-def _plain_layer(layer: Any) -> bool:
-    """Whether a layer is PyHealth's own, with nobody's hooks in it that would see parts of a batch."""
-    if type(layer) is not TransformerLayer:
-        return False
-    blocks = layer.transformer
-    if any(type(b) is not TransformerBlock or type(b.feed_forward) is not PositionwiseFeedForward for b in blocks):
-        return False
-    return not any(
-        part._forward_hooks or part._forward_pre_hooks or foreign_forward(part) is not None for part in layer.modules()
-    )
-
-
 @dataclass
-class Group:
-    """Samples of a stream that ran together, and what their layers attended with.
+class Attended:
+    """What the layers of a stream attended with.
 
     Attributes:
-        row_only: row 0 of every sample is valid, and of the top layer's output no other is needed.
         mask, valid: the mask as PyHealth handed it over, and the valid positions it is made of, bool [b, n]; None when
             every position is valid.
         queries, keys: per layer [b, H, n, D], input side first.
     """
 
-    row_only: bool = False
     mask: Tensor | None = None
     valid: Tensor | None = None
     queries: list[Tensor] = field(default_factory=list)
@@ -143,119 +102,48 @@ class FusedCapture(ModelCapture):
     Args:
         model, sites: as `attention_sites` found them.
         method, backend: of the rollout.
-        split: run the layers of a Transformer on groups of samples, and roll row 0 out group by group; what a group
-            recorded is dropped with it.
     """
 
-    def __init__(self, model: Any, sites: Sites, method: Method, backend: str, *, split: bool) -> None:
+    def __init__(self, model: Any, sites: Sites, method: Method, backend: str) -> None:
         super().__init__(model, sites)
-        self.method, self.backend, self.split = method, backend, split
-        self._groups: dict[str, Group] = {}
+        self.method, self.backend = method, backend
+        self._attended: dict[str, Attended] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
-        self._first_rows: dict[str, Tensor] = {}
-        if split:
-            self.key_of |= {part: key for key in sites for part in self._parts(key)}
-
-    def _parts(self, key: str) -> dict[nn.Module, Around]:
-        """The stream's layer, and the feed-forward network of its top block."""
-        layer = self.model.transformer[key]
-        return {layer: _through_layer} | {b.feed_forward: _through_feed_forward for b in layer.transformer[-1:]}
 
     def watched(self) -> dict[nn.Module, Around]:
         sites = [site for layers in self.sites.values() for site in layers]
-        watched: dict[nn.Module, Around] = super().watched() | dict.fromkeys(sites, _through_attention)
-        for key in self.sites if self.split else ():
-            watched |= self._parts(key)
-        return watched
+        return super().watched() | dict.fromkeys(sites, _through_attention)
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Stand in for `Attention.forward`; there is no map to give."""
         stream = self.key_of[module]
-        layers = self.sites[stream]
-        if not self.split and module is layers[0]:
-            self._groups[stream] = Group()
+        if module is self.sites[stream][0]:
+            self._attended[stream] = Attended()
             self._shapes[stream] = query.shape[0], query.shape[2]
-        group, no_map = self._groups[stream], query.new_empty(0)
-        group.add(query, key, mask)
-        if group.row_only and module is layers[-1]:
-            mixed = torch.zeros_like(query)
-            mixed[:, :, :1] = fused_attention(query[:, :, :1], key, value, group.valid, fill=False)
-            return mixed, no_map
-        return fused_attention(query, key, value, group.valid, fill=not group.row_only), no_map
-
-    def run_layer(self, layer: nn.Module, forward: Forward, x: Tensor, valid: Tensor, register_hook: bool) -> Any:
-        """A `TransformerLayer`, group by group: None, which a Transformer does not read, and row 0, [B, E]."""
-        key = self.key_of[layer]
-        batch, seq, _ = x.shape
-        self._shapes[key] = batch, seq
-        output, relevance = x.new_empty(batch, x.shape[2]), x.new_zeros(batch, seq)
-        for samples, width, row_valid in length_groups(valid):
-            group = self._groups[key] = Group(row_only=row_valid)
-            mask = valid[samples, :width]
-            _, output[samples] = forward(x[samples, :width], None if bool(mask.all()) else mask, register_hook)
-            self.shape(key)
-            relevance[samples, :width] = self._chain(group, torch.zeros_like(samples))
-        self._first_rows[key] = relevance
-        self._groups.pop(key, None)
-        return None, output
-
-    def row_only(self, module: nn.Module) -> bool:
-        """Whether the group that is running needs no row but 0 of its top layer."""
-        return self._groups[self.key_of[module]].row_only
+        attended = self._attended[stream]
+        attended.add(query, key, mask)
+        return fused_attention(query, key, value, attended.valid), query.new_empty(0)
 
     def shape(self, key: str) -> tuple[int, int]:
-        if key in self._first_rows:
-            return self._shapes[key]
-        ran = len(self._groups[key].queries) if key in self._groups else 0
+        ran = len(self._attended[key].queries) if key in self._attended else 0
         self.check_layers(key, [layer < ran for layer in range(len(self.sites[key]))])
         return self._shapes[key]
 
     def rollout(self, key: str, rows: Tensor | None) -> Tensor:
         """Rows [B, S] of the rollout of a feature key, or all of it [B, S, S]; what was recorded is dropped here."""
         self.shape(key)
-        if key in self._first_rows:
-            return self._first_rows.pop(key).clone()  # the clone is no inference tensor
-        return self._chain(self._groups.pop(key), rows)
-
-    def _chain(self, group: Group, rows: Tensor | None) -> Tensor:
+        attended = self._attended.pop(key)
         return attention_rollout_qk(
-            group.queries,
-            group.keys,
+            attended.queries,
+            attended.keys,
             query=rows,
             method=self.method,
             backend=self.backend,
             validate=False,
-            **group.masks(rows, self.method),
+            **attended.masks(rows, self.method),
         )
-
-
-def length_groups(valid: Tensor) -> list[tuple[Tensor, int, bool]]:
-    """Groups of samples to run together, the longest first.
-
-    Args:
-        valid: bool [B, S].
-
-    Returns:
-        Per group the samples, long [b]; the width they need: up to the last valid position, or S when position 0 is not
-        valid; and whether position 0 is valid, in all of them.
-    """
-    seq = valid.shape[1]
-    starts = valid[:, 0]
-    ends = (valid * torch.arange(1, seq + 1)).amax(1)
-    widths = torch.where(starts, ends, seq).tolist()
-    valid_start = starts.tolist()
-    groups: list[list[int]] = []
-    for b in sorted(range(len(widths)), key=lambda b: (valid_start[b], -widths[b])):
-        head = groups[-1][0] if groups else b
-        slack = GROUP_SLACK if widths[head] <= GROUP_WIDTH else 0
-        fits = valid_start[head] == valid_start[b] and widths[head] - widths[b] <= slack
-        if groups and fits and (len(groups[-1]) + 1) * widths[head] <= GROUP_POSITIONS:
-            groups[-1].append(b)
-        else:
-            groups.append([b])
-    return [(torch.tensor(group), widths[group[0]], valid_start[group[0]]) for group in groups]
 
 
 def _through_attention(
@@ -271,23 +159,3 @@ def _through_attention(
     if not isinstance(capture, FusedCapture):
         return forward(query, key, value, mask=mask, dropout=dropout)
     return capture.attend(module, query, key, value, mask)
-
-
-def _through_layer(
-    module: nn.Module, forward: Forward, x: Tensor, mask: Tensor | None = None, register_hook: bool = False
-) -> Any:
-    capture = listener(module)
-    if not isinstance(capture, FusedCapture) or not capture.split:
-        return forward(x, mask, register_hook)
-    valid = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask != 0
-    return capture.run_layer(module, forward, x, valid, register_hook)
-
-
-def _through_feed_forward(module: nn.Module, forward: Forward, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The feed-forward network of a top block, which works position by position."""
-    capture = listener(module)
-    if not isinstance(capture, FusedCapture) or not capture.split or not capture.row_only(module):
-        return forward(x, mask)
-    output = torch.zeros_like(x)
-    output[:, :1] = forward(x[:, :1], None if mask is None else mask[:, :1])
-    return output

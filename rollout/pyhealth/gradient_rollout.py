@@ -1,5 +1,6 @@
 """Gradient-weighted methods for PyHealth models, its `CheferRelevance` among them, as a row chain."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -8,7 +9,9 @@ from torch.nn import functional
 
 from rollout.api import attention_rollout
 from rollout.method import get_method
+from rollout.pyhealth.fused import CannotFuseError, can_fuse
 from rollout.pyhealth.interpreter import RowInterpreter
+from rollout.pyhealth.merged import CannotMergeError, MergedGradientCapture
 from rollout.pyhealth.protocol import Target, protocol_gradients, usable
 from rollout.pyhealth.readout import Relevance
 from rollout.pyhealth.watch import CheferInterpretable, MapCapture, Sites
@@ -27,8 +30,9 @@ class GradientRollout(RowInterpreter):
     nothing is left on the model, also after an exception. Frozen parameters, `torch.no_grad()` and
     `torch.inference_mode()` make no difference. `model.eval()` is called once, here.
 
-    For PyHealth's own Transformer and StageAttentionNet only the row read is computed, as in `AttentionRollout`. Other
-    models are run by PyHealth's protocol, their own hooks included, and handed the full R [B, S, S].
+    For PyHealth's own Transformer and StageAttentionNet only the row read is computed, as in `AttentionRollout`, and a
+    Transformer is run, forward and back, on the distinct rows of each record where that is so there. Other models are
+    run by PyHealth's protocol, their own hooks included, and handed the full R [B, S, S].
 
     Args:
         model: implements PyHealth's `CheferInterpretable`.
@@ -72,7 +76,14 @@ class GradientRollout(RowInterpreter):
         return self._read_matrices(matrices, data)
 
     def _by_capture(self, sites: Sites, data: dict[str, Any], target_class_idx: int | None) -> Relevance:
-        captured = GradientCapture(self.model, sites, self._target(target_class_idx))
+        target = self._target(target_class_idx)
+        if can_fuse(self.model, sites):
+            with suppress(CannotMergeError, CannotFuseError):
+                merged = MergedGradientCapture(self.model, sites, self.method, self._merged_blocks(), target)
+                found = self._by_merged(merged, data)
+                if found is not None:
+                    return found
+        captured = GradientCapture(self.model, sites, target)
         captured.run(data)
         rows = self._rows(captured, data)
         relevance = {key: self._chain(*captured.take_both(key), None if rows is None else rows[key]) for key in sites}

@@ -7,6 +7,7 @@ import torch
 
 from rollout.method import sums_to_one
 from rollout.pyhealth import readout as readout_of
+from rollout.pyhealth.merged import Blocks, CannotMergeError, MergedCapture, merged_blocks
 from rollout.pyhealth.readout import Relevance
 from rollout.pyhealth.watch import (
     READOUT_METHODS,
@@ -28,11 +29,13 @@ class RowInterpreter(BaseInterpreter):
 
     Attributes:
         method: how the matrices of the chain are formed.
+        backend: as in `rollout.attention_rollout`.
         readout: `"model"`: the row `get_relevance_tensor` picks. `"forward"`: the row the forward pass predicted from.
     """
 
     readout = "model"
     method: Method
+    backend: str
 
     def attribute(self, target_class_idx: int | None = None, **data: Any) -> Relevance:
         sites = attention_sites(self.model)
@@ -83,6 +86,25 @@ class RowInterpreter(BaseInterpreter):
         except Exception:
             # PyHealth's readout of a StageAttentionNet fails on flat features whatever R is; the model did read a row.
             return captured.rows if isinstance(self.model, StageAttentionNet) else None
+
+    def _merged_blocks(self) -> Blocks:
+        """The blocks of a model whose rows may be merged.
+
+        Raises:
+            CannotMergeError: they may not.
+        """
+        if self.readout != "forward" and not is_own(self.model, *READOUT_METHODS):
+            raise CannotMergeError("the model has a readout of its own")
+        with torch.inference_mode(False), torch.no_grad():  # what is made of the weights may enter autograd
+            return merged_blocks(self.model, self.method, self.backend)
+
+    def _by_merged(self, captured: MergedCapture, data: dict[str, Any]) -> Relevance | None:
+        """Row 0 of each stream; None when that is not all that is read."""
+        captured.run(data)
+        rows = self._rows(captured, data)
+        if rows is None or any(bool(row.any()) for row in rows.values()):
+            return None
+        return {key: captured.rollout(key) for key in captured.sites}
 
     def _read_matrices(self, matrices: Relevance, data: dict[str, Any]) -> Relevance:
         with torch.no_grad():

@@ -176,7 +176,7 @@ def test_nothing_is_left_after_an_exception(where: str, own: bool, monkeypatch: 
         model.get_relevance_tensor = boom if where == "readout" else model.get_relevance_tensor
         monkeypatch.setattr("rollout.pyhealth.interpreter.attention_sites", lambda model: None)
     elif where == "readout":
-        monkeypatch.setattr("rollout.pyhealth.gradient_rollout.attention_rollout", boom)
+        monkeypatch.setattr("rollout.pyhealth.merged.encode.Run.chain", boom)
     handle = model.fc.register_forward_hook(boom if where == "forward" else lambda *args: None)
     before = footprint(model)
     with pytest.raises(Boom):

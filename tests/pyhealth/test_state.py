@@ -110,8 +110,10 @@ def chained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_only_the_row_that_is_read_is_computed(chained: list[dict[str, Any]]) -> None:
-    AttentionRollout(transformer("flat")).attribute(**batch("flat"))
-    assert sum(len(call["query"]) for call in chained) == 2 * 6
+    model = transformer("flat")
+    with model.transformer["drugs"].register_forward_hook(lambda *args: None):
+        AttentionRollout(model).attribute(**batch("flat"))
+    assert [len(call["query"]) for call in chained] == [6, 6]
     assert all(not call["query"].any() for call in chained)
     assert {call["layers"] for call in chained} == {3}
     chained.clear()
@@ -122,7 +124,7 @@ def test_only_the_row_that_is_read_is_computed(chained: list[dict[str, Any]]) ->
 
 
 def test_no_map_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyHealth's own attention does not run."""
+    """PyHealth's own attention does not run: where it is another's forward, rows are not merged either."""
     for build, kind in ((transformer, "flat"), (stage_net, "stagenet")):
         model, data = build(kind), batch(kind)
         wanted = result(Stock, model, data)
@@ -185,6 +187,7 @@ def test_nothing_is_left_after_an_exception(build: Any, where: str, monkeypatch:
 
     if where == "readout":
         monkeypatch.setattr("rollout.pyhealth.fused.attention_rollout_qk", boom)
+        monkeypatch.setattr("rollout.pyhealth.merged.encode.Run.chain", boom)
         before = footprint(model)
     else:
         handle = (model.fc if where == "forward" else model.embedding_model).register_forward_hook(boom)
