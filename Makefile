@@ -23,7 +23,11 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]'
 	@touch $@
 
-setup: $(VENV)/.ready
+$(VENV)/.built: $(VENV)/.ready kernels/rollout_kernels/_native/rows.c
+	$(BIN)/python -c 'from setuptools import setup; setup()' --quiet build_ext --inplace
+	@touch $@
+
+setup: $(VENV)/.built
 
 demo: setup
 	$(BIN)/rollout demo --output "$(OUTPUT)" --overwrite $(if $(EHR_ROOT),--ehr-root "$(EHR_ROOT)")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bench.providers import oracle
 from bench.providers.chains import (
+    FEW,
     FULL,
     MAPS,
     METHODS,
@@ -16,7 +17,6 @@ from bench.providers.chains import (
     OURS,
     QK,
     QUICK,
-    READ,
     SEQUENCES,
     Shape,
     make_random,
@@ -49,7 +49,7 @@ def test_rows_from_maps(seq: int, provider: str, measure: Callable[..., None], q
     measure(**given, reference=exact(seq, MAPS[provider].method), suite="rows from maps", provider=provider)
 
 
-@pytest.mark.parametrize("provider", [READ, OURS, NAIVE])
+@pytest.mark.parametrize("provider", FEW)
 @pytest.mark.parametrize("seq", WARM)
 def test_warm(seq: int, provider: str, measure: Callable[..., None], quick: bool) -> None:
     """The same where the maps were just written, as by the layer before: those that fit stay in the cache."""
@@ -58,8 +58,8 @@ def test_warm(seq: int, provider: str, measure: Callable[..., None], quick: bool
     measure(**given, reference=exact(seq, MAPS[provider].method), suite="rows from maps, warm")
 
 
-@pytest.mark.parametrize("provider", [READ, OURS, NAIVE])
-@pytest.mark.parametrize("seq", [128, 256, 512])
+@pytest.mark.parametrize("provider", FEW)
+@pytest.mark.parametrize("seq", SEQUENCES)
 def test_bfloat16(seq: int, provider: str, measure: Callable[..., None], quick: bool) -> None:
     skip_large(quick, seq)
     given = MAPS[provider].on(shape_of(seq), make_maps(seq, torch.bfloat16)) | {"provider": provider}

@@ -36,7 +36,8 @@ def attention_rollout(
         lengths: long [B], the valid prefix of each sample, 1..S; default S. What lies beyond it is never read.
         gradients: ∂(target)/∂A, shaped like `attentions`; read by the gradient-weighted methods only.
         method: a name in `rollout.METHODS`, or a `rollout.Method`.
-        backend: `"auto"`, `"triton"` (GPU), `"torch"`, or `"reference"` (the float64 oracle, slow).
+        backend: `"auto"`, `"triton"` (GPU), `"native"` (CPU, rows from maps, where it was compiled), `"torch"`, or
+            `"reference"` (the float64 oracle, slow).
         validate: check values too (range of `query` and `lengths`, finiteness of the result). False: no device
             synchronisation; the caller vouches for them.
 

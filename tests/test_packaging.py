@@ -2,9 +2,11 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -86,20 +88,73 @@ def test_kernels_is_a_source_root_and_no_package():
     assert str(ROOT / "kernels" / "__init__.py") != done.stdout.strip()
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+def build_wheel(folder: Path, **environment: str) -> Path:
     """The wheel of a copy of this checkout, built offline by the declared backend."""
-    source, out = tmp_path_factory.mktemp("source") / "tree", tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "output", "demo-*")
+    source, out = folder / "tree", folder / "wheel"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "*.so", "build", "dist", "output", "demo-*")
     shutil.copytree(ROOT, source, ignore=ignored)
     for extra in ("bench", "examples", "tests"):  # present, so that leaving them out is a choice
         (source / extra).mkdir(exist_ok=True)
         (source / extra / "probe.py").touch()
     build = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
-    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=source, capture_output=True, text=True, env=os.environ | environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = out.glob("*.whl")
-    return zipfile.ZipFile(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def wheel(wheel_path: Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(wheel_path)
+
+
+ROWS_PROBE = """
+import torch, rollout, rollout_kernels
+from rollout_kernels import _native
+maps = [torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(0)).softmax(-1)] * 2
+rows = {name: rollout.attention_rollout(maps, query=0, backend=name) for name in ("auto", "torch", "reference")}
+assert all(torch.allclose(rows[name], rows["reference"], atol=1e-7) for name in rows)
+print(rollout_kernels.__file__, _native.unusable(), torch.equal(rows["auto"], rows["torch"]), sep="\\n")
+"""
+
+
+def compute_rows(wheel: Path, folder: Path) -> tuple[str, str, str]:
+    """What an unpacked wheel computes with: its place, why its native kernel cannot serve, whether torch did."""
+    zipfile.ZipFile(wheel).extractall(folder)
+    script = f"import sys; sys.path.insert(0, {str(folder)!r})\n" + ROWS_PROBE
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder, check=True)
+    place, reason, same = done.stdout.splitlines()
+    assert Path(place).is_relative_to(folder)
+    return place, reason, same
+
+
+def compiler() -> str | None:
+    command = os.environ.get("CC") or sysconfig.get_config_var("CC")
+    return command and shutil.which(command.split()[0])
+
+
+@pytest.mark.skipif(compiler() is None, reason="there is no C compiler")
+@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux is the native kernel known to compile")
+def test_where_there_is_a_compiler_the_wheel_brings_the_native_kernel(wheel_path: Path, tmp_path: Path):
+    place, reason, _ = compute_rows(wheel_path, tmp_path / "site")
+    assert reason == "None"
+    assert list(Path(place).parent.glob("_native/_rows*"))
+
+
+def test_a_failed_compiler_leaves_a_package_that_works(tmp_path: Path):
+    """Built all the same, and what it computes is torch's."""
+    wheel = build_wheel(tmp_path, CC=shutil.which("false") or "no-such-compiler")
+    place, reason, same = compute_rows(wheel, tmp_path / "site")
+    assert not list(Path(place).parent.glob("_native/_rows*"))
+    assert reason == "it was not compiled when this package was installed"
+    assert same == "True"
 
 
 def test_wheel_holds_the_two_packages_and_nothing_else(wheel: zipfile.ZipFile):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PACKAGES = ("rollout", "kernels")
+BUILD = ("pyproject.toml", "README.md", "LICENSE")  # what compiling the native kernel reads
 
 
 class RevisionError(ValueError):
@@ -53,9 +54,17 @@ def trees(repository: Path, base: str, head: str) -> Iterator[dict[str, Tree]]:
             for tree in made.values():
                 if not (tree.root / "rollout" / "__init__.py").is_file():
                     raise RevisionError(f"{tree.label} has no package rollout: there is nothing to compare with")
+                compile_native(tree.root)
             yield made
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def compile_native(root: Path) -> None:
+    """What the revision compiles when it is installed; where that fails it works without, here as there."""
+    if list(root.glob("kernels/*/*/*.c")):
+        command = [sys.executable, "-c", "from setuptools import setup; setup()", "build_ext", "--inplace"]
+        subprocess.run(command, cwd=root, capture_output=True, check=False)
 
 
 def _git(folder: Path, *arguments: str, check: bool = True) -> bytes:
@@ -86,7 +95,7 @@ def _commit(repository: Path, revision: str) -> str:
 
 def _extract(repository: Path, folder: Path, commit: str) -> Tree:
     """The packages as they were committed."""
-    there = _git(repository, "ls-tree", "--name-only", commit, "--", *PACKAGES).decode().split()
+    there = _git(repository, "ls-tree", "--name-only", commit, "--", *PACKAGES, *BUILD).decode().split()
     folder.mkdir()
     if there:
         with tarfile.open(fileobj=io.BytesIO(_git(repository, "archive", commit, "--", *there))) as archive:
@@ -96,7 +105,8 @@ def _extract(repository: Path, folder: Path, commit: str) -> Tree:
 
 def _copy(checkout: Path, folder: Path) -> Tree:
     """The packages as they lie in a checkout."""
-    listed = _git(checkout, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PACKAGES).decode()
+    kinds = ("-z", "--cached", "--others", "--exclude-standard")
+    listed = _git(checkout, "ls-files", *kinds, "--", *PACKAGES, *BUILD).decode()
     for name in filter(None, listed.split("\0")):
         if (checkout / name).is_file():  # a file removed but not yet from the index is listed too
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 
 from bench.machine.record import Record, Result, Suite, per_second, ratio, results, seconds
 from bench.pages.tables import among, ceilings_of, curves, exponent
-from bench.providers.chains import COMPILED, NAIVE, PRODUCTS, READ
+from bench.providers.chains import COMPILED, NAIVE, NATIVE, PRODUCTS, READ
 from rollout.bench.end_to_end import FUSED, STOCK
 from rollout.bench.measure import OURS
 from rollout.errors import require
 
 # One colour and mark a provider in every plot; distinct for the colour-blind (Okabe & Ito).
 STYLES = {
-    OURS: ("#0072b2", "o"), f"{OURS}, triton": ("#56b4e9", "s"), NAIVE: ("#555555", "D"), COMPILED: ("#e69f00", "^"),
+    OURS: ("#0072b2", "o"), f"{OURS}, triton": ("#56b4e9", "s"), NATIVE: ("#56b4e9", "h"), NAIVE: ("#555555", "D"),
+    COMPILED: ("#e69f00", "^"),
     "PyHealth's arithmetic": ("#cc79a7", "v"), STOCK: ("#cc79a7", "v"), "Abnar & Zuidema 2020": ("#009e73", "<"),
     "Chefer 2021 (CVPR) rollout": ("#d55e00", ">"), "plain forward": ("#999999", "P"),
     **dict.fromkeys((READ, PRODUCTS, FUSED), ("#a00000", "X")),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from bench.machine.record import Record, Suite, find, seconds
-from bench.providers.chains import NAIVE, PRODUCTS, READ
+from bench.providers.chains import NAIVE, NATIVE, PRODUCTS, READ, SEQUENCES
 from rollout.bench.end_to_end import FUSED
 from rollout.bench.measure import OURS
 
@@ -90,9 +90,9 @@ def median(suite: Suite, provider: str = OURS, **which: Any) -> float:
     return seconds({"seconds": field(suite, "seconds", provider, **which)})
 
 
-def share(of: str, **which: Any) -> Value:
+def share(of: str, ours: str = OURS, **which: Any) -> Value:
     """The time of the work that cannot be left out over that of ours, in percent."""
-    return lambda suite: 100 * median(suite, of, **which) / median(suite, **which)
+    return lambda suite: 100 * median(suite, of, **which) / median(suite, ours, **which)
 
 
 def slower(provider: str, than: str, **which: Any) -> Value:
@@ -149,6 +149,10 @@ def _shares(suite: str, of: str) -> list[Target]:
     return [Target(suite, f"S={seq}, of {of}", share(of, S=seq), 60) for seq in (128, 256, 512)]
 
 
+def _native_shares(suite: str) -> list[Target]:
+    return [Target(suite, f"native, S={seq}, of {READ}", share(READ, NATIVE, S=seq), 90) for seq in SEQUENCES]
+
+
 def _end_to_end(device: str) -> list[Target]:
     cases = ("log-normal, sorted", "lengths 256-512")
     return [Target(END_TO_END, f"{case}, of a {FUSED}", share(FUSED, case=case), 80, device=device) for case in cases]
@@ -157,10 +161,12 @@ def _end_to_end(device: str) -> list[Target]:
 TARGETS = (
     *_shares("rows from maps", READ),
     *_shares("rows from bf16 maps", READ),
+    *_native_shares("rows from maps"),
+    *_native_shares("rows from bf16 maps"),
     *_shares("rows from Q,K", PRODUCTS),
     *_end_to_end(CPU),
     Target(COHORT, "time beside model and chain", lambda suite: 100 * field(suite, "bookkeeping"), most=10),
-    Target(COHORT, "two workers against one", slower("one worker", "two workers"), 1.6, unit="×"),
+    Target(COHORT, "two workers against one", slower("one worker", "two workers"), 1.7, unit="×"),
     Target(COHORT, "change of peak memory from 2,000 to 20,000 samples", memory_change, most=10),
     *(Target("scaling", f"from {case}: exponent of extra memory in S", memory_exponent(case), most=1, unit="")
       for case in ("maps", "Q,K")),

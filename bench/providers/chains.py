@@ -18,8 +18,9 @@ from bench.providers import kernels, oracle, peers
 from rollout.bench import chains as naive
 from rollout.bench.chains import NAIVE, PRODUCTS, READ
 from rollout.bench.measure import OURS
+from rollout_kernels import _native
 
-COMPILED = "naive chain, torch.compile"
+COMPILED, NATIVE = "naive chain, torch.compile", f"{OURS}, native"
 GILDENBLAT, CHEFER = "Gildenblat 2020 (vit-explain)", "Chefer 2021 (ICCV)"
 
 
@@ -122,8 +123,11 @@ def _naive(function: Callable[..., Tensor], work: Work = EVERY_MAP) -> dict[str,
 
 
 def _ours(run: Callable[..., Tensor], tolerance: float, work: Work, **options: Any) -> dict[str, Provider]:
-    """Ours, checks on: the torch backend anywhere, and on a GPU triton beside it, which `"auto"` takes there."""
+    """Ours, checks on: the torch backend anywhere, and beside it what `"auto"` takes: on a GPU triton, and on a CPU
+    native for rows from maps, where it was built."""
     backends = {OURS: "torch"} | ({f"{OURS}, triton": "triton"} if host.DEVICE.type == "cuda" else {})
+    if work is ROW_OF_MAPS and host.DEVICE.type == "cpu" and _native.unusable() is None:
+        backends[NATIVE] = "native"
     return {
         name: Provider(partial(run, backend=backend, **options), tolerance=tolerance, work=work)
         for name, backend in backends.items()
@@ -146,6 +150,8 @@ MAPS: dict[str, Provider] = {
     **_naive(naive.naive_chain),
     **{name: Provider(_row_of(full), method) for name, (full, method) in PUBLISHED.items()},
 }
+FEW = [name for name in (READ, OURS, NATIVE, NAIVE) if name in MAPS]
+"""Of these the ones that stand beside ours where there is room for few."""
 FULL: dict[str, Provider] = {
     **_ours(rollout.attention_rollout, 1e-6, EVERY_MAP),
     **_naive(naive.naive_full),

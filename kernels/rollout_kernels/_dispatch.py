@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rollout_kernels import reference
+from rollout_kernels import _native, reference
 from rollout_kernels._problem import MapsProblem, Problem, QKProblem
 from rollout_kernels._torch import chain
 
-BACKENDS = ("auto", "triton", "torch", "reference")
+BACKENDS = ("auto", "triton", "native", "torch", "reference")
 
 
 class BackendError(ValueError):
@@ -54,8 +54,20 @@ def _run_triton(problem: Problem) -> Tensor:
     return _triton.full_from_maps(problem) if problem.form == "full" else _triton.rows_from_maps(problem)
 
 
+def _native_refusals(problem: Problem) -> list[str]:
+    if isinstance(problem, MapsProblem):
+        return _native.refusals_maps(problem)
+    return ["it computes from stored maps only"]
+
+
+def _run_native(problem: Problem) -> Tensor:
+    assert isinstance(problem, MapsProblem)
+    return _native.rows_from_maps(problem)
+
+
 _TABLE = {
     "triton": Backend("triton", _triton_refusals, _run_triton),
+    "native": Backend("native", _native_refusals, _run_native),
     "torch": Backend("torch", _never_refuses, chain.rollout),
     "reference": Backend("reference", _never_refuses, _run_reference),
 }
@@ -67,7 +79,8 @@ def refusals(problem: Problem, backend: str) -> list[str]:
 
 
 def choose(problem: Problem, backend: str) -> Backend:
-    """The backend that will serve `problem`: the one named, or for `"auto"` the first of triton, torch that can.
+    """The backend that will serve `problem`: the one named, or for `"auto"` the first that can: of triton and
+    torch on a GPU, of native and torch on a CPU.
 
     Raises:
         ValueError: no backend has that name.
@@ -79,8 +92,8 @@ def choose(problem: Problem, backend: str) -> Backend:
     candidates: tuple[str, ...] = (backend,)
     if backend == "auto":
         # On the CPU only Triton's interpreter could serve, and asking it would import Triton.
-        hopeless = problem.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
-        candidates = ("torch",) if hopeless else ("triton", "torch")
+        compiled = problem.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
+        candidates = ("native" if compiled else "triton", "torch")
     for name in candidates:
         against = refusals(problem, name)
         if not against:

@@ -68,8 +68,7 @@ def serve(descriptor: int) -> None:
     """
     os.set_inheritable(descriptor, False)
     connection = Connection(descriptor)
-    if sys.platform == "linux":  # also where native code at work lets no thread of Python run
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, messages), name="rollout-listen", daemon=True).start()
     try:
@@ -82,6 +81,12 @@ def serve(descriptor: int) -> None:
     except Exception as error:
         connection.send(("error", _portable(error)))
         os._exit(1)
+
+
+def end_with_parent() -> None:
+    """Be killed when the process that started this one ends, also where native code lets no thread of Python run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _listen(connection: Connection, messages: queue.SimpleQueue[bytes]) -> None:

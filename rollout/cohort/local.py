@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 
 from rollout.cohort.child import Setting
+from rollout.cohort.forks import ForkServer, can_fork
 from rollout.cohort.poison import Doer
 from rollout.cohort.process import Process, pack
 from rollout.cohort.work import Part, Work
@@ -27,9 +28,18 @@ def run_on_workers(count: int, work: Work, numbers: Sequence[int], device: torch
     Raises:
         CohortError: If processes cannot be started, or keep dying.
     """
-    packed = pack(work)
     threads = max(1, torch.get_num_threads() // count)
-    doers = [Doer(Process(packed, Setting(threads, device, gpu))) for gpu in range(min(count, len(numbers)))]
+    server = ForkServer(threads) if can_fork(device) else None  # it imports while the work is packed
+    try:
+        packed = pack(work)
+        settings = [Setting(threads, device, gpu) for gpu in range(min(count, len(numbers)))]
+        yield from _run([Doer(Process(packed, setting, server)) for setting in settings], numbers)
+    finally:
+        if server is not None:
+            server.end()
+
+
+def _run(doers: Sequence[Doer], numbers: Sequence[int]) -> Generator[Part]:
     free: queue.SimpleQueue[Doer] = queue.SimpleQueue()
     for doer in doers:
         free.put(doer)

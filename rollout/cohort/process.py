@@ -1,11 +1,9 @@
 """A process of its own for parts, seen from the one that starts it: whatever is done there, only that process dies."""
 
 import copy
-import os
 import pickle
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rollout.cohort.child import Request, Setting
+from rollout.cohort.forks import Forked, ForkServer, start_python
 from rollout.cohort.plan import Plan
 from rollout.cohort.work import Part, Work
 from rollout.errors import CohortError, require
@@ -73,11 +72,12 @@ class Process:
     Args:
         packed: The work.
         setting: Threads and device.
+        server: What it is forked from; None: it is a Python of its own, which imports first.
     """
 
-    def __init__(self, packed: Packed, setting: Setting) -> None:
-        self.packed, self._setting = packed, setting
-        self._running: subprocess.Popen[bytes] | None = None
+    def __init__(self, packed: Packed, setting: Setting, server: ForkServer | None = None) -> None:
+        self.packed, self._setting, self._server = packed, setting, server
+        self._running: subprocess.Popen[bytes] | Forked | None = None
         self._connection: Connection | None = None
         self._ended = False
         self._lock = threading.Lock()
@@ -128,23 +128,16 @@ class Process:
         raise CohortError(f"attribute_cohort: a worker process could not be started, {STARTS} times: it {how}")
 
     def _spawn(self) -> None:
-        code = (
-            "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-            "sys.path[:] = {path!r}; from rollout.cohort.child import serve; serve({descriptor})"
-        )
         with self._lock:
             self._close()
             if self._ended:
                 raise Stopped
             self._connection, other = Pipe()
             with other:
-                descriptor = other.fileno()
-                self._running = subprocess.Popen(
-                    [sys.executable, "-c", code.format(path=[str(path) for path in sys.path], descriptor=descriptor)],
-                    env=_environment(self._setting.threads),
-                    pass_fds=[descriptor],
-                    stdin=subprocess.DEVNULL,
-                )
+                if self._server is not None:
+                    self._running = self._server.fork(other.fileno())
+                else:
+                    self._running = start_python("rollout.cohort.child:serve", other.fileno(), self._setting.threads)
 
     def _exchange(self, messages: list[bytes], stopped: Callable[[], bool]) -> Any:
         """Send messages and return the one answer to them."""
@@ -180,6 +173,7 @@ class Process:
             self._running.wait(10)  # it may be writing its memory to a file
         self.kill()
         code = self._running.returncode
+        assert code is not None
         if code >= 0:
             return f"ended (exit code {code})"
         try:
@@ -192,14 +186,3 @@ class Process:
         if self._connection is not None:
             self._connection.close()
         self._running = self._connection = None
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """This process's, with a share of the threads.
-
-    Dask lets its workers give the memory of every intermediate result back to the system, to be fetched again page by
-    page, which makes a model's forward several times slower: undone.
-    """
-    environment = {**os.environ, **{f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "MKL", "OPENBLAS")}}
-    environment.pop("MALLOC_TRIM_THRESHOLD_", None)
-    return environment

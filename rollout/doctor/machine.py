@@ -4,11 +4,12 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from rollout_kernels import Method, ops, reference
+from rollout_kernels import Method, _native, ops, reference
 from rollout_kernels._dispatch import choose, refusals, run
 from rollout_kernels._problem import Problem
 
@@ -59,15 +60,24 @@ def lines(device: str | None = None) -> Iterator[tuple[str, bool]]:
     chosen = _device(device)
     yield f"{_device_name(chosen)}, {torch.get_num_threads()} CPU threads, Python {platform.python_version()}", True
     yield ", ".join(f"{name} {_version(name)}" for name in PACKAGES), True
+    yield f"compiled rows from stored maps, on a CPU: {_native.unusable() or 'built, and they can be called'}", True
     for case in cases(chosen):
         backend = choose(case.problem, "auto").name
-        passed_over = refusals(case.problem, "triton") if backend != "triton" else []
         with torch.no_grad():
             result, truth = run(case.problem, backend).double(), reference.rollout(case.problem)
         error = float((result - truth).abs().max() / truth.abs().max())
         good = error <= _bound(case, backend)
-        why = f"   (not triton: {'; '.join(passed_over)})" if passed_over else ""
-        yield f"{'ok ' if good else 'BAD'} {error:.0e}  {case.name}: {backend}{why}", good
+        yield (
+            f"{'ok ' if good else 'BAD'} {error:.0e}  {case.name}: {backend}{_passed_over(case.problem, backend)}",
+            good,
+        )
+
+
+def _passed_over(problem: Problem, backend: str) -> str:
+    """The faster backends that do not serve a problem, and why."""
+    faster = takewhile(lambda name: name != backend, ("triton", "native"))
+    reasons = [f"not {name}: {'; '.join(refusals(problem, name))}" for name in faster]
+    return f"   ({' | '.join(reasons)})" if reasons else ""
 
 
 def _bound(case: Case, backend: str) -> float:

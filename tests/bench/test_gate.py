@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from bench.gate import compare as gate
 from bench.gate.paired import REPEATS, Pairs, judge, sign_interval, suspected, turns
 from bench.gate.processes import Duel, WorkerError
-from bench.gate.trees import RevisionError, Tree, trees
+from bench.gate.trees import RevisionError, Tree, compile_native, trees
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS, THRESHOLD = 32, 0.10  # the defaults of the command line
@@ -283,6 +284,35 @@ def test_the_head_is_the_checkout_as_it_is(repository: Path, temporary: Path) ->
         git(repository, "checkout", "-q", "--", ".")
         git(repository, "clean", "-qfx")
     assert left_behind(repository, temporary) == []
+
+
+NATIVE = """
+[build-system]
+requires = ["setuptools"]
+[project]
+name = "something"
+version = "0"
+[tool.setuptools.packages.find]
+where = ["kernels"]
+[[tool.setuptools.ext-modules]]
+name = "compute._native._one"
+sources = ["kernels/compute/_native/one.c"]
+optional = true
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+@pytest.mark.parametrize(("text", "number"), [("int one(void) { return 1; }", 1), ("no C", 0)])
+def test_what_a_revision_compiles_is_compiled_in_its_tree(tmp_path: Path, text: str, number: int) -> None:
+    """Else a revision with a compiled kernel would be timed without it; one that cannot be compiled is."""
+    native = tmp_path / "kernels" / "compute" / "_native"
+    native.mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text(NATIVE)
+    for folder in (native, native.parent):
+        (folder / "__init__.py").touch()
+    (native / "one.c").write_text(text)
+    compile_native(tmp_path)
+    assert len(list(native.glob("_one*.so"))) == number
 
 
 def test_nothing_is_left_behind_by_a_failure(repository: Path, temporary: Path) -> None:

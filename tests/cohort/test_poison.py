@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -16,6 +17,7 @@ import torch
 
 from rollout.cohort import CohortError, poison, process
 from rollout.cohort.child import _do
+from rollout.cohort.forks import can_fork
 from rollout.cohort.plan import Plan
 from rollout.cohort.poison import Doer
 from rollout.cohort.process import Died, Packed
@@ -221,14 +223,15 @@ def test_processes_killed_from_outside_lose_nothing(tmp_path, ours) -> None:
     def kill() -> None:
         wait_until(lambda: list(out.glob("parts/*.json")), LIMIT)
         for pid in ours():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # forks end with what they were forked from
+                os.kill(pid, signal.SIGKILL)
             killed.append(pid)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     run = within(LIMIT, lambda: toy_cohort.attribute(out, explain=slow, workers=2, part_samples=10))
     killer.join()
-    assert len(killed) == 2
+    assert len(killed) == 2 + can_fork(None)
     assert (run.attributed, run.failed, run.parts) == (90, 0, 9)
     toy_cohort.attribute(tmp_path / "whole", part_samples=10)
     assert_same(out, tmp_path / "whole")
@@ -278,11 +281,12 @@ def test_workers_that_hang_end_with_the_run(tmp_path, how: str, ending: signal.S
             wait_until(lambda: list(tmp_path.glob("pid-*")) or run.poll() is not None, 120)
             assert run.poll() is None, run.stderr.read()
             workers = [int(path.name.removeprefix("pid-")) for path in tmp_path.glob("pid-*")]
-            assert processes_of(run.pid) == workers
+            started = processes_of(run.pid)
+            assert set(workers) < set(started) if can_fork(None) else workers == started
             run.send_signal(ending)
             _, said = run.communicate(timeout=60)
             assert ("KeyboardInterrupt" in said) == (ending == signal.SIGINT)
-            wait_until(lambda: not any(map(psutil.pid_exists, workers)), 60)
+            wait_until(lambda: not any(map(psutil.pid_exists, started)), 60)
         finally:
             run.kill()
     assert contents(tmp_path / "out") == {}

@@ -8,7 +8,7 @@ import torch
 
 import rollout
 from rollout import Method
-from rollout_kernels import BackendError, _dispatch, ops
+from rollout_kernels import BackendError, _dispatch, _native, ops
 from tests.support.cases import random_maps, random_qk, same_bits
 from tests.support.oracles import assert_close, rollout_matrices
 
@@ -17,13 +17,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_auto_is_torch_on_the_cpu():
+def test_auto_on_the_cpu():
     maps, method = random_maps(2, 3, 8), rollout.METHODS["rollout"]
-    problem = ops.maps_problem(maps, query=0, method=method)
-    assert _dispatch.choose(problem, "auto").name == "torch"
-    auto = rollout.attention_rollout(maps, query=0)
-    assert same_bits(auto, rollout.attention_rollout(maps, query=0, backend="torch"))
-    assert_close(auto, rollout_matrices(maps, method)[:, 0])
+    rows, full = (ops.maps_problem(maps, query=query, method=method) for query in (0, None))
+    assert _dispatch.choose(rows, "auto").name == ("torch" if _native.unusable() else "native")
+    assert _dispatch.choose(full, "auto").name == "torch"
+    auto = rollout.attention_rollout(maps)
+    assert same_bits(auto, rollout.attention_rollout(maps, backend="torch"))
+    assert_close(auto, rollout_matrices(maps, method))
 
 
 def test_triton_says_why_it_cannot():
@@ -57,7 +58,7 @@ def test_without_triton_auto_still_serves(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("backend", ["cuda", "Torch", "", None, 3])
 def test_an_unknown_backend(backend: object):
     with pytest.raises(
-        ValueError, match=r"attention_rollout: backend must be one of \('auto', 'triton', 'torch'"
+        ValueError, match=r"attention_rollout: backend must be one of \('auto', 'triton', 'native', 'torch'"
     ) as error:
         rollout.attention_rollout(random_maps(1, 1, 3), backend=backend)  # type: ignore[arg-type]
     assert repr(backend) in str(error.value)

@@ -12,7 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rollout
 from rollout import METHODS, Method
-from tests.support.cases import BACKENDS, generator, random_gradients, random_maps, random_weights, same_bits
+from tests.support.cases import (
+    BACKENDS,
+    MAP_BACKENDS,
+    generator,
+    random_gradients,
+    random_maps,
+    random_weights,
+    same_bits,
+)
 from tests.support.oracles import assert_close, rollout_matrices, take_rows
 
 B, H, S, L = 2, 3, 10, 3
@@ -58,7 +66,7 @@ def test_names_and_papers():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
 @pytest.mark.parametrize("name", FORMULAS)
 def test_published_formula(name: str, backend: str, dtype: torch.dtype):
     maps = [m.to(dtype) for m in any_maps(1 if name == "product" else H)]
@@ -102,7 +110,7 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
 @pytest.mark.parametrize("name", FIELDS)
 def test_fields(name: str, backend: str):
     method, maps = FIELDS[name], any_maps()
@@ -115,7 +123,7 @@ def test_fields(name: str, backend: str):
         assert_close(result, take_rows(full, query, LENGTHS))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
 @pytest.mark.parametrize("ratio", [0.0, 0.009, 0.011, 0.3, 0.5, 0.9, 0.999])
 def test_discard_counts_by_the_valid_block(backend: str, ratio: float):
     """⌊q·n²⌋ entries go, n the sample's own length: maps without ties and a corner that is large."""
@@ -132,7 +140,7 @@ def test_discard_counts_by_the_valid_block(backend: str, ratio: float):
         assert torch.equal(kept[~gone], block[~gone])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
 def test_discard_takes_equal_entries_in_order(backend: str):
     """Constant maps: everything ties, the first ⌊q·n²⌋ go, save the corner; n = 4 and 3 in one batch."""
     maps = torch.full((2, 2, 4, 4), 0.25)
@@ -143,7 +151,7 @@ def test_discard_takes_equal_entries_in_order(backend: str):
     assert torch.equal(result, torch.stack([first, second]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
 @pytest.mark.parametrize("corner", [0.0, 9.0], ids=["smallest", "largest"])
 def test_discard_spares_the_corner_and_takes_nothing_instead(backend: str, corner: float):
     maps = torch.arange(1.0, 17.0).view(1, 4, 4)
@@ -158,7 +166,7 @@ def test_discard_spares_the_corner_and_takes_nothing_instead(backend: str, corne
     assert torch.equal(result, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
 def test_discard_keeps_the_top_layer_whole(backend: str):
     """Its threshold needs the whole map, so the one-hot row must not take the short cut."""
     maps = any_maps(layers=1)
@@ -167,7 +175,7 @@ def test_discard_keeps_the_top_layer_whole(backend: str):
         assert_close(rollout.attention_rollout(maps, query=row, method="discard", backend=backend), full[:, row])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
 def test_layers_below_the_start_are_never_read(backend: str):
     maps = random_maps(B, H, S)
     alone = rollout.attention_rollout(maps[2:], query=0, backend=backend)
@@ -177,7 +185,7 @@ def test_layers_below_the_start_are_never_read(backend: str):
     assert same_bits(rollout.attention_rollout(maps, query=0, method=Method(start_layer=2), backend=backend), alone)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
 def test_head_weights(backend: str):
     maps = random_maps(B, H, S, dtype=torch.float64)
 
@@ -201,7 +209,7 @@ def test_head_weights(backend: str):
     assert_close(run(torch.eye(3)[[2, 0, 1]]), one_head)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
 def test_head_weights_do_not_touch_a_fused_layer(backend: str):
     maps = [random_maps(B, None, S, layers=1)[0], *random_maps(B, H, S, layers=2, seed=3)]
     for weights in (torch.tensor([1.0, 0.0, 3.0]), torch.tensor([[9.0, 9.0, 9.0], [1.0, 0.0, 3.0], [2.0, 1.0, 1.0]])):
@@ -213,7 +221,7 @@ def test_head_weights_do_not_touch_a_fused_layer(backend: str):
             )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
 def test_a_function_as_head_fusion(backend: str):
     """It sees one sample's valid block at a time, in the accumulation dtype, and its word is final."""
     seen = []
@@ -239,7 +247,7 @@ def test_a_function_as_head_fusion(backend: str):
     assert set(seen) == {((1, H, n, n), wide, None) for n in LENGTHS}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
 def test_a_function_with_gradients(backend: str):
     """A·|∇A|, averaged: a form that no field gives."""
     maps, lengths = any_maps(), torch.tensor(LENGTHS)

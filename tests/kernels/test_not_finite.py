@@ -16,10 +16,11 @@ from tests.support.oracles import assert_close, rollout_matrices
 
 B, H, S, L = 2, 3, 5, 3
 BACKENDS = pytest.mark.parametrize("backend", cases.BACKENDS)
+MAP_BACKENDS = pytest.mark.parametrize("backend", cases.MAP_BACKENDS)
 VALUES = pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 
 
-@BACKENDS
+@MAP_BACKENDS
 @VALUES
 @pytest.mark.parametrize("query", [None, 0, "weights"], ids=["full", "row", "weights"])
 def test_values_that_are_not_finite(backend: str, value: float, query: Any):
@@ -64,7 +65,7 @@ def test_other_arguments_that_are_not_finite(backend: str):
     assert_refused(ValueError, ("logsumexp[2]", "got nan", "layer 2", "sample 0"), call)
 
 
-@BACKENDS
+@MAP_BACKENDS
 def test_finite_input_may_still_overflow(backend: str):
     zero = [torch.zeros(1, 1, 3, 3)]
     call = lambda: rollout.attention_rollout(zero, method=Method(residual=0.0), backend=backend)  # noqa: E731
@@ -74,7 +75,7 @@ def test_finite_input_may_still_overflow(backend: str):
     assert_refused(ValueError, ("sample 0", "every input is", "overflows torch.float32"), call)
 
 
-@BACKENDS
+@MAP_BACKENDS
 def test_validate_false_leaves_values_to_the_caller(backend: str):
     maps = random_maps(B, H, S)
     clean = rollout_matrices(maps, Method())[:, 0]

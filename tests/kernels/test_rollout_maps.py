@@ -9,10 +9,11 @@ from torch import Tensor
 
 import rollout
 from rollout import Method
+from rollout_kernels import _native
 from rollout_kernels._torch import maps as maps_source
 from tests.support.cases import (
-    BACKENDS,
     DTYPES,
+    MAP_BACKENDS,
     SHAPES,
     peak_bytes,
     poison,
@@ -47,7 +48,7 @@ def make_query(form: str, batch: int, seq: int) -> int | Tensor | None:
 
 
 @pytest.mark.parametrize("form", QUERIES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
 @pytest.mark.parametrize(("batch", "heads", "seq", "dtype"), shape_params(SHAPES, list(DTYPES)))
 def test_matches_loops(batch: int, heads: int, seq: int, dtype: torch.dtype, backend: str, form: str):
     maps, full = grid_case(batch, heads, seq, dtype)
@@ -77,7 +78,7 @@ def test_any_tiling_gives_the_same(
         assert_close(result, take_rows(full, query, lengths))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
 def test_mixed_ranks_and_dtypes(backend: str):
     maps = [
         *random_maps(2, None, 11, layers=1, dtype=torch.float16),
@@ -110,7 +111,7 @@ def layouts(maps: list[Tensor]) -> dict[str, list[Tensor]]:
     }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
 @pytest.mark.parametrize("layout", ["keys-first", "heads-last", "sliced", "flipped-batch", "tuple-member"])
 def test_strides_do_not_matter(backend: str, layout: str):
     maps = random_maps(3, 2, 10)
@@ -120,7 +121,7 @@ def test_strides_do_not_matter(backend: str, layout: str):
         assert_close(rollout.attention_rollout(strided, query=query, backend=backend), take_rows(full, query))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
 def test_expanded_maps(backend: str):
     """One map for all samples and heads, by strides of 0."""
     one = random_maps(1, 1, 6, layers=2)
@@ -130,7 +131,7 @@ def test_expanded_maps(backend: str):
         assert_close(rollout.attention_rollout(expanded, query=query, backend=backend), take_rows(full, query))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=list(DTYPES.values()))
 def test_padding_is_zero_and_never_read(backend: str, dtype: torch.dtype):
     lengths = [9, 1, 4, 12]
@@ -164,14 +165,15 @@ def test_an_int_query_may_be_a_numpy_integer():
 
 
 @pytest.mark.parametrize("form", QUERIES)
-def test_auto_is_torch_on_the_cpu(form: str):
+def test_auto_on_the_cpu_is_native_where_it_was_built_and_serves(form: str):
     maps, query = random_maps(2, 3, 9), make_query(form, 2, 9)
     auto = rollout.attention_rollout(maps, query=query)
-    assert same_bits(auto, rollout.attention_rollout(maps, query=query, backend="torch"))
+    served = form != "full" and _native.unusable() is None
+    assert same_bits(auto, rollout.attention_rollout(maps, query=query, backend="native" if served else "torch"))
     assert_close(auto, take_rows(rollout_matrices(maps, ROLLOUT), query))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
 def test_the_mode_of_the_caller_does_not_matter(backend: str):
     """Grad mode, inference mode, autocast and `validate=False` give the same bits, detached."""
     maps = random_maps(2, 3, 9)
@@ -192,7 +194,7 @@ def test_the_mode_of_the_caller_does_not_matter(backend: str):
         assert same_bits(rollout.attention_rollout(maps, query=query, backend=backend, validate=False), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
 @pytest.mark.parametrize("name", ["rollout", "discard", "chefer", "grad_rollout", "product"])
 def test_inputs_keep_their_bits(backend: str, name: str):
     heads = None if name == "product" else 1

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from rollout_kernels import _native
+
 BACKENDS = ("torch", "reference")
+NEEDS_NATIVE = pytest.mark.skipif(_native.unusable() is not None, reason=f"no native kernel: {_native.unusable()}")
+# From maps also what `"auto"` takes on a CPU: native for all it can, and torch for the rest.
+MAP_BACKENDS = (*BACKENDS, pytest.param("auto", id="native", marks=NEEDS_NATIVE))
 DTYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 # B, H, S: a single everything, odd, one below, at and above a power of two, an empty batch.
