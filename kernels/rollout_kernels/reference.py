@@ -45,7 +45,8 @@ def layer_maps(problem: Problem, layer: int, b: int, n: int) -> tuple[Tensor, Te
 
 
 def softmax_maps(problem: QKProblem, layer: int, b: int, n: int) -> Tensor:
-    """softmax(scale·QKᵀ + mask) [H, n, n] of one sample; a row with no key allowed is uniform over its n keys."""
+    """softmax(scale·QKᵀ + mask) [H, n, n] of one sample; a row with no key allowed is uniform over its n keys,
+    with sinks 0."""
     queries = problem.queries[layer][b, :, :n].double()
     keys = problem.keys[layer][b, :, :n].double()
     keys = keys.repeat_interleave(queries.shape[0] // keys.shape[0], dim=0)
@@ -74,13 +75,13 @@ def softmax_maps(problem: QKProblem, layer: int, b: int, n: int) -> Tensor:
 
     if problem.sinks is not None:
         sinks = problem.sinks[layer].double()[:, None, None].expand(*scores.shape[:-1], 1)
-        return torch.softmax(torch.cat([scores, sinks], -1), dim=-1)[..., :-1]
-    if problem.logsumexp is not None:
+        maps = torch.softmax(torch.cat([scores, sinks], -1), dim=-1)[..., :-1]
+    elif problem.logsumexp is not None:
         maps = torch.exp(scores - problem.logsumexp[layer][b, :, :n].double()[..., None])
     else:
         maps = torch.softmax(scores, dim=-1)
     nothing_allowed = (scores == -math.inf).all(-1, keepdim=True)
-    return torch.where(nothing_allowed, torch.full_like(maps, 1.0 / n), maps)
+    return torch.where(nothing_allowed, torch.full_like(maps, 0.0 if problem.sinks is not None else 1.0 / n), maps)
 
 
 def layer_matrix(maps: Tensor, gradients: Tensor | None, method: Method, head_weights: Tensor | None) -> Tensor:

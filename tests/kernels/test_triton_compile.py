@@ -243,6 +243,20 @@ def test_rows_from_qk(kernel: str, form: str, dtype: str, size: int, capability:
             assert found.resident_warps >= WARPS_TO_HIDE_PRODUCTS, _rows[-1]
 
 
+@pytest.mark.parametrize(
+    ("kernel", "form", "dtype", "size", "capability"),
+    as_parameters(QK_CASES, {case: case[1] == "all masks" and case[3:] == (128, 90) for case in QK_CASES}),
+)
+def test_soft_caps_and_sinks_from_qk(kernel: str, form: str, dtype: str, size: int, capability: int) -> None:
+    config = launch.scores_launch(kernel, DTYPES[dtype], size, TABLES[capability])
+    constants = {**score_constants(kernel, form, DTYPES[dtype], size, config), "SOFTCAP": 50.0, "HAS_SINKS": True}
+    if kernel == "columns":
+        constants["HAS_SUMS"] = True
+    name = f"{kernel} {dtype} D{size} {config.block_m}x{config.block_n} w{config.num_warps} capped, sinks"
+    found = compiled(name, form, capability, SCORE_KERNELS[kernel], constants, config, "HGMMA|HMMA|UTC")
+    assert found.wide_loads > 0
+
+
 FUSED_CASES = [
     (kernel, dtype, size, capability)
     for kernel in FUSED_KERNELS

@@ -38,7 +38,10 @@ QK_FORMS = {
 }
 
 
-NO_BIAS = {"HAS_BIAS": False, "BIAS_DTYPE": inputs.DTYPES[torch.float32], "BIAS_UNIT": True, "HAS_SLOPES": False}
+NO_BIAS = {
+    "HAS_BIAS": False, "BIAS_DTYPE": inputs.DTYPES[torch.float32], "BIAS_UNIT": True, "HAS_SLOPES": False,
+    "SOFTCAP": 0.0, "HAS_SINKS": False,
+}  # fmt: skip
 
 
 def map_constants(
@@ -68,10 +71,11 @@ def score_constants(
 def fused_constants(
     kernel: str, dtype: torch.dtype, head_dimension: int, config: launch.ScoresLaunch
 ) -> dict[str, object]:
-    """Of `FUSED_KERNELS` in the heaviest form: every mask, a bias, slopes, rows that attend to no key, and the maximum
-    over heads unless the kernel adds heads up."""
+    """Of `FUSED_KERNELS` in the heaviest form: every mask, a bias, slopes, a soft cap, sinks, rows that attend to no
+    key, and the maximum over heads unless the kernel adds heads up."""
     constants = score_constants("logsumexp", "all masks", dtype, head_dimension, config)
-    return {**constants, "HAS_BIAS": True, "HAS_SLOPES": True, **FUSED_KERNELS[kernel][1]}
+    heaviest = {"HAS_BIAS": True, "HAS_SLOPES": True, "SOFTCAP": 50.0, "HAS_SINKS": True}
+    return {**constants, **heaviest, **FUSED_KERNELS[kernel][1]}
 
 
 def product_constants(config: launch.ProductLaunch) -> dict[str, object]:

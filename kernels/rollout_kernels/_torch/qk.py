@@ -156,6 +156,7 @@ class QKSource:
         if logsumexp is None and self._problem.sinks is not None:
             sinks = self._problem.sinks[layer].to(scores.dtype)[:, None]
             logsumexp = torch.logaddexp(scores.logsumexp(-1), sinks)
+            logsumexp.masked_fill_(logsumexp == -math.inf, 0.0)  # no key and no sink: the row is 0, not NaN
         if logsumexp is None:
             torch.softmax(scores, -1, out=scores)
         else:

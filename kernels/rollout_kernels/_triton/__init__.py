@@ -74,10 +74,6 @@ def refusals_qk(problem: QKProblem) -> list[str]:
         reasons.append("bias is float64, not float32, bfloat16 or float16")
     if callable(problem.method.head_fusion):
         reasons.append("head_fusion is a Python function")
-    if problem.softcap is not None:
-        reasons.append("softcap is not supported")
-    if problem.sinks is not None:
-        reasons.append("sinks are not supported")
     if problem.method.discard_ratio > 0:
         reasons.append("discard_ratio needs the order of a whole map, and from Q and K no map is held")
     return reasons
@@ -133,8 +129,8 @@ def full_from_maps(problem: Problem) -> Tensor:
 
 def rows_from_qk(problem: QKProblem) -> Tensor:
     """Start rows times R from queries and keys, [B, S] or [B, R, S] float32: one launch for the log-sum-exp unless it
-    was given, one for the row sums where the maximum or minimum over heads is renormalised, one for every layer of the
-    chain.
+    was given, one for the row sums where the maximum or minimum over heads, or any fusion with sinks, is renormalised,
+    one for every layer of the chain.
 
     Args:
         problem: one that `refusals_qk` has nothing against.
@@ -175,7 +171,7 @@ def _row_statistics(problem: QKProblem, arguments: qk_inputs.QKInputs) -> Tensor
     """Fills the log-sum-exp of every layer's rows unless it was given; the row sums of M_l where they are not known."""
     if arguments.lse is not None:
         logsumexp(arguments, _scores_launch("logsumexp", problem))
-    if problem.method.renormalize and qk_inputs.takes_extremes(problem):
+    if qk_inputs.needs_row_sums(problem):
         return row_sums(arguments, _scores_launch("fused", problem))
     return None
 

@@ -7,6 +7,7 @@ A program owns BLOCK_N columns of one step of one chain (one start row of one sa
 The maximum or minimum over heads is taken entry by entry first, with rows in the outer loop and heads in the inner
 one (`fused_tile`), and w_i is divided by the row sum of M_l where it is renormalised (`row_sums`). With a bias the mean
 goes that way too: a bias may leave a row of one head alone no key.
+With sinks a row with no key is 0.
 
 It forms the transposed scores K·Qᵀ, so that the sum over rows i is taken once, after the loop. Programs take tickets,
 numbered step-major (step 0 is the top layer), and wait for every column of the step before: only for lower tickets,
@@ -24,6 +25,7 @@ from rollout_kernels._triton.qk_fused_tile import fused_tile
 from rollout_kernels._triton.qk_inputs import QKInputs
 from rollout_kernels._triton.qk_tile import (
     add_slopes,
+    cap,
     head_matrix,
     load_parts,
     multiply,
@@ -47,21 +49,22 @@ def load_w(w_ptr, dead_ptr, sums_ptr, offs, n, HAS_DEAD: tl.constexpr, HAS_SUMS:
 
 @triton.jit
 def add_rows(
-    acc, k, k_rest, q_matrix, stride_q, lse_ptr, w_ptr, dead_ptr, slopes_ptr,
+    acc, k, k_rest, q_matrix, stride_q, lse_ptr, w_ptr, dead_ptr, sums_ptr, slopes_ptr,
     layer, head, H, offs_j, low, inner, outer, high, n, scale, lse_scale, head_weight, left, right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DEAD: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DEAD: tl.constexpr, HAS_SUMS: tl.constexpr,
+    HAS_SLOPES: tl.constexpr, SOFTCAP: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """acc[j, i mod BLOCK_M] += w_i·A_ij for the rows low … high of one head; inner … outer need no mask."""
     for start in range(low, high, BLOCK_M):
         offs_i = start + tl.arange(0, BLOCK_M)
         q, q_rest = load_parts(q_matrix, stride_q, offs_i, n, D, UPCAST, HALVES)
-        w, _ = load_w(w_ptr, dead_ptr, w_ptr, offs_i, n, HAS_DEAD, False)
+        w, _ = load_w(w_ptr, dead_ptr, sums_ptr, offs_i, n, HAS_DEAD, HAS_SUMS)
         lse = tl.load(lse_ptr + offs_i, mask=offs_i < n, other=0.0) * lse_scale
         # A row of weight 0 may be padding, or have no log-sum-exp: 2^−∞ keeps it out.
         lse = tl.where(w == 0.0, float("inf"), lse)
 
-        scores = multiply(k, k_rest, q, q_rest, PRECISION, HALVES) * scale
+        scores = cap(multiply(k, k_rest, q, q_rest, PRECISION, HALVES) * scale, SOFTCAP)
         if HAS_SLOPES:
             scores = add_slopes(scores, slopes_ptr, layer, head, H, offs_i[None, :], offs_j[:, None])
         p = tl.exp2(scores - lse[None, :])
@@ -99,6 +102,7 @@ def columns_kernel(
     HAS_LENGTHS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_DEAD: tl.constexpr, HAS_SUMS: tl.constexpr, FUSION: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS_DTYPE: tl.constexpr, BIAS_UNIT: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     DTYPE: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     # blocks
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -166,7 +170,7 @@ def columns_kernel(
                     queries_ptr, keys_ptr, bias_ptr, slopes_ptr, lse_table_ptr, head_weights_ptr, key_valid_ptr,
                     layer, sample, H, offs_i, offs_j, n, L, B, H, S, group, scale, lse_scale, left, right,
                     FUSION, HAS_KEY_MASK, HAS_LEFT, HAS_RIGHT, HAS_BIAS, BIAS_DTYPE, BIAS_UNIT, HAS_SLOPES,
-                    DTYPE, VEC, ALIGNED, D, PRECISION, UPCAST,
+                    SOFTCAP, HAS_SINKS, DTYPE, VEC, ALIGNED, D, PRECISION, UPCAST,
                 )  # fmt: skip
                 w, _ = load_w(from_ptr, dead_ptr, sums_ptr, offs_i, n, HAS_DEAD, HAS_SUMS)
                 acc += tl.where(w[None, :] == 0.0, 0.0, tile * w[None, :])
@@ -181,9 +185,9 @@ def columns_kernel(
                     head_weight = tl.load(head_weights_ptr + layer * H + head)
 
                 acc = add_rows(
-                    acc, k, k_rest, q_matrix, stride_q, lse_matrix, from_ptr, dead_ptr, slopes_ptr,
+                    acc, k, k_rest, q_matrix, stride_q, lse_matrix, from_ptr, dead_ptr, sums_ptr, slopes_ptr,
                     layer, head, H, offs_j, low, inner, outer, high, n, scale, lse_scale, head_weight, left, right,
-                    HAS_LEFT, HAS_RIGHT, HAS_DEAD, HAS_SLOPES, D, BLOCK_M, PRECISION, UPCAST, HALVES,
+                    HAS_LEFT, HAS_RIGHT, HAS_DEAD, HAS_SUMS, HAS_SLOPES, SOFTCAP, D, BLOCK_M, PRECISION, UPCAST, HALVES,
                 )  # fmt: skip
 
         sums = tl.sum(acc, 1)
@@ -191,7 +195,7 @@ def columns_kernel(
             sums = sums / H
         if HAS_KEY_MASK and not TILED:
             sums = tl.where(tl.load(key_valid_ptr + offs_j, mask=offs_j < n, other=0) != 0, sums, 0.0)
-        if HAS_DEAD:
+        if HAS_DEAD and not HAS_SINKS:
             sums += lost / n  # a row that attends to no key is uniform over the sample's keys
         own, lost_own = load_w(from_ptr, dead_ptr, sums_ptr, offs_j, n, HAS_DEAD, HAS_SUMS)
         result = tl.where(offs_j < n, residual * (own + lost_own) + attention * sums, 0.0)

@@ -24,6 +24,7 @@ class QKInputs:
         values: tables of queries, keys, log-sum-exp and biases, one after another, and head weights.
         masks: uint8 [B, S] of valid keys and of dead rows, or None.
         slopes: float32 [L, H], ALiBi's, or None.
+        sinks: float32 [L, H], times log2 e unless there is a bias, or None.
         score_scalars: L, B, H, S, queries a key head serves, scale (times log2 e unless there is a bias), left, right.
         score_flags: the compile-time flags of every kernel.
         column_flags: those of all but the log-sum-exp.
@@ -40,6 +41,7 @@ class QKInputs:
     values: Values
     masks: tuple[Tensor | None, Tensor | None]
     slopes: Tensor | None
+    sinks: Tensor | None
     score_scalars: tuple[int | float, ...]
     score_flags: dict[str, object]
     column_scalars: tuple[float, ...]
@@ -126,13 +128,14 @@ def qk_inputs(problem: QKProblem, interpreting: bool) -> QKInputs:
         fusion, (head_weights, _) = "weights", flatten(problem.head_weights)
     left, right = _window(problem)
     method = problem.method
-    # Rows of a mean of softmax rows sum to 1.
-    total = method.residual + method.attention_weight if method.renormalize and not takes_extremes(problem) else 1.0
+    known = method.renormalize and not needs_row_sums(problem)
+    total = method.residual + method.attention_weight if known else 1.0
     return QKInputs(
         problem=problem,
         values=Values(_table(problem.queries, vector) + _table(problem.keys, vector) + numbers, head_weights),
         masks=(valid, dead),
         slopes=None if problem.alibi_slopes is None else _slopes(problem, heads).mul_(unit),
+        sinks=None if problem.sinks is None else torch.stack([sinks.float() for sinks in problem.sinks]).mul_(unit),
         score_scalars=(
             problem.layers, batch, heads, seq, heads // problem.keys[0].shape[1], problem.scale * unit,
             0 if left is None else min(left, seq), 0 if right is None else min(right, seq),
@@ -146,6 +149,8 @@ def qk_inputs(problem: QKProblem, interpreting: bool) -> QKInputs:
             "BIAS_DTYPE": DTYPES[biases[0].dtype if biased else torch.float32],
             "BIAS_UNIT": all(bias.stride(-1) == 1 for bias in biases),
             "HAS_SLOPES": problem.alibi_slopes is not None,
+            "SOFTCAP": 0.0 if problem.softcap is None else problem.softcap * unit,
+            "HAS_SINKS": problem.sinks is not None,
             "DTYPE": DTYPES[problem.queries[0].dtype],
             "VEC": vector,
             "ALIGNED": aligned,
@@ -164,8 +169,13 @@ def qk_inputs(problem: QKProblem, interpreting: bool) -> QKInputs:
 
 
 def takes_extremes(problem: QKProblem) -> bool:
-    """Whether heads are fused by the maximum or minimum, so that rows of F_l do not sum to 1."""
+    """Whether heads are fused by the maximum or minimum."""
     return problem.head_weights is None and problem.method.head_fusion != "mean"
+
+
+def needs_row_sums(problem: QKProblem) -> bool:
+    """Whether M_l is renormalised and its row sums are not known: rows of F_l are no weighted mean of softmax rows."""
+    return problem.method.renormalize and (takes_extremes(problem) or problem.sinks is not None)
 
 
 def _starts(problem: QKProblem) -> int:

@@ -30,6 +30,7 @@ def qk_matrix_kernel(
     IDENTITY: tl.constexpr, FUSION: tl.constexpr, HAS_SUMS: tl.constexpr, HAS_DEAD: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS_DTYPE: tl.constexpr, BIAS_UNIT: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     DTYPE: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     # blocks
     OUT_VEC: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -61,12 +62,12 @@ def qk_matrix_kernel(
         key_valid_ptr + sample.to(tl.int64) * S,
         layer, sample, tl.where(wanted, H, 0), offs_i, offs_j, n, L, B, H, S, group, scale, lse_scale,
         left, right, FUSION, HAS_KEY_MASK, HAS_LEFT, HAS_RIGHT, HAS_BIAS, BIAS_DTYPE, BIAS_UNIT, HAS_SLOPES,
-        DTYPE, VEC, ALIGNED, D, PRECISION, UPCAST,
+        SOFTCAP, HAS_SINKS, DTYPE, VEC, ALIGNED, D, PRECISION, UPCAST,
     )  # fmt: skip
     inside = (offs_i < n)[None, :] & (offs_j < n)[:, None]
     if HAS_DEAD:
         dead = tl.load(dead_ptr + rows, mask=offs_i < n, other=0) != 0
-        tile = tl.where(dead[None, :] & inside, 1.0 / n, tile)
+        tile = tl.where(dead[None, :] & inside, 0.0 if HAS_SINKS else 1.0 / n, tile)
 
     diagonal = tl.where(offs_i < n, residual, 0.0)
     tile = attention * tile

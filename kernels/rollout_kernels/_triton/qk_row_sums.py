@@ -1,6 +1,7 @@
-"""The row sums of M_l from Q and K, every layer in one launch: what the maximum or minimum over heads is divided by.
+"""The row sums of M_l from Q and K, every layer in one launch: what the maximum or minimum over heads is divided by, and any
+fusion of heads with sinks.
 
-Rows of such an F_l no longer sum to 1, and a program that owns some columns sees no whole row: the scores are formed
+Rows of such an F_l do not sum to 1, and a program that owns some columns sees no whole row: the scores are formed
 once more, here by rows.
 """
 
@@ -34,6 +35,7 @@ def row_sums_kernel(
     ONE_HOT: tl.constexpr, FUSION: tl.constexpr, HAS_DEAD: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS_DTYPE: tl.constexpr, BIAS_UNIT: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     DTYPE: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     # blocks
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -71,13 +73,13 @@ def row_sums_kernel(
                 key_valid_ptr + sample.to(tl.int64) * S,
                 layer, sample, H, offs_i, first + tl.arange(0, BLOCK_N), n, L, B, H, S, group, scale, lse_scale,
                 left, right, FUSION, HAS_KEY_MASK, HAS_LEFT, HAS_RIGHT, HAS_BIAS, BIAS_DTYPE, BIAS_UNIT, HAS_SLOPES,
-                DTYPE, VEC, ALIGNED, D, PRECISION, UPCAST,
+                SOFTCAP, HAS_SINKS, DTYPE, VEC, ALIGNED, D, PRECISION, UPCAST,
             )  # fmt: skip
 
         sums = tl.sum(acc, 0)
         rows = sample.to(tl.int64) * S + offs_i
         if HAS_DEAD:
-            sums = tl.where(tl.load(dead_ptr + rows, mask=offs_i < n, other=0) != 0, 1.0, sums)
+            sums = tl.where(tl.load(dead_ptr + rows, mask=offs_i < n, other=0) != 0, 0.0 if HAS_SINKS else 1.0, sums)
         rows += layer.to(tl.int64) * B * S
         tl.store(sums_ptr + rows, residual + attention * sums, mask=offs_i < n)
 
