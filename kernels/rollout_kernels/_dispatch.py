@@ -9,6 +9,7 @@ from torch import Tensor
 from rollout_kernels import reference
 from rollout_kernels._problem import MapsProblem, Problem, QKProblem
 from rollout_kernels._torch import chain
+from rollout_kernels._torch.own_path import leave_out
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -54,6 +55,12 @@ def _run_triton(problem: Problem) -> Tensor:
     return _triton.full_from_maps(problem) if problem.form == "full" else _triton.rows_from_maps(problem)
 
 
+def _value_refusals(problem: Problem, backend: str) -> list[str]:
+    if problem.values is None or backend in ("torch", "reference"):
+        return []
+    return [f"it reads no values, which values={problem.method.values!r} of the method needs"]
+
+
 _TABLE = {
     "triton": Backend("triton", _triton_refusals, _run_triton),
     "torch": Backend("torch", _never_refuses, chain.rollout),
@@ -63,7 +70,7 @@ _TABLE = {
 
 def refusals(problem: Problem, backend: str) -> list[str]:
     """Why a backend cannot serve `problem`; empty when it can."""
-    return _TABLE[backend].refusals(problem)
+    return _TABLE[backend].refusals(problem) + _value_refusals(problem, backend)
 
 
 def choose(problem: Problem, backend: str) -> Backend:
@@ -90,5 +97,7 @@ def choose(problem: Problem, backend: str) -> Backend:
 
 
 def run(problem: Problem, backend: str) -> Tensor:
-    """The result of `problem` by the backend chosen for it."""
-    return choose(problem, backend).run(problem)
+    """The result of `problem` by the backend chosen for it; the oracle leaves the own path out itself."""
+    chosen = choose(problem, backend)
+    result = chosen.run(problem)
+    return result if problem.method.own_path or chosen.name == "reference" else leave_out(problem, result)

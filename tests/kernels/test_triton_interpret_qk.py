@@ -217,7 +217,9 @@ def test_rows_from_qk(
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("mask", list(MASKS))
 def test_rows_from_qk_every_combination_of_masks(mask: str, dtype: str) -> None:
-    cases = pairwise(list(QK_METHODS), ["negative weights", "full"], list(KEY_MASKS), list(BIASES), list(SCORES), *[FLAGS] * 4)
+    cases = pairwise(
+        list(QK_METHODS), ["negative weights", "full"], list(KEY_MASKS), list(BIASES), list(SCORES), *[FLAGS] * 4
+    )
     for method, query, *rest in cases:
         check_qk(qk_case(method, dtype, "B2-H4-Hkv2-S33-D16-L2", query, mask, *rest))
 

@@ -179,7 +179,8 @@ def _row_statistics(problem: QKProblem, arguments: qk_inputs.QKInputs) -> Tensor
 def _scores_launch(kernel: str, problem: QKProblem) -> launch.ScoresLaunch:
     queries = problem.queries[0]
     name = launch.target(problem.device).table
-    return launch.scores_launch(kernel, queries.dtype, queries.shape[-1], name, problem.has_bias)
+    capped = problem.softcap is not None or problem.sinks is not None
+    return launch.scores_launch(kernel, queries.dtype, queries.shape[-1], name, problem.has_bias, capped)
 
 
 def cannot_compile(error: Exception) -> bool:

@@ -6,7 +6,7 @@ A program owns BLOCK_N columns of one step of one chain (one start row of one sa
 
 The maximum or minimum over heads is taken entry by entry first, with rows in the outer loop and heads in the inner
 one (`fused_tile`), and w_i is divided by the row sum of M_l where it is renormalised (`row_sums`). With a bias the mean
-goes that way too: a bias may leave a row of one head alone no key.
+goes that way too: a bias may leave a row of one head alone no key; and with a soft cap or sinks, which take registers.
 With sinks a row with no key is 0.
 
 It forms the transposed scores K·Qᵀ, so that the sum over rows i is taken once, after the loop. Programs take tickets,
@@ -25,7 +25,6 @@ from rollout_kernels._triton.qk_fused_tile import fused_tile
 from rollout_kernels._triton.qk_inputs import QKInputs
 from rollout_kernels._triton.qk_tile import (
     add_slopes,
-    cap,
     head_matrix,
     load_parts,
     multiply,
@@ -49,22 +48,21 @@ def load_w(w_ptr, dead_ptr, sums_ptr, offs, n, HAS_DEAD: tl.constexpr, HAS_SUMS:
 
 @triton.jit
 def add_rows(
-    acc, k, k_rest, q_matrix, stride_q, lse_ptr, w_ptr, dead_ptr, sums_ptr, slopes_ptr,
+    acc, k, k_rest, q_matrix, stride_q, lse_ptr, w_ptr, dead_ptr, slopes_ptr,
     layer, head, H, offs_j, low, inner, outer, high, n, scale, lse_scale, head_weight, left, right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DEAD: tl.constexpr, HAS_SUMS: tl.constexpr,
-    HAS_SLOPES: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_DEAD: tl.constexpr, HAS_SLOPES: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """acc[j, i mod BLOCK_M] += w_i·A_ij for the rows low … high of one head; inner … outer need no mask."""
     for start in range(low, high, BLOCK_M):
         offs_i = start + tl.arange(0, BLOCK_M)
         q, q_rest = load_parts(q_matrix, stride_q, offs_i, n, D, UPCAST, HALVES)
-        w, _ = load_w(w_ptr, dead_ptr, sums_ptr, offs_i, n, HAS_DEAD, HAS_SUMS)
+        w, _ = load_w(w_ptr, dead_ptr, w_ptr, offs_i, n, HAS_DEAD, False)
         lse = tl.load(lse_ptr + offs_i, mask=offs_i < n, other=0.0) * lse_scale
         # A row of weight 0 may be padding, or have no log-sum-exp: 2^−∞ keeps it out.
         lse = tl.where(w == 0.0, float("inf"), lse)
 
-        scores = cap(multiply(k, k_rest, q, q_rest, PRECISION, HALVES) * scale, SOFTCAP)
+        scores = multiply(k, k_rest, q, q_rest, PRECISION, HALVES) * scale
         if HAS_SLOPES:
             scores = add_slopes(scores, slopes_ptr, layer, head, H, offs_i[None, :], offs_j[:, None])
         p = tl.exp2(scores - lse[None, :])
@@ -117,7 +115,8 @@ def columns_kernel(
     sample = chain // R
     # A float32 tile is split into thirds before the product: at D = 128 all at once they are too many registers.
     HALVES: tl.constexpr = DTYPE == tl.float32 and D > 64  # noqa: SIM300
-    TILED: tl.constexpr = HAS_BIAS or FUSION == MAX or FUSION == MIN  # noqa: SIM109, RUF100
+    EXTREMES: tl.constexpr = FUSION == MAX or FUSION == MIN  # noqa: PLR1714, SIM109, RUF100
+    TILED: tl.constexpr = HAS_BIAS or HAS_SINKS or SOFTCAP != 0.0 or EXTREMES
 
     n = S
     if HAS_LENGTHS:
@@ -185,9 +184,9 @@ def columns_kernel(
                     head_weight = tl.load(head_weights_ptr + layer * H + head)
 
                 acc = add_rows(
-                    acc, k, k_rest, q_matrix, stride_q, lse_matrix, from_ptr, dead_ptr, sums_ptr, slopes_ptr,
+                    acc, k, k_rest, q_matrix, stride_q, lse_matrix, from_ptr, dead_ptr, slopes_ptr,
                     layer, head, H, offs_j, low, inner, outer, high, n, scale, lse_scale, head_weight, left, right,
-                    HAS_LEFT, HAS_RIGHT, HAS_DEAD, HAS_SUMS, HAS_SLOPES, SOFTCAP, D, BLOCK_M, PRECISION, UPCAST, HALVES,
+                    HAS_LEFT, HAS_RIGHT, HAS_DEAD, HAS_SLOPES, D, BLOCK_M, PRECISION, UPCAST, HALVES,
                 )  # fmt: skip
 
         sums = tl.sum(acc, 1)

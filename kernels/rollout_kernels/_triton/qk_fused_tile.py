@@ -22,8 +22,9 @@ def fused_tile(
     DTYPE: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """F_l[i, j] at [j, i], 0 beyond the sample's n×n block. A row of a head that a bias forbids every key is uniform,
-    with sinks 0; one that masks forbid every key is 0, and the caller's to fill. `heads` is H, or 0 where no entry is allowed."""
+    """F_l[i, j] at [j, i], 0 beyond the sample's n×n block. A row of a head that a bias forbids every key is uniform, 0
+    with sinks; one that masks forbid every key is 0, and the caller's to fill. `heads` is H, or 0 where no entry is
+    allowed."""
     # Two tiles and their thirds beside two of entries: a wide head takes too many registers at once.
     CHUNK: tl.constexpr = min(D, 32 if DTYPE == tl.float32 else 64)  # noqa: SIM300
     i = offs_i[None, :]

@@ -127,7 +127,7 @@ def logsumexp(inputs: QKInputs, launch: ScoresLaunch) -> None:
     layers, batch, heads, seq = inputs.lse.shape[-4:]
     grid = (layers * batch * heads * -(-seq // launch.block_m),)
     logsumexp_kernel[grid](
-        *inputs.score_pointers, inputs.lse if inputs.sinks is None else inputs.sinks, inputs.start, inputs.lse, *inputs.score_scalars,
-        **inputs.score_flags, ONE_HOT=inputs.one_hot, PRECISION="ieee" if inputs.exact else launch.precision,
-        **launch.blocks, **launch.options,
+        *inputs.score_pointers, inputs.lse if inputs.sinks is None else inputs.sinks, inputs.start, inputs.lse,
+        *inputs.score_scalars, **inputs.score_flags, ONE_HOT=inputs.one_hot,
+        PRECISION="ieee" if inputs.exact else launch.precision, **launch.blocks, **launch.options,
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""The row sums of M_l from Q and K, every layer in one launch: what the maximum or minimum over heads is divided by, and any
-fusion of heads with sinks.
+"""The row sums of M_l from Q and K, every layer in one launch: what the maximum or minimum over heads is divided by,
+and any fusion of heads with sinks.
 
-Rows of such an F_l do not sum to 1, and a program that owns some columns sees no whole row: the scores are formed
-once more, here by rows.
+Rows of such an F_l do not sum to 1, and a program that owns some columns sees no whole row: the scores are formed once
+more, here by rows.
 """
 
 import torch
