@@ -146,6 +146,7 @@ def test_an_operator_takes_all_that_the_call_and_the_method_have() -> None:
     methods = {field.name for field in dataclasses.fields(Method)} - {"paper"}
     renamed = {
         "gradient_form": "gradients",
+        "value_form": "values",
         "query_tensor": "query",
         "head_weights": "head_fusion",
         "left": "window",

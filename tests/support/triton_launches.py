@@ -24,6 +24,11 @@ FUSED_KERNELS: dict[str, tuple[Any, dict[str, object]]] = {  # those of the laun
     "matrix": (
         qk_matrix_kernel, {"FUSION": 1, "HAS_DEAD": True, "HAS_SUMS": True, "IDENTITY": False, "OUT_VEC": 4},
     ),
+    "columns by norms": (columns_kernel, {"FUSION": 4, "HAS_DEAD": False, "HAS_SUMS": True}),
+    "row sums by norms": (row_sums_kernel, {"FUSION": 4, "HAS_DEAD": False}),
+    "matrix by norms": (
+        qk_matrix_kernel, {"FUSION": 4, "HAS_DEAD": False, "HAS_SUMS": True, "IDENTITY": False, "OUT_VEC": 4},
+    ),
 }  # fmt: skip
 MAP_FORMS = {  # the heaviest: max fusion, renormalised, ragged, a free top layer; then gradients, then the lightest
     "max": {"ONE_HOT": True, "HAS_LENGTHS": True, "RENORMALIZE": True, "FUSION": 1, "GRADIENTS": 0},

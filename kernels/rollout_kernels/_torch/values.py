@@ -97,24 +97,26 @@ class ValueTerms:
 
     def _make_terms(self, layer: int, samples: slice) -> Tensor:
         problem = self._problem
+        if problem.method.values == "norm_then_sum":
+            return self.head_norms(layer, samples).transpose(0, 1)
         assert problem.values is not None
         given = problem.values[layer]
-        values = given.values[samples].to(problem.compute_dtype)
-        if problem.method.values == "norm_then_sum":
-            return _valid(problem, samples, self._head_norms(layer, values).transpose(0, 1))
-        weights = given.output_weights.to(values.dtype)
+        values, weights = (t.to(problem.compute_dtype) for t in (given.values[samples], given.output_weights))
         parts = [
             triangles((_repeated(part, len(weights)) @ weights).transpose(0, 1)) for part in values.split(KEYS, dim=2)
         ]
         return _valid(problem, samples, torch.cat(parts, -1))
 
-    def _head_norms(self, layer: int, values: Tensor) -> Tensor:
-        """‖v_hj·W_O^h‖ [b, H, S] of values [b, H_v, S, D_v]."""
-        assert self._problem.values is not None
-        weights = self._problem.values[layer].output_weights
+    def head_norms(self, layer: int, samples: slice) -> Tensor:
+        """‖v_hj·W_O^h‖ [b, H, S], 0 on padding."""
+        problem = self._problem
+        assert problem.values is not None
+        values, weights = problem.values[layer].values[samples], problem.values[layer].output_weights
         if layer not in self._triangles:  # [H, min(D_v, E), D_v]: norms that W_O gives, it gives
-            self._triangles[layer] = torch.linalg.qr(weights.to(values.dtype).mT, mode="r").R
-        return (_repeated(values, len(weights)) @ self._triangles[layer].mT).norm(dim=-1)
+            self._triangles[layer] = torch.linalg.qr(weights.to(problem.compute_dtype).mT, mode="r").R
+        transformed = _repeated(values.to(problem.compute_dtype), len(weights)) @ self._triangles[layer].mT
+        norms = transformed.norm(dim=-1)
+        return _valid(problem, samples, norms.transpose(0, 1)).transpose(0, 1)
 
     def _add_inputs(self, layer: int, samples: slice, maps: Tensor, rows: slice | Tensor, fused: Tensor) -> None:
         """Where j = i, the norm with the residual: ‖Σ_h A_hii f_hi + (residual / attention)·x_i‖."""

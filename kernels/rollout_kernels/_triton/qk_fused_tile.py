@@ -1,14 +1,15 @@
 """Device code: one tile of F_l from Q and K, its heads fused on chip, by any fusion.
 
 The mean and head weights are sums, which the columns kernel takes head after head. The maximum and the minimum are
-not: a tile is fused over all heads before it is weighted, summed or written.
+not: a tile is fused over all heads before it is weighted, summed or written. The norms of what each head hands on go
+that way too.
 """
 
 import triton
 import triton.language as tl
 
-from rollout_kernels._triton.layer import MAX, MEAN, MIN, WEIGHTS
-from rollout_kernels._triton.qk_tile import add_bias, cap, head_matrix, load_lse, load_rows, softmax_entries
+from rollout_kernels._triton.layer import MAX, MEAN, MIN, NORMS, WEIGHTS
+from rollout_kernels._triton.qk_tile import add_bias, cap, head_matrix, load_lse, load_norms, load_rows, softmax_entries
 
 
 @triton.jit
@@ -69,6 +70,8 @@ def fused_tile(
             fused = tl.minimum(fused, p, propagate_nan=tl.PropagateNan.ALL)
         elif FUSION == WEIGHTS:
             fused += p * tl.load(head_weights_ptr + layer * H + head)
+        elif FUSION == NORMS:
+            fused += p * load_norms(head_weights_ptr, layer, sample, head, B, H, S, offs_j, n)[:, None]
         else:
             fused += p
     if FUSION == MEAN:

@@ -113,6 +113,16 @@ def add_slopes(scores, slopes_ptr, layer, head, H, i, j):
 
 
 @triton.jit
+def load_norms(
+    norms_ptr,  # float32 [L, B, H + 1, S]: of each head's transformed values; the last row the residual's weight
+    layer, sample, head, B, H, S, offs, n,
+):  # fmt: skip
+    """Norms of positions `offs`, 0 beyond the sample's end."""
+    row = norms_ptr + ((layer.to(tl.int64) * B + sample) * (H + 1) + head) * S
+    return tl.load(row + offs, mask=offs < n, other=0.0)
+
+
+@triton.jit
 def load_lse(lse_ptr, rest_stride, offs, n, lse_scale, HAS_BIAS: tl.constexpr):
     """The log-sum-exp of rows `offs` in base 2 (then twice); with a bias the maximum, and log2 of the sum after it."""
     lse = tl.load(lse_ptr + offs, mask=offs < n, other=0.0) * lse_scale
