@@ -16,6 +16,9 @@ def attention_rollout(
     query: int | Tensor | None = None,
     lengths: Tensor | None = None,
     gradients: Sequence[Tensor] | None = None,
+    values: Sequence[Tensor] | None = None,
+    output_weights: Sequence[Tensor] | None = None,
+    inputs: Sequence[Tensor] | None = None,
     method: str | Method = "rollout",
     backend: str = "auto",
     validate: bool = True,
@@ -35,6 +38,10 @@ def attention_rollout(
             the same shape; weights on padded rows count as 0.
         lengths: long [B], the valid prefix of each sample, 1..S; default S. What lies beyond it is never read.
         gradients: ∂(target)/∂A, shaped like `attentions`; read by the gradient-weighted methods only.
+        values, output_weights, inputs: for the value-aware methods, one tensor a layer. The values v that the maps mix,
+            [B, H_v, S, D_v], H a multiple of H_v; the output projection by heads, [H, D_v, E] (of an `nn.Linear` over
+            heads side by side `weight.T.reshape(H, D_v, E)`), no bias; what the residual adds, [B, S, E]. Before
+            normalisation or after it is the model's: they are measured as they are given.
         method: a name in `rollout.METHODS`, or a `rollout.Method`.
         backend: `"auto"`, `"triton"` (GPU), `"native"` (CPU, rows from maps, where it was compiled), `"torch"`, or
             `"reference"` (the float64 oracle, slow).
@@ -57,6 +64,9 @@ def attention_rollout(
         query=query,
         lengths=lengths,
         gradients=gradients,
+        values=values,
+        output_weights=output_weights,
+        inputs=inputs,
         method=get_method(method),
         backend=backend,
         validate=validate,
@@ -80,6 +90,9 @@ def attention_rollout_qk(
     logsumexp: Sequence[Tensor] | None = None,
     softcap: float | None = None,
     sinks: Sequence[Tensor] | None = None,
+    values: Sequence[Tensor] | None = None,
+    output_weights: Sequence[Tensor] | None = None,
+    inputs: Sequence[Tensor] | None = None,
     method: str | Method = "rollout",
     backend: str = "auto",
     validate: bool = True,
@@ -109,6 +122,8 @@ def attention_rollout_qk(
         softcap: c, bounds the scaled scores before anything is added to them, cap(s) = c·tanh(s/c) (Gemma 2).
         sinks: L tensors [H], the score of one more column in the softmax of each head, which is no key (GPT-OSS): rows
             sum to less than 1, and are divided by their sum as `method` says. Not with `logsumexp`.
+        values, output_weights, inputs: as in `attention_rollout`; beside them the row form takes O(B·H·S) for
+            `value_norm`, and a tile.
 
     Returns:
         As `attention_rollout`. A row with no key allowed is uniform over the keys of its sample, 1/lengths[b]; with
@@ -136,6 +151,9 @@ def attention_rollout_qk(
         logsumexp=logsumexp,
         softcap=softcap,
         sinks=sinks,
+        values=values,
+        output_weights=output_weights,
+        inputs=inputs,
         method=get_method(method, "attention_rollout_qk"),
         backend=backend,
         validate=validate,

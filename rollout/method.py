@@ -50,6 +50,20 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             paper="Chefer, Gur & Wolf 2021 (ICCV), arXiv:2103.15679, equations 5 and 6, self-attention: "
             "I + mean_h max(A∘∇A, 0)",
         ),
+        "value_norm": Method(
+            residual=1.0,
+            attention=1.0,
+            values="norm_then_sum",
+            paper="A linear cousin of kobayashi, head by head as Kobayashi et al. 2020, arXiv:2004.10102, take norms: "
+            "rownorm(Σ_h A_hij‖W_O^h v_hj‖ + δ_ij‖x_i‖)",
+        ),
+        "kobayashi": Method(
+            residual=1.0,
+            attention=1.0,
+            values="sum_then_norm",
+            paper="Kobayashi et al. 2021, arXiv:2109.07152, attention and residual without layer normalisation, in the "
+            "chain of GlobEnc (Modarressi et al. 2022, arXiv:2205.03286): rownorm(‖Σ_h A_hij W_O^h v_hj + δ_ij x_i‖)",
+        ),
         "product": Method(
             residual=0.0,
             attention=1.0,

@@ -40,6 +40,9 @@ def _cause(problem: Problem, result: Tensor) -> str:
                     f"{problem.name}: {argument}[{layer}] must be finite, got {value} in layer {layer}, sample {b}, "
                     f"at {where}; layers count from the input side"
                 )
+    for kept, vectors in enumerate(problem.values or ()):
+        if not bool(vectors.output_weights.isfinite().all()):
+            return f"{problem.name}: output_weights[{problem.first_layer + kept}] must be finite, got NaN or Inf"
     b = int((~torch.isfinite(result)).flatten(1).any(1).nonzero()[0])
     return (
         f"{problem.name}: the result for sample {b} is not finite although every input is: with renormalisation a row "
@@ -58,6 +61,8 @@ def _inputs(problem: Problem) -> Iterator[tuple[str, int, Tensor]]:
             "bias": problem.bias,  # type: ignore[dict-item]
             "logsumexp": problem.logsumexp,
         }
+    for field in ("values", "inputs") if problem.values else ():
+        groups[field] = tuple(getattr(layer, field) for layer in problem.values or ())
     for argument, tensors in groups.items():
         for kept, tensor in enumerate(tensors or ()):
             if tensor is not None:
@@ -68,6 +73,8 @@ def _valid_block(argument: str, sample: Tensor, n: int) -> Tensor:
     """The part of one sample's tensor that belongs to its first n positions."""
     if argument in ("attentions", "gradients", "bias"):
         return sample[:, :n, :n]
+    if argument == "inputs":
+        return sample[:n]
     return sample[:, :n]
 
 

@@ -9,8 +9,10 @@ from torch import Tensor
 from rollout_kernels import _native, reference
 from rollout_kernels._problem import MapsProblem, Problem, QKProblem
 from rollout_kernels._torch import chain
+from rollout_kernels._torch.own_path import leave_out
 
 BACKENDS = ("auto", "triton", "native", "torch", "reference")
+READ_VALUES = ("triton", "torch", "reference")
 
 
 class BackendError(ValueError):
@@ -65,6 +67,12 @@ def _run_native(problem: Problem) -> Tensor:
     return _native.rows_from_maps(problem)
 
 
+def _value_refusals(problem: Problem, backend: str) -> list[str]:
+    if problem.values is None or backend in READ_VALUES:
+        return []
+    return ["it reads no values"]
+
+
 _TABLE = {
     "triton": Backend("triton", _triton_refusals, _run_triton),
     "native": Backend("native", _native_refusals, _run_native),
@@ -75,7 +83,7 @@ _TABLE = {
 
 def refusals(problem: Problem, backend: str) -> list[str]:
     """Why a backend cannot serve `problem`; empty when it can."""
-    return _TABLE[backend].refusals(problem)
+    return _TABLE[backend].refusals(problem) + _value_refusals(problem, backend)
 
 
 def choose(problem: Problem, backend: str) -> Backend:
@@ -103,5 +111,7 @@ def choose(problem: Problem, backend: str) -> Backend:
 
 
 def run(problem: Problem, backend: str) -> Tensor:
-    """The result of `problem` by the backend chosen for it."""
-    return choose(problem, backend).run(problem)
+    """The result of `problem` by the backend chosen for it; the oracle leaves the own path out itself."""
+    chosen = choose(problem, backend)
+    result = chosen.run(problem)
+    return result if problem.method.own_path or chosen.name == "reference" else leave_out(problem, result)

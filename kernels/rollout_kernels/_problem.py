@@ -13,6 +13,21 @@ from torch import Tensor
 from rollout_kernels.method import Method
 
 
+@dataclass(frozen=True)
+class LayerValues:
+    """What the value-aware methods need of one layer.
+
+    Attributes:
+        values: [B, H_v, S, D_v], H a multiple of H_v: head h reads h // (H / H_v).
+        output_weights: [H, D_v, E], so that f_hj = v_hj · output_weights[h].
+        inputs: [B, S, E], what the residual adds.
+    """
+
+    values: Tensor
+    output_weights: Tensor
+    inputs: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """What maps and Q,K calls share.
@@ -26,6 +41,7 @@ class Problem:
         head_weights: None, or per layer a float64 [H_l] on CPU that sums to 1.
         rows: the one-hot start row of each sample as the caller gave it: one int for all, or long [B]; a negative one
             counts from the sample's own end. `start_rows` is what they come to.
+        values: per layer, or None when the method takes none.
         weights: [B, R, S] in `compute_dtype`, 0 on padded rows: a weighting over rows.
         lengths: long [B], the valid prefix of each sample, or None for S everywhere.
         squeeze: the result of the row form is [B, S] rather than [B, R, S].
@@ -38,6 +54,7 @@ class Problem:
     method: Method
     first_layer: int
     head_weights: tuple[Tensor, ...] | None
+    values: tuple[LayerValues, ...] | None
     rows: int | Tensor | None
     weights: Tensor | None
     lengths: Tensor | None

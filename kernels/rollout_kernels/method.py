@@ -5,6 +5,9 @@ Every rollout-like method is the same chain of matrices R = M_L · … · M_1; t
     F_l = fuse_h(A_l)                         head fusion; A_l ∘ G_l for the gradient-weighted methods
     M_l = residual · I + attention · F_l      residual addition
     M_l = M_l / rowsum(M_l)                   renormalisation, when `renormalize`
+
+The value-aware methods measure what a position hands on, and what it keeps, by the vectors themselves:
+f_hj = W_O^h v_hj of each key and head, and the layer's input x_i, the residual.
 """
 
 import math
@@ -17,6 +20,7 @@ from torch import Tensor
 
 HEAD_FUSIONS = ("mean", "max", "min")
 GRADIENT_FORMS = ("clamp_then_fuse", "fuse_then_clamp")
+VALUE_FORMS = ("norm_then_sum", "sum_then_norm")
 
 HeadFusion = str | Tensor | Callable[[Tensor, Tensor | None], Tensor]
 
@@ -38,6 +42,14 @@ class Method:
         start_layer: layers below it (input side) are left out of the chain.
         gradients: `None`, or how G_l enters: `"clamp_then_fuse"`, F_l = fuse_h(max(A∘G, 0)), or `"fuse_then_clamp"`,
             F_l = max(fuse_h(A∘G), 0). Either one makes the `gradients=` argument mandatory.
+        values: `None`, or how values and inputs enter: `"norm_then_sum"`, the norm of each head's vector on its own,
+            M_l = residual·diag(‖x_i‖) + attention·F_l with F_ij = Σ_h A_hij‖f_hj‖; or `"sum_then_norm"`, the norm of
+            their sum, M_ij = ‖attention·Σ_h A_hij f_hj + residual·δ_ij x_i‖. Either one makes the arguments `values=`,
+            `output_weights=` and `inputs=` mandatory. Heads are added up, as W_O does: `head_fusion` stays `"mean"`.
+        own_path: False leaves out of row i the share that i keeps by the one path that never attends: Π_l r_l/d_l, r
+            the residual's weight at i and d the row sum that divides it, 1 without renormalisation. What is left is
+            divided by its sum; a row of nothing else is 0. A weighting w over rows loses w_i times that of each row i,
+            and must not be negative. Not with `"sum_then_norm"`, where the residual has no share of its own.
         matrices: True when the caller supplies the matrices themselves, [B, S, S]: maps of several heads are refused.
         paper: where the method comes from.
 
@@ -53,6 +65,8 @@ class Method:
     discard_ratio: float = 0.0
     start_layer: int = 0
     gradients: Literal["clamp_then_fuse", "fuse_then_clamp"] | None = None
+    values: Literal["norm_then_sum", "sum_then_norm"] | None = None
+    own_path: bool = True
     matrices: bool = False
     paper: str = ""
 
@@ -76,6 +90,10 @@ class Method:
             raise ValueError(f"Method: start_layer must be 0 or more, got {self.start_layer}")
         if self.gradients is not None and self.gradients not in GRADIENT_FORMS:
             raise ValueError(f"Method: gradients must be None or one of {GRADIENT_FORMS}, got {self.gradients!r}")
+        if self.values is not None:
+            _check_values(self)
+        if not isinstance(self.own_path, bool):
+            raise TypeError(f"Method: own_path must be True or False, got {self.own_path!r}")
 
     @property
     def attention_weight(self) -> float:
@@ -102,6 +120,26 @@ class Method:
                 f"got {list(weights.shape)}"
             )
         return weights.expand(layers, heads)
+
+
+def _check_values(method: Method) -> None:
+    if method.values not in VALUE_FORMS:
+        raise ValueError(f"Method: values must be None or one of {VALUE_FORMS}, got {method.values!r}")
+    if method.head_fusion != "mean":
+        raise ValueError(
+            f"Method: head_fusion must be left at 'mean' with values: W_O adds heads up, got {method.head_fusion!r}"
+        )
+    for name, none in (("gradients", None), ("discard_ratio", 0.0), ("matrices", False)):
+        if getattr(method, name) != none:
+            raise ValueError(f"Method: {name} must be {none!r} with values, got {getattr(method, name)!r}")
+    if method.values == "sum_then_norm" and method.attention_weight <= 0:
+        raise ValueError(
+            f"Method: attention must be more than 0 with values='sum_then_norm', got {method.attention_weight!r}"
+        )
+    if method.values == "sum_then_norm" and not method.own_path:
+        raise ValueError(
+            "Method: own_path must be True with values='sum_then_norm': the residual has no share of its own"
+        )
 
 
 def _check_head_fusion(fusion: object) -> None:

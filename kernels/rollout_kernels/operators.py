@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rollout_kernels import _checks, _checks_qk, ops
+from rollout_kernels import _checks, _checks_qk, _checks_values, ops
 from rollout_kernels._problem import MapsProblem, Problem, QKProblem
 from rollout_kernels.method import Method
 
@@ -23,13 +23,16 @@ from rollout_kernels.method import Method
 _QUERY = "SymInt? query, Tensor? query_tensor, Tensor? lengths"
 _METHOD = (
     "str head_fusion, Tensor? head_weights, float residual, float? attention, bool renormalize, float discard_ratio, "
-    "SymInt start_layer, str? gradient_form, bool matrices"
+    "SymInt start_layer, str? gradient_form, str? value_form, bool own_path, bool matrices"
 )
-_MAPS_SCHEMA = f"(Tensor[] attentions, Tensor[]? gradients, {_QUERY}, {_METHOD}, str backend, bool validate) -> Tensor"
+_VALUES = "Tensor[]? values, Tensor[]? output_weights, Tensor[]? inputs"
+_MAPS_SCHEMA = (
+    f"(Tensor[] attentions, Tensor[]? gradients, {_VALUES}, {_QUERY}, {_METHOD}, str backend, bool validate) -> Tensor"
+)
 _QK_SCHEMA = (
     "(Tensor[] queries, Tensor[] keys, Tensor[]? logsumexp, Tensor[]? sinks, Tensor?[]? bias, Tensor?[]? alibi_slopes, "
     "Tensor? key_mask, Tensor? query_mask, bool causal, SymInt? left, SymInt? right, float? scale, float? softcap, "
-    f"{_QUERY}, {_METHOD}, str backend, bool validate) -> Tensor"
+    f"{_VALUES}, {_QUERY}, {_METHOD}, str backend, bool validate) -> Tensor"
 )
 
 
@@ -40,7 +43,9 @@ def attention_rollout(attentions: Sequence[Tensor], **options: Any) -> Tensor:
     gradients = None if method.gradients is None else options["gradients"]
     if gradients is not None:
         gradients = _checks.tensor_list(name, "gradients", gradients, "[B, H, S, S] or [B, S, S]")
-    return _maps_operator(maps, gradients, *_query_and_method(name, options, maps[0]))
+    return _maps_operator(
+        maps, gradients, *_values(name, options), *_query_and_method(name, options, maps[0])
+    )  # fmt: skip
 
 
 def attention_rollout_qk(queries: Sequence[Tensor], keys: Sequence[Tensor], **options: Any) -> Tensor:
@@ -56,8 +61,19 @@ def attention_rollout_qk(queries: Sequence[Tensor], keys: Sequence[Tensor], **op
     return _qk_operator(
         qs, ks, lse, sinks, bias, slopes, _detached(options["key_mask"]), _detached(options["query_mask"]),
         _checks_qk.flag(name, "causal", options["causal"]), *_checks_qk.window(name, options["window"]),
-        options["scale"], options["softcap"], *_query_and_method(name, options, qs[0]),
+        options["scale"], options["softcap"], *_values(name, options), *_query_and_method(name, options, qs[0]),
     )  # fmt: skip
+
+
+def _values(name: str, options: dict[str, Any]) -> list[list[Tensor] | None]:
+    """Values, output weights and inputs, where the method reads them."""
+    read = options["method"].values is not None
+    return [
+        _checks.tensor_list(name, argument, options[argument], shape)
+        if read and options[argument] is not None
+        else None
+        for argument, shape in _checks_values.SHAPES.items()
+    ]
 
 
 def _query_and_method(name: str, options: dict[str, Any], first: Tensor) -> tuple[Any, ...]:
@@ -82,7 +98,8 @@ def _query_and_method(name: str, options: dict[str, Any], first: Tensor) -> tupl
     return (
         row, _detached(query), _detached(options["lengths"]), fusion, weights, float(method.residual),
         None if method.attention is None else float(method.attention), method.renormalize, float(method.discard_ratio),
-        method.start_layer, method.gradients, method.matrices, options["backend"], options["validate"],
+        method.start_layer, method.gradients, method.values, method.own_path, method.matrices,
+        options["backend"], options["validate"],
     )  # fmt: skip
 
 
@@ -99,24 +116,25 @@ def _detached(value: Any) -> Any:
 
 def _method(
     head_fusion: str, head_weights: Tensor | None, residual: float, attention: float | None, renormalize: bool,
-    discard_ratio: float, start_layer: int, gradient_form: Any, matrices: bool,
+    discard_ratio: float, start_layer: int, gradient_form: Any, value_form: Any, own_path: bool, matrices: bool,
 ) -> Method:  # fmt: skip
     if isinstance(head_weights, FakeTensor):
         head_fusion, head_weights = "mean", None  # it has no values to check or to normalise
     return Method(
         head_fusion=head_fusion if head_weights is None else head_weights, residual=residual, attention=attention,
         renormalize=renormalize, discard_ratio=discard_ratio, start_layer=start_layer, gradients=gradient_form,
-        matrices=matrices,
+        values=value_form, own_path=own_path, matrices=matrices,
     )  # fmt: skip
 
 
 def _maps_problem(
-    attentions: list[Tensor], gradients: list[Tensor] | None, row: int | None, query: Tensor | None,
+    attentions: list[Tensor], gradients: list[Tensor] | None, values: list[Tensor] | None,
+    output_weights: list[Tensor] | None, inputs: list[Tensor] | None, row: int | None, query: Tensor | None,
     lengths: Tensor | None, *method: Any, validate: bool,
 ) -> MapsProblem:  # fmt: skip
     return ops.maps_problem(
-        attentions, query=query if row is None else row, lengths=lengths, gradients=gradients, method=_method(*method),
-        validate=validate,
+        attentions, query=query if row is None else row, lengths=lengths, gradients=gradients, values=values,
+        output_weights=output_weights, inputs=inputs, method=_method(*method), validate=validate,
     )  # fmt: skip
 
 
@@ -124,13 +142,15 @@ def _qk_problem(
     queries: list[Tensor], keys: list[Tensor], logsumexp: list[Tensor] | None, sinks: list[Tensor] | None,
     bias: list[Tensor | None] | None, alibi_slopes: list[Tensor | None] | None,
     key_mask: Tensor | None, query_mask: Tensor | None, causal: bool,
-    left: int | None, right: int | None, scale: float | None, softcap: float | None, row: int | None,
-    query: Tensor | None, lengths: Tensor | None, *method: Any, validate: bool,
+    left: int | None, right: int | None, scale: float | None, softcap: float | None, values: list[Tensor] | None,
+    output_weights: list[Tensor] | None, inputs: list[Tensor] | None, row: int | None, query: Tensor | None,
+    lengths: Tensor | None, *method: Any, validate: bool,
 ) -> QKProblem:  # fmt: skip
     return ops.qk_problem(
         queries, keys, query=query if row is None else row, lengths=lengths, key_mask=key_mask, query_mask=query_mask,
         causal=causal, window=(left, right), bias=bias, alibi_slopes=alibi_slopes, scale=scale, softcap=softcap,
-        logsumexp=logsumexp, sinks=sinks, method=_method(*method), validate=validate,
+        logsumexp=logsumexp, sinks=sinks, values=values, output_weights=output_weights, inputs=inputs,
+        method=_method(*method), validate=validate,
     )  # fmt: skip
 
 

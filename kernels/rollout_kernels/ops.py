@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rollout_kernels import _checks, _checks_qk, _diagnose, _dispatch
+from rollout_kernels import _checks, _checks_qk, _checks_values, _diagnose, _dispatch
 from rollout_kernels._problem import MapsProblem, Problem, QKProblem
 from rollout_kernels.method import Method
 
@@ -25,6 +25,9 @@ def attention_rollout(
     query: int | Tensor | None = None,
     lengths: Tensor | None = None,
     gradients: Sequence[Tensor] | None = None,
+    values: Sequence[Tensor] | None = None,
+    output_weights: Sequence[Tensor] | None = None,
+    inputs: Sequence[Tensor] | None = None,
     method: Method,
     backend: str = "auto",
     validate: bool = True,
@@ -34,13 +37,14 @@ def attention_rollout(
         from rollout_kernels import operators  # which are built on this module
 
         return operators.attention_rollout(
-            attentions, query=query, lengths=lengths, gradients=gradients, method=method, backend=backend,
-            validate=validate,
+            attentions, query=query, lengths=lengths, gradients=gradients, values=values,
+            output_weights=output_weights, inputs=inputs, method=method, backend=backend, validate=validate,
         )  # fmt: skip
     with torch.no_grad():
         problem = maps_problem(
-            attentions, query=query, lengths=lengths, gradients=gradients, method=method, validate=validate
-        )
+            attentions, query=query, lengths=lengths, gradients=gradients, values=values,
+            output_weights=output_weights, inputs=inputs, method=method, validate=validate,
+        )  # fmt: skip
         return run(problem, backend, validate)
 
 
@@ -60,6 +64,9 @@ def attention_rollout_qk(
     logsumexp: Sequence[Tensor] | None = None,
     softcap: float | None = None,
     sinks: Sequence[Tensor] | None = None,
+    values: Sequence[Tensor] | None = None,
+    output_weights: Sequence[Tensor] | None = None,
+    inputs: Sequence[Tensor] | None = None,
     method: Method,
     backend: str = "auto",
     validate: bool = True,
@@ -71,7 +78,8 @@ def attention_rollout_qk(
         return operators.attention_rollout_qk(
             queries, keys, query=query, lengths=lengths, key_mask=key_mask, query_mask=query_mask, causal=causal,
             window=window, bias=bias, alibi_slopes=alibi_slopes, scale=scale, logsumexp=logsumexp, softcap=softcap,
-            sinks=sinks, method=method, backend=backend, validate=validate,
+            sinks=sinks, values=values, output_weights=output_weights, inputs=inputs, method=method, backend=backend,
+            validate=validate,
         )  # fmt: skip
     with torch.no_grad():
         problem = qk_problem(
@@ -89,6 +97,9 @@ def attention_rollout_qk(
             logsumexp=logsumexp,
             softcap=softcap,
             sinks=sinks,
+            values=values,
+            output_weights=output_weights,
+            inputs=inputs,
             method=method,
             validate=validate,
         )
@@ -122,6 +133,9 @@ def maps_problem(
     query: int | Tensor | None = None,
     lengths: Tensor | None = None,
     gradients: Sequence[Tensor] | None = None,
+    values: Sequence[Tensor] | None = None,
+    output_weights: Sequence[Tensor] | None = None,
+    inputs: Sequence[Tensor] | None = None,
     method: Method = ROLLOUT,
     validate: bool = True,
 ) -> MapsProblem:
@@ -140,11 +154,15 @@ def maps_problem(
     dtype = torch.float64 if wide else torch.float32
     valid = _checks.lengths(name, lengths, batch, seq, device, validate)
     rows, weights, squeeze = _checks.query(name, query, valid, batch, seq, device, dtype, validate)
+    _checks_values.not_negative(name, method, weights, validate)
+    heads = [tensor.shape[1] for tensor in maps]
+    vectors = _checks_values.layer_values(name, method, (values, output_weights, inputs), heads, batch, seq, device)
     return MapsProblem(
         name=name,
         method=method,
         first_layer=start,
         head_weights=_head_weights(name, method, maps, start),
+        values=None if vectors is None else vectors[start:],
         rows=rows,
         weights=weights,
         lengths=valid,
@@ -174,6 +192,9 @@ def qk_problem(
     logsumexp: Sequence[Tensor] | None = None,
     softcap: float | None = None,
     sinks: Sequence[Tensor] | None = None,
+    values: Sequence[Tensor] | None = None,
+    output_weights: Sequence[Tensor] | None = None,
+    inputs: Sequence[Tensor] | None = None,
     method: Method = ROLLOUT,
     validate: bool = True,
 ) -> QKProblem:
@@ -194,6 +215,9 @@ def qk_problem(
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in (*qs, *ks)) else torch.float32
     valid = _checks.lengths(name, lengths, batch, seq, device, validate)
     rows, weights, squeeze = _checks.query(name, query, valid, batch, seq, device, dtype, validate)
+    _checks_values.not_negative(name, method, weights, validate)
+    heads = [tensor.shape[1] for tensor in qs]
+    vectors = _checks_values.layer_values(name, method, (values, output_weights, inputs), heads, batch, seq, device)
     biases = _checks_qk.bias(name, bias, qs)
     slopes = _checks_qk.alibi_slopes(name, alibi_slopes, qs, validate)
     lse = _checks_qk.logsumexp(name, logsumexp, qs)
@@ -205,6 +229,7 @@ def qk_problem(
         method=method,
         first_layer=start,
         head_weights=_head_weights(name, method, qs, start),
+        values=None if vectors is None else vectors[start:],
         rows=rows,
         weights=weights,
         lengths=valid,

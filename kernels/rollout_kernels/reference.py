@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from rollout_kernels._problem import MapsProblem, Problem, QKProblem
+from rollout_kernels._problem import LayerValues, MapsProblem, Problem, QKProblem
 from rollout_kernels.method import Method
 
 
@@ -16,15 +16,30 @@ def rollout(problem: Problem) -> Tensor:
     M_l = rownorm(α·I + β·fuse_h A_l) over the sample's valid block (Abnar & Zuidema 2020, section 3).
     """
     full = torch.zeros(problem.batch, problem.seq, problem.seq, dtype=torch.float64, device=problem.device)
+    own = torch.zeros_like(full)
     for b in range(problem.batch):
         n = problem.seq if problem.lengths is None else int(problem.lengths[b])
         product = torch.eye(n, dtype=torch.float64, device=problem.device)
+        never_attending = product
         for layer in range(problem.layers):
-            maps, gradients = layer_maps(problem, layer, b, n)
-            weights = None if problem.head_weights is None else problem.head_weights[layer]
-            product = layer_matrix(maps, gradients, problem.method, weights) @ product
-        full[b, :n, :n] = product
+            matrix, residual = layer_matrix(problem, layer, b, n)
+            product, never_attending = matrix @ product, residual @ never_attending
+        full[b, :n, :n], own[b, :n, :n] = product, never_attending
 
+    if not problem.method.own_path:
+        return without_own_path(problem, full, own)
+    return wanted_rows(problem, full)
+
+
+def without_own_path(problem: Problem, full: Tensor, own: Tensor) -> Tensor:
+    """The rows wanted of R − (the product of the residuals alone), over their sums; a row of 0 stays."""
+    left = wanted_rows(problem, full - own)
+    sums = left.sum(-1, keepdim=True)
+    return torch.where(sums == 0, torch.zeros_like(left), left / sums)
+
+
+def wanted_rows(problem: Problem, full: Tensor) -> Tensor:
+    """The rows of a matrix [B, S, S] that the call asks for."""
     if problem.rows is not None:
         starts = problem.start_rows.tolist()
         rows = torch.stack([full[b, start] for b, start in enumerate(starts)]) if starts else full[:, 0]
@@ -45,7 +60,8 @@ def layer_maps(problem: Problem, layer: int, b: int, n: int) -> tuple[Tensor, Te
 
 
 def softmax_maps(problem: QKProblem, layer: int, b: int, n: int) -> Tensor:
-    """softmax(scale·QKᵀ + mask) [H, n, n] of one sample; a row with no key allowed is uniform over its n keys."""
+    """softmax(scale·QKᵀ + mask) [H, n, n] of one sample; a row with no key allowed is uniform over its n keys,
+    with sinks 0."""
     queries = problem.queries[layer][b, :, :n].double()
     keys = problem.keys[layer][b, :, :n].double()
     keys = keys.repeat_interleave(queries.shape[0] // keys.shape[0], dim=0)
@@ -74,21 +90,41 @@ def softmax_maps(problem: QKProblem, layer: int, b: int, n: int) -> Tensor:
 
     if problem.sinks is not None:
         sinks = problem.sinks[layer].double()[:, None, None].expand(*scores.shape[:-1], 1)
-        return torch.softmax(torch.cat([scores, sinks], -1), dim=-1)[..., :-1]
-    if problem.logsumexp is not None:
+        maps = torch.softmax(torch.cat([scores, sinks], -1), dim=-1)[..., :-1]
+    elif problem.logsumexp is not None:
         maps = torch.exp(scores - problem.logsumexp[layer][b, :, :n].double()[..., None])
     else:
         maps = torch.softmax(scores, dim=-1)
     nothing_allowed = (scores == -math.inf).all(-1, keepdim=True)
-    return torch.where(nothing_allowed, torch.full_like(maps, 1.0 / n), maps)
+    return torch.where(nothing_allowed, torch.full_like(maps, 0.0 if problem.sinks is not None else 1.0 / n), maps)
 
 
-def layer_matrix(maps: Tensor, gradients: Tensor | None, method: Method, head_weights: Tensor | None) -> Tensor:
-    """M_l [n, n] of one sample from its maps [H, n, n]: fusion, discard, residual addition, renormalisation."""
-    fused = discard(fuse(maps, gradients, method, head_weights), method.discard_ratio)
-    matrix = method.residual * torch.eye(fused.shape[-1], dtype=fused.dtype, device=fused.device)
-    matrix = matrix + method.attention_weight * fused
-    return matrix / matrix.sum(-1, keepdim=True) if method.renormalize else matrix
+def layer_matrix(problem: Problem, layer: int, b: int, n: int) -> tuple[Tensor, Tensor]:
+    """M_l [n, n] of one sample: fusion, discard, residual addition, renormalisation; and the residual's part of it."""
+    method = problem.method
+    maps, gradients = layer_maps(problem, layer, b, n)
+    residual = method.residual * torch.eye(n, dtype=maps.dtype, device=maps.device)
+    if problem.values is None:
+        weights = None if problem.head_weights is None else problem.head_weights[layer]
+        fused = discard(fuse(maps, gradients, method, weights), method.discard_ratio)
+        matrix = residual + method.attention_weight * fused
+    else:
+        vectors, inputs = transformed_values(problem.values[layer], b, n)
+        if method.values == "norm_then_sum":
+            residual = residual * inputs.norm(dim=-1)
+            matrix = residual + method.attention_weight * (maps * vectors.norm(dim=-1)[:, None]).sum(0)
+        else:
+            mixed = method.attention_weight * torch.einsum("hij,hje->ije", maps, vectors)
+            matrix = (mixed + residual[:, :, None] * inputs[None]).norm(dim=-1)
+    sums = matrix.sum(-1, keepdim=True)
+    return (matrix / sums, residual / sums) if method.renormalize else (matrix, residual)
+
+
+def transformed_values(layer: LayerValues, b: int, n: int) -> tuple[Tensor, Tensor]:
+    """f_hj = v_hj·W_O^h [H, n, E] and x_i [n, E] of one sample in one layer, float64 (Kobayashi et al. 2020, eq. 3)."""
+    values, weights = layer.values[b, :, :n].double(), layer.output_weights.double()
+    values = values.repeat_interleave(weights.shape[0] // values.shape[0], dim=0)
+    return values @ weights, layer.inputs[b, :n].double()
 
 
 def fuse(maps: Tensor, gradients: Tensor | None, method: Method, head_weights: Tensor | None) -> Tensor:

@@ -23,6 +23,10 @@ WEIGHTS = Method(head_fusion=torch.tensor([0.5, 2.0, -0.25]), residual=0.25, att
 MASK = torch.arange(B * S).view(B, S).remainder(3).ne(1)
 MAPS, (QUERIES, KEYS) = random_maps(B, H, S), random_qk(B, 4, S, groups=2)
 LSE = [(q @ k.repeat_interleave(2, 1).mT * 8**-0.5).logsumexp(-1) for q, k in zip(QUERIES, KEYS, strict=True)]
+VALUES = {
+    "values": random_maps(B, H, S), "output_weights": [torch.rand(H, S, 5) for _ in range(L)],
+    "inputs": [torch.rand(B, S, 5) for _ in range(L)],
+}  # fmt: skip
 
 MAPS_CALLS: dict[str, dict[str, Any]] = {
     "row": {"query": 0},
@@ -30,6 +34,8 @@ MAPS_CALLS: dict[str, dict[str, Any]] = {
     "weightings": {"query": torch.rand(B, 2, S), "method": WEIGHTS},
     "full": {"lengths": LENGTHS, "method": "pyhealth"},
     "gradients": {"query": -1, "gradients": random_gradients(MAPS), "method": "chefer", "validate": False},
+    "values": {"query": 0, "lengths": LENGTHS, "method": "kobayashi", **VALUES},
+    "own-path": {"query": -1, "method": Method(own_path=False)},
 }
 QK_CALLS: dict[str, dict[str, Any]] = {
     "row": {"query": -1, "logsumexp": LSE},
@@ -37,6 +43,13 @@ QK_CALLS: dict[str, dict[str, Any]] = {
     "full": {"bias": [None, torch.rand(S, S), torch.rand(4, 1, S)], "method": Method(start_layer=1), "scale": 0.5},
     "sinks": {"query": 0, "sinks": [torch.rand(4) for _ in range(L)], "softcap": 2.0},
     "slopes": {"query": -1, "alibi_slopes": [torch.rand(4), None, torch.rand(4)]},
+    "values": {
+        "query": 0,
+        "method": "value_norm",
+        **VALUES,
+        "output_weights": [torch.rand(4, 8, 5)] * L,
+        "values": KEYS,
+    },
     "one-bias": {"query": torch.rand(B, S), "bias": torch.rand(S, S)},
 }
 CALLS = {
@@ -133,6 +146,7 @@ def test_an_operator_takes_all_that_the_call_and_the_method_have() -> None:
     methods = {field.name for field in dataclasses.fields(Method)} - {"paper"}
     renamed = {
         "gradient_form": "gradients",
+        "value_form": "values",
         "query_tensor": "query",
         "head_weights": "head_fusion",
         "left": "window",

@@ -311,6 +311,15 @@ def test_a_sum_may_be_minus_infinity_where_no_key_is_allowed(backend: str):
     assert_close(result, rollout_matrices(maps, ROLLOUT)[:, 0], "qk")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_with_no_key_is_0_where_the_sink_is_minus_infinity_too(backend: str):
+    queries, keys = random_qk(1, 2, 4)
+    sinks = [torch.tensor([0.5, -math.inf])] * 3
+    attends = torch.tensor([[True, True, False, True]])
+    result = rollout.attention_rollout_qk(queries, keys, query=2, query_mask=attends, sinks=sinks, backend=backend)
+    assert result.tolist() == [[0.0, 0.0, 1.0, 0.0]]
+
+
 @pytest.mark.parametrize("name", ["chefer", "grad_rollout", "product"])
 def test_methods_that_need_maps_are_refused(name: str):
     queries, keys = random_qk(1, 2, 4)

@@ -243,6 +243,21 @@ def test_rows_from_qk(kernel: str, form: str, dtype: str, size: int, capability:
             assert found.resident_warps >= WARPS_TO_HIDE_PRODUCTS, _rows[-1]
 
 
+@pytest.mark.parametrize(
+    ("kernel", "form", "dtype", "size", "capability"),
+    as_parameters(QK_CASES, {case: case[1] == "all masks" and case[3:] == (128, 90) for case in QK_CASES}),
+)
+def test_soft_caps_and_sinks_from_qk(kernel: str, form: str, dtype: str, size: int, capability: int) -> None:
+    sums = {"HAS_SUMS": True} if kernel == "columns" else {}
+    for cap in (0.0, 50.0):
+        config = launch.scores_launch(kernel, DTYPES[dtype], size, TABLES[capability], capped=True)
+        constants = score_constants(kernel, form, DTYPES[dtype], size, config)
+        constants |= {"SOFTCAP": cap, "HAS_SINKS": True, **sums}
+        name = f"{kernel} {dtype} D{size} {config.block_m}x{config.block_n} w{config.num_warps} cap {cap}, sinks"
+        found = compiled(name, form, capability, SCORE_KERNELS[kernel], constants, config, "HGMMA|HMMA|UTC")
+        assert found.wide_loads > 0
+
+
 FUSED_CASES = [
     (kernel, dtype, size, capability)
     for kernel in FUSED_KERNELS
@@ -264,7 +279,7 @@ def fused_sampled(case: tuple[str, str, int, int]) -> bool:
 )
 def test_fused_tiles_and_biases_from_qk(kernel: str, dtype: str, size: int, capability: int) -> None:
     part = "logsumexp" if kernel == "logsumexp" else "fused"
-    config = launch.scores_launch(part, DTYPES[dtype], size, TABLES[capability], biased=True)
+    config = launch.scores_launch(part, DTYPES[dtype], size, TABLES[capability], biased=True, capped=True)
     constants = fused_constants(kernel, DTYPES[dtype], size, config)
     name = f"fused {kernel} {dtype} D{size} {config.block_m}x{config.block_n} w{config.num_warps}"
     found = compiled(name, "everything", capability, FUSED_KERNELS[kernel][0], constants, config, "HGMMA|HMMA|UTC")

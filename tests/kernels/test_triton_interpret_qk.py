@@ -54,11 +54,17 @@ QK_SHAPES = {  # B, H, H_kv, S, D, L
     "B1-H4-Hkv4-S70-D64-L2": (1, 4, 4, 70, 64, 2),
     "B1-H4-Hkv2-S40-D128-L2": (1, 4, 2, 40, 128, 2),  # in float32 multiplied in two halves of D
 }
+SCORES = {
+    "plain": {},
+    "capped": {"softcap": 1.5},
+    "sinks": {"sinks": [torch.tensor([0.5, 3.0, -math.inf, -2.0]), torch.tensor([1.0, -1.0, 0.0, 8.0])]},
+}
+SCORES["both"] = {**SCORES["capped"], **SCORES["sinks"]}
 FLAGS = [False, True]
 FORMS = [*QUERIES, "full"]
 QK = [
     list(QK_METHODS), list(DTYPES), list(QK_SHAPES), FORMS, list(MASKS), list(KEY_MASKS), list(BIASES),
-    FLAGS, FLAGS, FLAGS, FLAGS,
+    list(SCORES), FLAGS, FLAGS, FLAGS, FLAGS,
 ]  # fmt: skip
 
 
@@ -120,6 +126,8 @@ def true_logsumexp(problem: _problem.QKProblem) -> list[Tensor]:
     values = []
     for layer, (q, k) in enumerate(zip(problem.queries, problem.keys, strict=True)):
         scores = problem.scale * q.double() @ k.double().repeat_interleave(heads // k.shape[1], 1).transpose(-1, -2)
+        if problem.softcap is not None:
+            scores = problem.softcap * (scores / problem.softcap).tanh()
         if problem.bias is not None and problem.bias[layer] is not None:
             scores = scores + problem.bias[layer]
         if problem.alibi_slopes is not None:
@@ -136,6 +144,7 @@ def qk_case(
     mask: str,
     keys_allowed: str,
     biased: str,
+    scores: str,
     sloped: bool,
     rows_masked: bool,
     ragged: bool,
@@ -155,9 +164,15 @@ def qk_case(
         bias=make_bias(biased, batch, heads, seq, layers),
         alibi_slopes=torch.tensor([0.5, 0.25, 0.125, 0.0]) if sloped else None,
         key_mask=key_mask(keys_allowed, batch, seq), query_mask=torch.rand(batch, seq) < 0.7 if rows_masked else None,
-        **MASKS[mask],
+        softcap=SCORES[scores].get("softcap"), sinks=sinks_of(scores, layers), **MASKS[mask],
     )  # fmt: skip
-    return replace(problem, logsumexp=tuple(true_logsumexp(problem))) if given else problem
+    with_sums = given and problem.sinks is None  # which a log-sum-exp is not given with
+    return replace(problem, logsumexp=tuple(true_logsumexp(problem))) if with_sums else problem
+
+
+def sinks_of(scores: str, layers: int) -> list[Tensor] | None:
+    given = SCORES[scores].get("sinks")
+    return None if given is None else [given[layer % 2] for layer in range(layers)]
 
 
 def check_qk(problem: _problem.QKProblem) -> None:
@@ -173,7 +188,8 @@ def check_qk(problem: _problem.QKProblem) -> None:
 
 
 QK_NAMES = (
-    "method", "dtype", "shape", "query", "mask", "keys_allowed", "biased", "sloped", "rows_masked", "ragged", "given",
+    "method", "dtype", "shape", "query", "mask", "keys_allowed", "biased", "scores", "sloped", "rows_masked", "ragged",
+    "given",
 )  # fmt: skip
 
 
@@ -186,13 +202,14 @@ def test_rows_from_qk(
     mask: str,
     keys_allowed: str,
     biased: str,
+    scores: str,
     sloped: bool,
     rows_masked: bool,
     ragged: bool,
     given: bool,
 ) -> None:
     check_qk(qk_case(
-        method, dtype, shape, query, mask, keys_allowed, biased, sloped, rows_masked, ragged, given
+        method, dtype, shape, query, mask, keys_allowed, biased, scores, sloped, rows_masked, ragged, given
     ))  # fmt: skip
 
 
@@ -200,7 +217,9 @@ def test_rows_from_qk(
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("mask", list(MASKS))
 def test_rows_from_qk_every_combination_of_masks(mask: str, dtype: str) -> None:
-    cases = pairwise(list(QK_METHODS), ["negative weights", "full"], list(KEY_MASKS), list(BIASES), *[FLAGS] * 4)
+    cases = pairwise(
+        list(QK_METHODS), ["negative weights", "full"], list(KEY_MASKS), list(BIASES), list(SCORES), *[FLAGS] * 4
+    )
     for method, query, *rest in cases:
         check_qk(qk_case(method, dtype, "B2-H4-Hkv2-S33-D16-L2", query, mask, *rest))
 
@@ -258,6 +277,34 @@ def test_the_dispatcher_hands_the_full_matrix_to_the_kernels(monkeypatch: pytest
     assert error(result, qk_problem(queries, keys, None)) <= QK_BOUND
 
 
+@pytest.mark.parametrize("bias", [None, torch.zeros(33)], ids=["base 2", "bias"])
+@pytest.mark.parametrize("size", [1e-3, 0.02, 0.3, 1.0, 3.0, 40.0], ids=lambda size: f"x{size}")
+def test_soft_capping_keeps_the_bits_of_scores_of_any_size(size: float, bias: Tensor | None) -> None:
+    """The tanh of the kernels, of scores from a thousandth of the cap to forty times it."""
+    torch.manual_seed(8)
+    queries, keys = ([torch.randn(1, 2, 33, 16) for _ in range(2)] for _ in range(2))
+    problem = qk_problem(queries, keys, -1, bias=bias, softcap=30.0, scale=30.0 * size / 4)
+    check_qk(problem)
+    assert error(_triton.rows_from_qk(replace(problem, softcap=None)), problem) > QK_BOUND or size < 0.01
+
+
+@pytest.mark.parametrize("method", ["mean", "weights", "max", "plain"])
+@pytest.mark.parametrize("query", [5, None], ids=["row", "full"])
+def test_a_row_with_no_key_is_0_with_sinks(query: int | None, method: str) -> None:
+    """Of heads whose sink is −inf too; what is left of the row is its residual."""
+    torch.manual_seed(9)
+    queries, keys = ([torch.randn(1, 4, 12, 16) for _ in range(2)] for _ in range(2))
+    attends = (torch.arange(12) != 5)[None]
+    for options in ({"query_mask": attends}, {"bias": torch.zeros(12, 12).masked_fill(~attends.T, -math.inf)}):
+        options["sinks"] = SCORES["sinks"]["sinks"]
+        problem = qk_problem(queries, keys, query, method=QK_METHODS[method], **options)
+        check_qk(problem)
+        row = (_triton.rows_from_qk if query else _triton.full_from_qk)(problem)[0]
+        row = row if query else row[5]
+        assert torch.equal(row, row[5] * (torch.arange(12) == 5))
+        assert row[5] > 0
+
+
 def test_rows_from_qk_of_large_scores() -> None:
     """Scores of several hundred: nothing overflows, in either kernel."""
     torch.manual_seed(4)
@@ -277,15 +324,13 @@ def test_rows_from_qk_of_large_scores() -> None:
         ({"method": Method(discard_ratio=0.5)}, "discard_ratio needs the order of a whole map"),
         ({"bias": torch.zeros(4).double()}, "bias is float64"),
         ({"bias": [torch.zeros(4), torch.zeros(4).half()], "layers": 2}, "differ in the dtype of their bias"),
-        ({"softcap": 5.0}, "softcap is not supported"),
-        ({"sinks": [torch.zeros(2)]}, "sinks are not supported"),
     ],
-    ids=["size", "float64", "function", "discard", "bias", "biases", "softcap", "sinks"],
+    ids=["size", "float64", "function", "discard", "bias", "biases"],
 )
 def test_qk_refusals_give_a_reason(change: dict, reason: str) -> None:
     shape = (1, 2, 4, change.get("size", 16))
     tensors = [torch.zeros(shape, dtype=change.get("dtype", torch.float32))] * change.get("layers", 1)
-    options = {name: value for name, value in change.items() if name in ("bias", "method", "softcap", "sinks")}
+    options = {name: value for name, value in change.items() if name in ("bias", "method")}
     problem = qk_problem(tensors, tensors, 0, **options)
     reasons = _triton.refusals_qk(problem)
     assert len(reasons) == 1

@@ -19,7 +19,7 @@ RELEASES = os.environ.get("TRITON_RELEASES", "").split() or [
 ]  # fmt: skip
 
 INTERPRETED = {  # modules of tests that run in a process of the interpreter
-    "results": ("test_triton_interpret", "test_triton_interpret_qk"),
+    "results": ("test_triton_interpret", "test_triton_interpret_qk", "test_triton_values"),
     "schedules": ("test_triton_schedules", "test_scheduled_interpreter"),
 }
 

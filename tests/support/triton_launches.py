@@ -24,6 +24,11 @@ FUSED_KERNELS: dict[str, tuple[Any, dict[str, object]]] = {  # those of the laun
     "matrix": (
         qk_matrix_kernel, {"FUSION": 1, "HAS_DEAD": True, "HAS_SUMS": True, "IDENTITY": False, "OUT_VEC": 4},
     ),
+    "columns by norms": (columns_kernel, {"FUSION": 4, "HAS_DEAD": False, "HAS_SUMS": True}),
+    "row sums by norms": (row_sums_kernel, {"FUSION": 4, "HAS_DEAD": False}),
+    "matrix by norms": (
+        qk_matrix_kernel, {"FUSION": 4, "HAS_DEAD": False, "HAS_SUMS": True, "IDENTITY": False, "OUT_VEC": 4},
+    ),
 }  # fmt: skip
 MAP_FORMS = {  # the heaviest: max fusion, renormalised, ragged, a free top layer; then gradients, then the lightest
     "max": {"ONE_HOT": True, "HAS_LENGTHS": True, "RENORMALIZE": True, "FUSION": 1, "GRADIENTS": 0},
@@ -38,7 +43,10 @@ QK_FORMS = {
 }
 
 
-NO_BIAS = {"HAS_BIAS": False, "BIAS_DTYPE": inputs.DTYPES[torch.float32], "BIAS_UNIT": True, "HAS_SLOPES": False}
+NO_BIAS = {
+    "HAS_BIAS": False, "BIAS_DTYPE": inputs.DTYPES[torch.float32], "BIAS_UNIT": True, "HAS_SLOPES": False,
+    "SOFTCAP": 0.0, "HAS_SINKS": False,
+}  # fmt: skip
 
 
 def map_constants(
@@ -68,10 +76,11 @@ def score_constants(
 def fused_constants(
     kernel: str, dtype: torch.dtype, head_dimension: int, config: launch.ScoresLaunch
 ) -> dict[str, object]:
-    """Of `FUSED_KERNELS` in the heaviest form: every mask, a bias, slopes, rows that attend to no key, and the maximum
-    over heads unless the kernel adds heads up."""
+    """Of `FUSED_KERNELS` in the heaviest form: every mask, a bias, slopes, a soft cap, sinks, rows that attend to no
+    key, and the maximum over heads unless the kernel adds heads up."""
     constants = score_constants("logsumexp", "all masks", dtype, head_dimension, config)
-    return {**constants, "HAS_BIAS": True, "HAS_SLOPES": True, **FUSED_KERNELS[kernel][1]}
+    heaviest = {"HAS_BIAS": True, "HAS_SLOPES": True, "SOFTCAP": 50.0, "HAS_SINKS": True}
+    return {**constants, **heaviest, **FUSED_KERNELS[kernel][1]}
 
 
 def product_constants(config: launch.ProductLaunch) -> dict[str, object]:

@@ -15,6 +15,7 @@ from rollout_kernels._torch.fuse import Scratch, discard_smallest
 from rollout_kernels._torch.maps import MapsSource
 from rollout_kernels._torch.qk import QKSource
 from rollout_kernels._torch.tiles import Tile
+from rollout_kernels._torch.values import input_norms
 
 
 class Source(Protocol):
@@ -32,18 +33,22 @@ class Source(Protocol):
     def weighted(self, layer: int, tile: Tile, weights: Tensor) -> Tensor:
         """weights [b, R, r] times F_l of the tile: [b, R, n]."""
 
-    def top_rows(self) -> tuple[Tensor, float]:
-        """Row `rows[b]` of F_L of each sample as (values [B, 1, S], factor); what lies on padding is undefined."""
+    def start_rows(self, layer: int) -> tuple[Tensor, float]:
+        """Row `rows[b]` of F_l of each sample as (values [B, 1, S], factor); what lies on padding is undefined."""
+
+
+def source_of(problem: Problem) -> Source:
+    """What gives the fused maps of a problem."""
+    scratch = Scratch(problem.compute_dtype, problem.device)
+    if isinstance(problem, QKProblem):
+        return QKSource(problem, scratch)
+    assert isinstance(problem, MapsProblem)
+    return MapsSource(problem, scratch)
 
 
 def rollout(problem: Problem) -> Tensor:
     """The rows [B, S] or [B, R, S], or the full matrix [B, S, S]; 0 outside each sample's valid prefix."""
-    scratch = Scratch(problem.compute_dtype, problem.device)
-    if isinstance(problem, QKProblem):
-        source: Source = QKSource(problem, scratch)
-    else:
-        assert isinstance(problem, MapsProblem)
-        source = MapsSource(problem, scratch)
+    source = source_of(problem)
     if problem.form == "full":
         return _full(problem, source)
     return shape_result(problem, _rows(problem, source))
@@ -53,7 +58,10 @@ def _rows(problem: Problem, source: Source) -> Tensor:
     layers = problem.layers
     if problem.form == "row" and not problem.method.needs_whole_map:
         layers -= 1
-        weights = _top_row(problem, source)
+        weights, residual = start_row(problem, source, layers)
+        weights.scatter_add_(2, problem.start_rows.view(-1, 1, 1), residual)
+        if problem.method.renormalize:
+            weights.div_(weights.sum(-1, keepdim=True))
     else:
         weights = start_weights(problem)
     plan = source.plan()
@@ -65,15 +73,39 @@ def _rows(problem: Problem, source: Source) -> Tensor:
     return weights
 
 
-def _top_row(problem: Problem, source: Source) -> Tensor:
-    """Row `rows[b]` of M_L, [B, 1, S]: the chain's first step from a one-hot start."""
-    values, factor = source.top_rows()
+def start_row(problem: Problem, source: Source, layer: int) -> tuple[Tensor, Tensor]:
+    """Row `rows[b]` of attention·F_l, [B, 1, S], 0 on padding, and the residual to be added there, [B, 1, 1]."""
+    values, factor = source.start_rows(layer)
     row = values * (problem.method.attention_weight * factor)
     if problem.lengths is not None:
         padded = torch.arange(problem.seq, device=problem.device) >= problem.lengths[:, None]
         row.masked_fill_(padded[:, None], 0.0)
-    row.scatter_add_(2, problem.start_rows.view(-1, 1, 1), torch.full_like(row[:, :, :1], problem.method.residual))
-    return row.div_(row.sum(-1, keepdim=True)) if problem.method.renormalize else row
+    residual = residuals(problem, layer)
+    if residual is None:
+        return row, torch.full_like(row[:, :, :1], problem.method.residual)
+    return row, residual.gather(1, problem.start_rows.view(-1, 1)).unsqueeze(1)
+
+
+def residuals(problem: Problem, layer: int, samples: slice | None = None) -> Tensor | None:
+    """The residual's weight at every row, [b, S], 0 on padding; None where it is `residual` at each."""
+    if problem.values is None:
+        return None
+    return input_norms(problem, layer, slice(None) if samples is None else samples)
+
+
+def row_sums(problem: Problem, source: Source, layer: int, tile: Tile) -> tuple[Tensor, float, Tensor, float | Tensor]:
+    """F_l of a tile as (values, factor), the row sums of M_l, [b, r], and the residual's weight, one or [b, r]."""
+    values, factor = _discarded(problem, source, layer, tile)
+    residual = _residual(problem, layer, tile)
+    sums = _row_sums(values).mul_(problem.method.attention_weight * factor).add_(residual)
+    if tile.padded_rows is not None:
+        sums.masked_fill_(tile.padded_rows, 1.0)
+    return values, factor, sums, residual
+
+
+def _residual(problem: Problem, layer: int, tile: Tile) -> float | Tensor:
+    found = residuals(problem, layer, tile.samples)
+    return problem.method.residual if found is None else found[:, tile.rows]
 
 
 def _step(problem: Problem, source: Source, layer: int, tile: Tile, weights: Tensor, result: Tensor) -> None:
@@ -85,17 +117,17 @@ def _step(problem: Problem, source: Source, layer: int, tile: Tile, weights: Ten
     if not method.renormalize or (source.rows_sum_to_one and not method.discard_ratio):
         if method.renormalize:
             start = start / (method.residual + method.attention_weight)
-        product, factor = source.weighted(layer, tile, start), 1.0
+        product, factor, residual = source.weighted(layer, tile, start), 1.0, _residual(problem, layer, tile)
     else:
-        values, factor = _discarded(problem, source, layer, tile)
-        sums = _row_sums(values).mul_(method.attention_weight * factor).add_(method.residual)
-        if tile.padded_rows is not None:
-            sums.masked_fill_(tile.padded_rows, 1.0)
+        values, factor, sums, residual = row_sums(problem, source, layer, tile)
         start = start / sums.unsqueeze(1)
         product = torch.bmm(start, values)
     # The residual is added after the product: accumulated first, a large w_i would swallow the small terms.
     result[tile.samples, :, : tile.width].add_(product, alpha=method.attention_weight * factor)
-    result[tile.samples, :, tile.rows].add_(start, alpha=method.residual)
+    if isinstance(residual, Tensor):
+        result[tile.samples, :, tile.rows].addcmul_(start, residual.unsqueeze(1))
+    else:
+        result[tile.samples, :, tile.rows].add_(start, alpha=residual)
 
 
 def _row_sums(values: Tensor) -> Tensor:
@@ -125,7 +157,11 @@ def _full(problem: Problem, source: Source) -> Tensor:
         for layer in range(problem.layers):
             values, factor = _discarded(problem, source, layer, tile)
             matrix = torch.mul(values, method.attention_weight * factor)
-            residual = torch.full_like(matrix[..., :1], method.residual)
+            weight = _residual(problem, layer, tile)
+            if isinstance(weight, Tensor):
+                residual = weight.unsqueeze(-1)
+            else:
+                residual = torch.full_like(matrix[..., :1], weight)
             if method.renormalize:
                 sums = matrix.sum(-1, keepdim=True).add_(residual)
                 if tile.padded_rows is not None:

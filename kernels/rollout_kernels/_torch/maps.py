@@ -6,6 +6,7 @@ from torch import Tensor
 from rollout_kernels._problem import MapsProblem
 from rollout_kernels._torch.fuse import Scratch, fuse_by_function, fuse_heads
 from rollout_kernels._torch.tiles import Tile, tiles
+from rollout_kernels._torch.values import ValueTerms
 
 # A tile's fused map stays in the second-level cache between the head sum, the row sum and the product.
 CPU_TILE_BYTES = 4 << 20
@@ -22,6 +23,7 @@ class MapsSource:
 
     def __init__(self, problem: MapsProblem, scratch: Scratch) -> None:
         self._problem, self._scratch = problem, scratch
+        self._values = ValueTerms(problem, scratch)
 
     def plan(self) -> list[Tile]:
         problem = self._problem
@@ -43,7 +45,7 @@ class MapsSource:
         gradients = None
         if problem.gradients is not None:
             gradients = problem.gradients[layer][tile.samples, :, tile.rows, :read]
-        values, factor = self._fuse(layer, maps, gradients, own=tile.beyond is not None)
+        values, factor = self._fuse(layer, tile.samples, maps, gradients, tile.rows, own=tile.beyond is not None)
         values = values[:, :, :n]
         padded = tile.padded
         if padded is not None:
@@ -54,18 +56,28 @@ class MapsSource:
         values, factor = self.fused(layer, tile)
         return torch.bmm(weights, values).mul_(factor)
 
-    def top_rows(self) -> tuple[Tensor, float]:
+    def start_rows(self, layer: int) -> tuple[Tensor, float]:
         problem = self._problem
         samples = torch.arange(problem.batch, device=problem.device)
-        maps = problem.maps[-1][samples, :, problem.start_rows].unsqueeze(2)
+        maps = problem.maps[layer][samples, :, problem.start_rows].unsqueeze(2)
         gradients = None
         if problem.gradients is not None:
-            gradients = problem.gradients[-1][samples, :, problem.start_rows].unsqueeze(2)
-        return self._fuse(problem.layers - 1, maps, gradients)
+            gradients = problem.gradients[layer][samples, :, problem.start_rows].unsqueeze(2)
+        return self._fuse(layer, slice(0, problem.batch), maps, gradients, problem.start_rows)
 
-    def _fuse(self, layer: int, maps: Tensor, gradients: Tensor | None, own: bool = False) -> tuple[Tensor, float]:
-        """F from maps [b, H, r, n], as (values, factor)."""
+    def _fuse(
+        self,
+        layer: int,
+        samples: slice,
+        maps: Tensor,
+        gradients: Tensor | None,
+        rows: slice | Tensor,
+        own: bool = False,
+    ) -> tuple[Tensor, float]:
+        """F of the samples from maps [b, H, r, n] of some rows, one slice or long [b], as (values, factor)."""
         method, weights = self._problem.method, None
+        if method.values is not None:
+            return self._values.fuse(layer, samples, maps, rows), 1.0
         if callable(method.head_fusion):
             return fuse_by_function(maps, gradients, method, self._problem.compute_dtype), 1.0
         if self._problem.head_weights is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from rollout_kernels._problem import QKProblem
 from rollout_kernels._torch.fuse import Scratch, fuse_by_function, fuse_heads
 from rollout_kernels._torch.tiles import Tile, tiles
+from rollout_kernels._torch.values import ValueTerms
 
 CPU_TILE_BYTES = 4 << 20
 GPU_TILE_BYTES = 1 << 30
@@ -22,8 +23,10 @@ class QKSource:
 
     def __init__(self, problem: QKProblem, scratch: Scratch) -> None:
         self._problem, self._scratch = problem, scratch
+        self._values = ValueTerms(problem, scratch)
         fusion = problem.method.head_fusion
-        self.rows_sum_to_one = problem.sinks is None and (isinstance(fusion, Tensor) or fusion == "mean")
+        averaged = problem.values is None and (isinstance(fusion, Tensor) or fusion == "mean")
+        self.rows_sum_to_one = problem.sinks is None and averaged
 
     def plan(self) -> list[Tile]:
         problem = self._problem
@@ -43,18 +46,19 @@ class QKSource:
         per_row = (tile.samples.stop - tile.samples.start) * problem.queries[layer].shape[1] * n
         block = rows if callable(problem.method.head_fusion) else max(1, self._budget() // per_row)
         if block >= rows:
-            return self._fuse(layer, self._maps(layer, tile, tile.rows))
+            return self._fuse(layer, tile.samples, self._maps(layer, tile, tile.rows), tile.rows)
         whole = self._scratch.take("whole", tile.samples.stop - tile.samples.start, rows, n)
         factor = 1.0
         for first in range(tile.rows.start, tile.rows.stop, block):
             part = slice(first, min(first + block, tile.rows.stop))
-            values, factor = self._fuse(layer, self._maps(layer, tile, part))
+            values, factor = self._fuse(layer, tile.samples, self._maps(layer, tile, part), part)
             whole[:, part.start - tile.rows.start : part.stop - tile.rows.start] = values
         return whole, factor
 
     def weighted(self, layer: int, tile: Tile, weights: Tensor) -> Tensor:
         problem = self._problem
-        if problem.method.head_fusion != "mean" or problem.method.discard_ratio or weights.shape[1] > 1:
+        method = problem.method
+        if method.head_fusion != "mean" or method.discard_ratio or method.values is not None or weights.shape[1] > 1:
             values, factor = self.fused(layer, tile)
             return torch.bmm(weights, values).mul_(factor)
         # One start row: weighting each head's tile reads it once; fusing the heads first would read and write it.
@@ -63,11 +67,12 @@ class QKSource:
         per_head = weights.expand(samples, heads, rows).reshape(samples * heads, 1, rows)
         return torch.bmm(per_head, maps.view(samples * heads, rows, n)).view(samples, heads, n).mean(1, keepdim=True)
 
-    def top_rows(self) -> tuple[Tensor, float]:
-        problem, layer, factor = self._problem, self._problem.layers - 1, 1.0
+    def start_rows(self, layer: int) -> tuple[Tensor, float]:
+        problem, factor = self._problem, 1.0
         top = torch.empty(problem.batch, 1, problem.seq, dtype=problem.compute_dtype, device=problem.device)
         for samples in self.chunks(layer):
-            top[samples], factor = self._fuse(layer, self.row_maps(layer, samples, problem.start_rows[samples]))
+            rows = problem.start_rows[samples]
+            top[samples], factor = self._fuse(layer, samples, self.row_maps(layer, samples, rows), rows)
         return top, factor
 
     def chunks(self, layer: int) -> list[slice]:
@@ -98,8 +103,10 @@ class QKSource:
     def _bias(self, layer: int) -> Tensor | None:
         return None if self._problem.bias is None else self._problem.bias[layer]
 
-    def _fuse(self, layer: int, maps: Tensor) -> tuple[Tensor, float]:
+    def _fuse(self, layer: int, samples: slice, maps: Tensor, rows: slice | Tensor) -> tuple[Tensor, float]:
         problem = self._problem
+        if problem.values is not None:
+            return self._values.fuse(layer, samples, maps, rows), 1.0
         if callable(problem.method.head_fusion):
             return fuse_by_function(maps, None, problem.method, problem.compute_dtype), 1.0
         weights = None if problem.head_weights is None else problem.head_weights[layer]
@@ -156,6 +163,7 @@ class QKSource:
         if logsumexp is None and self._problem.sinks is not None:
             sinks = self._problem.sinks[layer].to(scores.dtype)[:, None]
             logsumexp = torch.logaddexp(scores.logsumexp(-1), sinks)
+            logsumexp.masked_fill_(logsumexp == -math.inf, 0.0)  # no key and no sink: the row is 0, not NaN
         if logsumexp is None:
             torch.softmax(scores, -1, out=scores)
         else:

@@ -39,6 +39,8 @@ def refusals_maps(problem: Problem) -> list[str]:
         reasons.append("the result is wanted in float64")
     if callable(problem.method.head_fusion):
         reasons.append("head_fusion is a Python function")
+    if problem.values is not None:
+        reasons.append("values are read beside queries and keys only")
     if problem.seq > launch.MAX_ROW:
         reasons.append(f"S = {problem.seq} is beyond the {launch.MAX_ROW} columns of a row held on chip")
     return reasons
@@ -74,10 +76,10 @@ def refusals_qk(problem: QKProblem) -> list[str]:
         reasons.append("bias is float64, not float32, bfloat16 or float16")
     if callable(problem.method.head_fusion):
         reasons.append("head_fusion is a Python function")
-    if problem.softcap is not None:
-        reasons.append("softcap is not supported")
-    if problem.sinks is not None:
-        reasons.append("sinks are not supported")
+    if problem.method.values == "sum_then_norm":
+        reasons.append("the norm of a sum over heads is not supported")
+    if problem.values is not None and problem.query_mask is not None and problem.has_bias:
+        reasons.append("values with both a bias and a query_mask are not supported")
     if problem.method.discard_ratio > 0:
         reasons.append("discard_ratio needs the order of a whole map, and from Q and K no map is held")
     return reasons
@@ -133,18 +135,19 @@ def full_from_maps(problem: Problem) -> Tensor:
 
 def rows_from_qk(problem: QKProblem) -> Tensor:
     """Start rows times R from queries and keys, [B, S] or [B, R, S] float32: one launch for the log-sum-exp unless it
-    was given, one for the row sums where the maximum or minimum over heads is renormalised, one for every layer of the
-    chain.
+    was given, one for the row sums where a fusion other than a mean, or any with sinks, is renormalised, one for every
+    layer of the chain.
 
     Args:
         problem: one that `refusals_qk` has nothing against.
     """
     arguments = qk_inputs.qk_inputs(problem, launch.interpreting())
+    problem = arguments.problem
     if arguments.out.numel() == 0:
         return shape_result(problem, arguments.out)
     with _on(problem.device):
         sums = _row_statistics(problem, arguments)
-        fused = qk_inputs.takes_extremes(problem)
+        fused = qk_inputs.fuses_first(problem)
         columns(arguments, _scores_launch("fused" if fused else "columns", problem), sums)
     return shape_result(problem, arguments.out)
 
@@ -160,6 +163,7 @@ def full_from_qk(problem: QKProblem) -> Tensor:
         problem: one that `refusals_qk` has nothing against, in the form of the full matrix.
     """
     arguments = qk_inputs.qk_inputs(problem, launch.interpreting())
+    problem = arguments.problem
     if arguments.out.numel() == 0:
         return arguments.out
     precision = "ieee" if launch.interpreting() else "bf16x6"
@@ -175,7 +179,7 @@ def _row_statistics(problem: QKProblem, arguments: qk_inputs.QKInputs) -> Tensor
     """Fills the log-sum-exp of every layer's rows unless it was given; the row sums of M_l where they are not known."""
     if arguments.lse is not None:
         logsumexp(arguments, _scores_launch("logsumexp", problem))
-    if problem.method.renormalize and qk_inputs.takes_extremes(problem):
+    if qk_inputs.needs_row_sums(problem):
         return row_sums(arguments, _scores_launch("fused", problem))
     return None
 
@@ -183,7 +187,8 @@ def _row_statistics(problem: QKProblem, arguments: qk_inputs.QKInputs) -> Tensor
 def _scores_launch(kernel: str, problem: QKProblem) -> launch.ScoresLaunch:
     queries = problem.queries[0]
     name = launch.target(problem.device).table
-    return launch.scores_launch(kernel, queries.dtype, queries.shape[-1], name, problem.has_bias)
+    capped = problem.softcap is not None or problem.sinks is not None
+    return launch.scores_launch(kernel, queries.dtype, queries.shape[-1], name, problem.has_bias, capped)
 
 
 def cannot_compile(error: Exception) -> bool:

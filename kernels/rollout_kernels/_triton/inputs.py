@@ -16,7 +16,13 @@ from rollout_kernels._triton.prepare import Prepared, Values, encode, flatten, p
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 LONGEST_IN_PAIRS = 4096  # beyond it, and with gradients, words of 4 bytes and the shifts take too many registers
 Layout = tuple[tuple[int, ...], int]  # of one tensor: strides, heads
-FUSIONS = {"mean": layer.MEAN.value, "max": layer.MAX.value, "min": layer.MIN.value, "weights": layer.WEIGHTS.value}
+FUSIONS = {
+    "mean": layer.MEAN.value,
+    "max": layer.MAX.value,
+    "min": layer.MIN.value,
+    "weights": layer.WEIGHTS.value,
+    "norms": layer.NORMS.value,
+}
 _GRADIENTS = {
     None: layer.NO_GRADIENTS.value,
     "clamp_then_fuse": layer.CLAMP_THEN_FUSE.value,

@@ -176,15 +176,23 @@ def rows_launch(
 
 
 def scores_launch(
-    kernel: str, dtype: torch.dtype, head_dimension: int, name: str = "default", biased: bool = False
+    kernel: str,
+    dtype: torch.dtype,
+    head_dimension: int,
+    name: str = "default",
+    biased: bool = False,
+    capped: bool = False,
 ) -> ScoresLaunch:
     """The launch of `"logsumexp"`, `"columns"`, or `"fused"` for all that fuse a tile over its heads.
 
     It does not depend on S: the same tiles serve every length. A bias takes the registers of one more tile: with it
-    every kernel has the tiles of `"fused"`, turned over for the log-sum-exp, whose rows are queries."""
-    by_size = tables(name)["fused" if biased else kernel][width(dtype)]
+    every kernel has the tiles of `"fused"`, turned over for the log-sum-exp, whose rows are queries; with a soft cap
+    or sinks too, and of the largest tiles halves."""
+    by_size = tables(name)["fused" if biased or capped else kernel][width(dtype)]
     launch = ScoresLaunch(**by_size[str(head_dimension)])
-    if biased and kernel == "logsumexp":
+    if capped and launch.block_m * launch.block_n >= 16 * 32 * launch.num_warps:  # entries a thread
+        launch = replace(launch, block_n=launch.block_n // 2)
+    if (biased or capped) and kernel == "logsumexp":
         launch = replace(launch, block_m=launch.block_n, block_n=launch.block_m)
     return launch
 

@@ -7,6 +7,7 @@ MEAN = tl.constexpr(0)
 MAX = tl.constexpr(1)
 MIN = tl.constexpr(2)
 WEIGHTS = tl.constexpr(3)
+NORMS = tl.constexpr(4)  # of each key and head, from Q and K alone
 
 NO_GRADIENTS = tl.constexpr(0)
 CLAMP_THEN_FUSE = tl.constexpr(1)

@@ -4,9 +4,10 @@ A program owns BLOCK_N columns of one step of one chain (one start row of one sa
 
     out_j = residual·w_j + attention·Σ_h c_h Σ_i w_i·2^(score_ij − lse_i)
 
-The maximum or minimum over heads is taken entry by entry first, with rows in the outer loop and heads in the inner
-one (`fused_tile`), and w_i is divided by the row sum of M_l where it is renormalised (`row_sums`). With a bias the mean
-goes that way too: a bias may leave a row of one head alone no key.
+The maximum or minimum over heads, or their sum weighted by norms, is taken entry by entry first, with rows in the outer
+loop and heads in the inner one (`fused_tile`), and w_i is divided by the row sum of M_l where it is renormalised
+(`row_sums`). The mean goes that way too with a bias, which may leave a row of one head alone no key, and with a soft
+cap or sinks, which take registers. With sinks a row with no key is 0.
 
 It forms the transposed scores K·Qᵀ, so that the sum over rows i is taken once, after the loop. Programs take tickets,
 numbered step-major (step 0 is the top layer), and wait for every column of the step before: only for lower tickets,
@@ -19,12 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from rollout_kernels._triton.launch import ScoresLaunch
-from rollout_kernels._triton.layer import MAX, MEAN, MIN, WEIGHTS
+from rollout_kernels._triton.layer import MAX, MEAN, MIN, NORMS, WEIGHTS
 from rollout_kernels._triton.qk_fused_tile import fused_tile
 from rollout_kernels._triton.qk_inputs import QKInputs
 from rollout_kernels._triton.qk_tile import (
     add_slopes,
     head_matrix,
+    load_norms,
     load_parts,
     multiply,
 )
@@ -87,7 +89,7 @@ def columns_kernel(
     slopes_ptr,  # float32 [L, H]
     lse_table_ptr,  # int64 [L, 4]: the same of float32 [B, H, S], rows contiguous
     dead_ptr,  # uint8 [B, S]: rows that attend to no key
-    head_weights_ptr,  # float32 [L, H]
+    head_weights_ptr,  # float32 [L, H], or [L, B, H + 1, S] when FUSION is NORMS
     sums_ptr,  # float32 [L, B, S] when HAS_SUMS
     w_ptr,  # float32 [2, B, R, S]: the start rows in the first half
     out_ptr,  # float32 [B, R, S]
@@ -99,6 +101,7 @@ def columns_kernel(
     HAS_LENGTHS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_DEAD: tl.constexpr, HAS_SUMS: tl.constexpr, FUSION: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS_DTYPE: tl.constexpr, BIAS_UNIT: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     DTYPE: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     # blocks
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -113,7 +116,8 @@ def columns_kernel(
     sample = chain // R
     # A float32 tile is split into thirds before the product: at D = 128 all at once they are too many registers.
     HALVES: tl.constexpr = DTYPE == tl.float32 and D > 64  # noqa: SIM300
-    TILED: tl.constexpr = HAS_BIAS or FUSION == MAX or FUSION == MIN  # noqa: SIM109, RUF100
+    FIRST: tl.constexpr = FUSION == MAX or FUSION == MIN or FUSION == NORMS  # noqa: PLR1714, SIM109, RUF100
+    TILED: tl.constexpr = HAS_BIAS or HAS_SINKS or SOFTCAP != 0.0 or FIRST
 
     n = S
     if HAS_LENGTHS:
@@ -166,7 +170,7 @@ def columns_kernel(
                     queries_ptr, keys_ptr, bias_ptr, slopes_ptr, lse_table_ptr, head_weights_ptr, key_valid_ptr,
                     layer, sample, H, offs_i, offs_j, n, L, B, H, S, group, scale, lse_scale, left, right,
                     FUSION, HAS_KEY_MASK, HAS_LEFT, HAS_RIGHT, HAS_BIAS, BIAS_DTYPE, BIAS_UNIT, HAS_SLOPES,
-                    DTYPE, VEC, ALIGNED, D, PRECISION, UPCAST,
+                    SOFTCAP, HAS_SINKS, DTYPE, VEC, ALIGNED, D, PRECISION, UPCAST,
                 )  # fmt: skip
                 w, _ = load_w(from_ptr, dead_ptr, sums_ptr, offs_i, n, HAS_DEAD, HAS_SUMS)
                 acc += tl.where(w[None, :] == 0.0, 0.0, tile * w[None, :])
@@ -191,10 +195,13 @@ def columns_kernel(
             sums = sums / H
         if HAS_KEY_MASK and not TILED:
             sums = tl.where(tl.load(key_valid_ptr + offs_j, mask=offs_j < n, other=0) != 0, sums, 0.0)
-        if HAS_DEAD:
+        if HAS_DEAD and not HAS_SINKS:
             sums += lost / n  # a row that attends to no key is uniform over the sample's keys
         own, lost_own = load_w(from_ptr, dead_ptr, sums_ptr, offs_j, n, HAS_DEAD, HAS_SUMS)
-        result = tl.where(offs_j < n, residual * (own + lost_own) + attention * sums, 0.0)
+        own += lost_own
+        if FUSION == NORMS:
+            own = own * load_norms(head_weights_ptr, layer, sample, H, B, H, S, offs_j, n)
+        result = tl.where(offs_j < n, residual * own + attention * sums, 0.0)
 
     tl.store(to_ptr + offs_j, result, mask=offs_j < S)
     arrive(ready_ptr, (column < n).to(tl.int32))

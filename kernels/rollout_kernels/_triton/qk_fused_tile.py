@@ -1,14 +1,15 @@
 """Device code: one tile of F_l from Q and K, its heads fused on chip, by any fusion.
 
 The mean and head weights are sums, which the columns kernel takes head after head. The maximum and the minimum are
-not: a tile is fused over all heads before it is weighted, summed or written.
+not: a tile is fused over all heads before it is weighted, summed or written. The norms of what each head hands on go
+that way too.
 """
 
 import triton
 import triton.language as tl
 
-from rollout_kernels._triton.layer import MAX, MEAN, MIN, WEIGHTS
-from rollout_kernels._triton.qk_tile import add_bias, head_matrix, load_lse, load_rows, softmax_entries
+from rollout_kernels._triton.layer import MAX, MEAN, MIN, NORMS, WEIGHTS
+from rollout_kernels._triton.qk_tile import add_bias, cap, head_matrix, load_lse, load_norms, load_rows, softmax_entries
 
 
 @triton.jit
@@ -18,11 +19,13 @@ def fused_tile(
     layer, sample, heads, offs_i, offs_j, n, L, B, H, S, group, scale, lse_scale, left, right,
     FUSION: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS_DTYPE: tl.constexpr, BIAS_UNIT: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     DTYPE: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """F_l[i, j] at [j, i], 0 beyond the sample's n×n block. A row of a head that a bias forbids every key is uniform;
-    one that masks forbid every key is 0, and the caller's to fill. `heads` is H, or 0 where no entry is allowed."""
+    """F_l[i, j] at [j, i], 0 beyond the sample's n×n block. A row of a head that a bias forbids every key is uniform, 0
+    with sinks; one that masks forbid every key is 0, and the caller's to fill. `heads` is H, or 0 where no entry is
+    allowed."""
     # Two tiles and their thirds beside two of entries: a wide head takes too many registers at once.
     CHUNK: tl.constexpr = min(D, 32 if DTYPE == tl.float32 else 64)  # noqa: SIM300
     i = offs_i[None, :]
@@ -52,14 +55,14 @@ def fused_tile(
             q = load_rows(q_matrix + first, stride_q, offs_i, n, CHUNK, UPCAST)
             k = load_rows(k_matrix + first, stride_k, offs_j, n, CHUNK, UPCAST)
             scores = tl.dot(k, tl.trans(q), scores, input_precision=PRECISION)
-        scores = scores * scale
+        scores = cap(scores * scale, SOFTCAP)
         scores = add_bias(
             scores, bias_ptr, slopes_ptr, layer, sample, head, H, i, j, n, HAS_BIAS, BIAS_DTYPE, BIAS_UNIT, HAS_SLOPES
         )
         p = softmax_entries(scores, lse[None, :], rest[None, :], HAS_BIAS)
         if HAS_BIAS:
             p = tl.where(allowed, p, 0.0)
-            p = tl.where(lse[None, :] == float("-inf"), 1.0 / n, p)
+            p = tl.where(lse[None, :] == float("-inf"), 0.0 if HAS_SINKS else 1.0 / n, p)
 
         if FUSION == MAX:
             fused = tl.maximum(fused, p, propagate_nan=tl.PropagateNan.ALL)
@@ -67,6 +70,8 @@ def fused_tile(
             fused = tl.minimum(fused, p, propagate_nan=tl.PropagateNan.ALL)
         elif FUSION == WEIGHTS:
             fused += p * tl.load(head_weights_ptr + layer * H + head)
+        elif FUSION == NORMS:
+            fused += p * load_norms(head_weights_ptr, layer, sample, head, B, H, S, offs_j, n)[:, None]
         else:
             fused += p
     if FUSION == MEAN:

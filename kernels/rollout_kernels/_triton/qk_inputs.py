@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from rollout_kernels._problem import QKProblem
+from rollout_kernels._torch.fuse import Scratch
+from rollout_kernels._torch.values import ValueTerms, input_norms
 from rollout_kernels._triton import inputs
 from rollout_kernels._triton.inputs import DTYPES
 from rollout_kernels._triton.prepare import Prepared, Values, encode, flatten, prepare
@@ -20,10 +22,12 @@ class QKInputs:
     """Arguments that the two kernels share or hand on.
 
     Attributes:
-        problem: what they were made from.
+        problem: what they were made from, masks of value-aware methods turned into a bias.
         values: tables of queries, keys, log-sum-exp and biases, one after another, and head weights.
         masks: uint8 [B, S] of valid keys and of dead rows, or None.
         slopes: float32 [L, H], ALiBi's, or None.
+        norms: float32 [L, B, H + 1, S] of each head's transformed values, and last the residual's weight, or None.
+        sinks: float32 [L, H], times log2 e unless there is a bias, or None.
         score_scalars: L, B, H, S, queries a key head serves, scale (times log2 e unless there is a bias), left, right.
         score_flags: the compile-time flags of every kernel.
         column_flags: those of all but the log-sum-exp.
@@ -40,6 +44,8 @@ class QKInputs:
     values: Values
     masks: tuple[Tensor | None, Tensor | None]
     slopes: Tensor | None
+    sinks: Tensor | None
+    norms: Tensor | None
     score_scalars: tuple[int | float, ...]
     score_flags: dict[str, object]
     column_scalars: tuple[float, ...]
@@ -78,9 +84,10 @@ class QKInputs:
 
     @property
     def column_pointers(self) -> tuple[Tensor, ...]:
-        """Table of the log-sum-exp, dead rows, head weights."""
+        """Table of the log-sum-exp, dead rows, head weights or norms."""
         ready, dead = self._ready, self.masks[1]
-        return ready.table[8 * self.layers :], ready.table if dead is None else dead, ready.weights
+        weights = ready.weights if self.norms is None else self.norms
+        return ready.table[8 * self.layers :], ready.table if dead is None else dead, weights
 
     def scratch(self) -> tuple[Tensor, Tensor, Tensor]:
         """A ticket, int32 [1]; counters, int32 [L·B·R]; w, float32 [2, B, R, S]. Zeros, and w[0] the start weights:
@@ -106,6 +113,8 @@ class QKInputs:
 
 def qk_inputs(problem: QKProblem, interpreting: bool) -> QKInputs:
     """The kernels' arguments for one problem."""
+    if problem.values is not None:
+        problem = _dead_rows_by_bias(problem)
     batch, heads, seq, size = problem.queries[0].shape
     rows = seq if problem.form == "full" else _starts(problem)
     vector, aligned = _vectors((*problem.queries, *problem.keys))
@@ -124,15 +133,21 @@ def qk_inputs(problem: QKProblem, interpreting: bool) -> QKInputs:
     fusion, head_weights = str(problem.method.head_fusion), tuple[float, ...]()
     if problem.head_weights is not None:
         fusion, (head_weights, _) = "weights", flatten(problem.head_weights)
+    norms = None if problem.values is None else _norms(problem)
+    if norms is not None:
+        fusion = "norms"
     left, right = _window(problem)
     method = problem.method
-    # Rows of a mean of softmax rows sum to 1.
-    total = method.residual + method.attention_weight if method.renormalize and not takes_extremes(problem) else 1.0
+    residual = method.residual if norms is None else 1.0  # which the norms have in them
+    known = method.renormalize and not needs_row_sums(problem)
+    total = method.residual + method.attention_weight if known else 1.0
     return QKInputs(
         problem=problem,
         values=Values(_table(problem.queries, vector) + _table(problem.keys, vector) + numbers, head_weights),
         masks=(valid, dead),
         slopes=None if problem.alibi_slopes is None else _slopes(problem, heads).mul_(unit),
+        norms=norms,
+        sinks=None if problem.sinks is None else torch.stack([sinks.float() for sinks in problem.sinks]).mul_(unit),
         score_scalars=(
             problem.layers, batch, heads, seq, heads // problem.keys[0].shape[1], problem.scale * unit,
             0 if left is None else min(left, seq), 0 if right is None else min(right, seq),
@@ -146,6 +161,8 @@ def qk_inputs(problem: QKProblem, interpreting: bool) -> QKInputs:
             "BIAS_DTYPE": DTYPES[biases[0].dtype if biased else torch.float32],
             "BIAS_UNIT": all(bias.stride(-1) == 1 for bias in biases),
             "HAS_SLOPES": problem.alibi_slopes is not None,
+            "SOFTCAP": 0.0 if problem.softcap is None else problem.softcap * unit,
+            "HAS_SINKS": problem.sinks is not None,
             "DTYPE": DTYPES[problem.queries[0].dtype],
             "VEC": vector,
             "ALIGNED": aligned,
@@ -153,7 +170,7 @@ def qk_inputs(problem: QKProblem, interpreting: bool) -> QKInputs:
             "D": size,
         },
         column_scalars=(
-            LOG2_E if lse is None else 1.0, method.residual / total, method.attention_weight / total,
+            LOG2_E if lse is None else 1.0, residual / total, method.attention_weight / total,
         ),
         column_flags={"FUSION": inputs.FUSIONS[fusion], "HAS_DEAD": dead is not None},
         exact=interpreting or problem.queries[0].dtype != torch.float32,
@@ -163,9 +180,40 @@ def qk_inputs(problem: QKProblem, interpreting: bool) -> QKInputs:
     )  # fmt: skip
 
 
-def takes_extremes(problem: QKProblem) -> bool:
-    """Whether heads are fused by the maximum or minimum, so that rows of F_l do not sum to 1."""
+def fuses_first(problem: QKProblem) -> bool:
+    """Whether heads are fused by the maximum, the minimum or norms, so that rows of F_l do not sum to 1."""
+    if problem.values is not None:
+        return True
     return problem.head_weights is None and problem.method.head_fusion != "mean"
+
+
+def needs_row_sums(problem: QKProblem) -> bool:
+    """Whether M_l is renormalised and its row sums are not known: rows of F_l are no weighted mean of softmax rows."""
+    return problem.method.renormalize and (fuses_first(problem) or problem.sinks is not None)
+
+
+def _norms(problem: QKProblem) -> Tensor:
+    """What `QKInputs.norms` holds, 0 on padding."""
+    terms, whole = ValueTerms(problem, Scratch(torch.float32, problem.device)), slice(0, problem.batch)
+    layers = [
+        torch.cat([terms.head_norms(layer, whole), input_norms(problem, layer, whole).unsqueeze(1)], 1)
+        for layer in range(problem.layers)
+    ]
+    return torch.stack(layers)
+
+
+def _dead_rows_by_bias(problem: QKProblem) -> QKProblem:
+    """The same with a bias where a row may have no key: weighted by norms such a row is no constant, and a kernel with
+    a bias finds it out by itself."""
+    if problem.key_mask is None and problem.query_mask is None:
+        return problem
+    shape = (*problem.queries[0].shape[:3], problem.seq)
+    silent = torch.zeros(1, dtype=torch.float32, device=problem.device).view(1, 1, 1, 1)
+    if problem.query_mask is not None:
+        silent = silent.masked_fill(~problem.query_mask[:, None, :, None], -math.inf)
+    elif problem.has_bias:
+        return problem
+    return replace(problem, bias=(silent.expand(shape),) * problem.layers, query_mask=None)
 
 
 def _starts(problem: QKProblem) -> int:
@@ -217,7 +265,7 @@ def _masks(problem: QKProblem) -> tuple[Tensor | None, Tensor | None]:
     dead = before[:, last] == before[:, first]
     if rows is not None:
         dead = dead | rows
-    return valid.to(torch.uint8), dead.to(torch.uint8)
+    return valid.to(torch.uint8), dead.to(torch.uint8) if problem.values is None else None
 
 
 def _vectors(tensors: Sequence[Tensor]) -> tuple[int, bool]:

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from rollout_kernels._triton.launch import ScoresLaunch
 from rollout_kernels._triton.qk_inputs import QKInputs
-from rollout_kernels._triton.qk_tile import LOG2_E, add_bias, head_matrix, load_parts, multiply
+from rollout_kernels._triton.qk_tile import LOG2_E, add_bias, cap, head_matrix, load_parts, multiply
 
 
 @triton.jit(do_not_specialize=["L", "B", "H", "S", "group", "left", "right"])
@@ -17,12 +17,14 @@ def logsumexp_kernel(
     key_valid_ptr,  # uint8 [B, S]
     bias_ptr,  # int64 [L, 5]: address or 0, strides of batch, head, row and column of [B, H, S, S]
     slopes_ptr,  # float32 [L, H]
+    sinks_ptr,  # float32 [L, H] when HAS_SINKS, in the base of the scores
     start_ptr,  # int64 [B] when ONE_HOT
     lse_ptr,  # float32 [L, B, H, S], or [2, L, B, H, S]
     # sizes
     L, B, H, S, group, scale, left, right,
     # flags
     HAS_BIAS: tl.constexpr, BIAS_DTYPE: tl.constexpr, BIAS_UNIT: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     ONE_HOT: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     DTYPE: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -32,6 +34,7 @@ def logsumexp_kernel(
     """This program computes log2 Σ_j 2^score for BLOCK_M rows of one head, −inf for a row with no key allowed.
 
     With a bias scores are in base e, and it gives their maximum, −inf for such a row, and log2 Σ_j e^(score − maximum).
+    A sink is one more score of the sum.
     """
     blocks = tl.cdiv(S, BLOCK_M)
     pid = tl.program_id(0)
@@ -74,10 +77,14 @@ def logsumexp_kernel(
 
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
+        if HAS_SINKS:
+            sink = tl.load(sinks_ptr + layer * H + head)
+            top = tl.full((BLOCK_M,), 0.0, tl.float32) + sink
+            total = tl.where(top == float("-inf"), 0.0, 1.0)
         for first in range(low, high, BLOCK_N):
             offs_j = first + tl.arange(0, BLOCK_N)
             k, k_rest = load_parts(k_matrix, stride_k, offs_j, n, D, UPCAST, HALVES)
-            scores = multiply(q, q_rest, k, k_rest, PRECISION, HALVES) * scale
+            scores = cap(multiply(q, q_rest, k, k_rest, PRECISION, HALVES) * scale, SOFTCAP)
             scores = add_bias(
                 scores, bias_ptr, slopes_ptr, layer, sample, head, H, offs_i[:, None], offs_j[None, :], n,
                 HAS_BIAS, BIAS_DTYPE, BIAS_UNIT, HAS_SLOPES,
@@ -120,7 +127,7 @@ def logsumexp(inputs: QKInputs, launch: ScoresLaunch) -> None:
     layers, batch, heads, seq = inputs.lse.shape[-4:]
     grid = (layers * batch * heads * -(-seq // launch.block_m),)
     logsumexp_kernel[grid](
-        *inputs.score_pointers, inputs.start, inputs.lse, *inputs.score_scalars,
-        **inputs.score_flags, ONE_HOT=inputs.one_hot, PRECISION="ieee" if inputs.exact else launch.precision,
-        **launch.blocks, **launch.options,
+        *inputs.score_pointers, inputs.lse if inputs.sinks is None else inputs.sinks, inputs.start, inputs.lse,
+        *inputs.score_scalars, **inputs.score_flags, ONE_HOT=inputs.one_hot,
+        PRECISION="ieee" if inputs.exact else launch.precision, **launch.blocks, **launch.options,
     )  # fmt: skip

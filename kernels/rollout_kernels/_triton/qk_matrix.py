@@ -5,8 +5,10 @@ import triton.language as tl
 from torch import Tensor
 
 from rollout_kernels._triton.launch import ScoresLaunch
+from rollout_kernels._triton.layer import NORMS
 from rollout_kernels._triton.qk_fused_tile import fused_tile
 from rollout_kernels._triton.qk_inputs import QKInputs
+from rollout_kernels._triton.qk_tile import load_norms
 
 
 @triton.jit(do_not_specialize=["L", "B", "H", "S", "group", "left", "right", "layer", "stride_out"])
@@ -20,7 +22,7 @@ def qk_matrix_kernel(
     slopes_ptr,  # float32 [L, H]
     lse_table_ptr,  # int64 [L, 4]: the same of float32 [B, H, S], rows contiguous
     dead_ptr,  # uint8 [B, S]: rows that attend to no key
-    head_weights_ptr,  # float32 [L, H]
+    head_weights_ptr,  # float32 [L, H], or [L, B, H + 1, S] when FUSION is NORMS
     sums_ptr,  # float32 [L, B, S] when HAS_SUMS
     out_ptr,  # float32 [B, S, row], rows of stride_out·OUT_VEC, all written
     residual_ptr,  # float32 [B, S], the diagonal left out, unless IDENTITY
@@ -30,6 +32,7 @@ def qk_matrix_kernel(
     IDENTITY: tl.constexpr, FUSION: tl.constexpr, HAS_SUMS: tl.constexpr, HAS_DEAD: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS_DTYPE: tl.constexpr, BIAS_UNIT: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     DTYPE: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     # blocks
     OUT_VEC: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -61,14 +64,16 @@ def qk_matrix_kernel(
         key_valid_ptr + sample.to(tl.int64) * S,
         layer, sample, tl.where(wanted, H, 0), offs_i, offs_j, n, L, B, H, S, group, scale, lse_scale,
         left, right, FUSION, HAS_KEY_MASK, HAS_LEFT, HAS_RIGHT, HAS_BIAS, BIAS_DTYPE, BIAS_UNIT, HAS_SLOPES,
-        DTYPE, VEC, ALIGNED, D, PRECISION, UPCAST,
+        SOFTCAP, HAS_SINKS, DTYPE, VEC, ALIGNED, D, PRECISION, UPCAST,
     )  # fmt: skip
     inside = (offs_i < n)[None, :] & (offs_j < n)[:, None]
     if HAS_DEAD:
         dead = tl.load(dead_ptr + rows, mask=offs_i < n, other=0) != 0
-        tile = tl.where(dead[None, :] & inside, 1.0 / n, tile)
+        tile = tl.where(dead[None, :] & inside, 0.0 if HAS_SINKS else 1.0 / n, tile)
 
     diagonal = tl.where(offs_i < n, residual, 0.0)
+    if FUSION == NORMS:
+        diagonal = residual * load_norms(head_weights_ptr, layer, sample, H, B, H, S, offs_i, n)
     tile = attention * tile
     if HAS_SUMS:
         sums = tl.load(sums_ptr + layer.to(tl.int64) * B * S + rows, mask=offs_i < n, other=1.0)

@@ -1,7 +1,8 @@
-"""The row sums of M_l from Q and K, every layer in one launch: what the maximum or minimum over heads is divided by.
+"""The row sums of M_l from Q and K, every layer in one launch: what the maximum or minimum over heads is divided by,
+and any fusion of heads with sinks or by norms.
 
-Rows of such an F_l no longer sum to 1, and a program that owns some columns sees no whole row: the scores are formed
-once more, here by rows.
+Rows of such an F_l do not sum to 1, and a program that owns some columns sees no whole row: the scores are formed once
+more, here by rows.
 """
 
 import torch
@@ -10,8 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from rollout_kernels._triton.launch import ScoresLaunch
+from rollout_kernels._triton.layer import NORMS
 from rollout_kernels._triton.qk_fused_tile import fused_tile
 from rollout_kernels._triton.qk_inputs import QKInputs
+from rollout_kernels._triton.qk_tile import load_norms
 
 
 @triton.jit(do_not_specialize=["L", "B", "H", "S", "group", "left", "right"])
@@ -25,7 +28,7 @@ def row_sums_kernel(
     slopes_ptr,  # float32 [L, H]
     lse_table_ptr,  # int64 [L, 4]: the same of float32 [B, H, S], rows contiguous
     dead_ptr,  # uint8 [B, S]: rows that attend to no key
-    head_weights_ptr,  # float32 [L, H]
+    head_weights_ptr,  # float32 [L, H], or [L, B, H + 1, S] when FUSION is NORMS
     start_ptr,  # int64 [B] when ONE_HOT
     sums_ptr,  # float32 [L, B, S]
     # sizes, weights
@@ -34,6 +37,7 @@ def row_sums_kernel(
     ONE_HOT: tl.constexpr, FUSION: tl.constexpr, HAS_DEAD: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS_DTYPE: tl.constexpr, BIAS_UNIT: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     DTYPE: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     # blocks
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -71,15 +75,18 @@ def row_sums_kernel(
                 key_valid_ptr + sample.to(tl.int64) * S,
                 layer, sample, H, offs_i, first + tl.arange(0, BLOCK_N), n, L, B, H, S, group, scale, lse_scale,
                 left, right, FUSION, HAS_KEY_MASK, HAS_LEFT, HAS_RIGHT, HAS_BIAS, BIAS_DTYPE, BIAS_UNIT, HAS_SLOPES,
-                DTYPE, VEC, ALIGNED, D, PRECISION, UPCAST,
+                SOFTCAP, HAS_SINKS, DTYPE, VEC, ALIGNED, D, PRECISION, UPCAST,
             )  # fmt: skip
 
         sums = tl.sum(acc, 0)
         rows = sample.to(tl.int64) * S + offs_i
         if HAS_DEAD:
-            sums = tl.where(tl.load(dead_ptr + rows, mask=offs_i < n, other=0) != 0, 1.0, sums)
+            sums = tl.where(tl.load(dead_ptr + rows, mask=offs_i < n, other=0) != 0, 0.0 if HAS_SINKS else 1.0, sums)
         rows += layer.to(tl.int64) * B * S
-        tl.store(sums_ptr + rows, residual + attention * sums, mask=offs_i < n)
+        own = residual
+        if FUSION == NORMS:
+            own = residual * load_norms(head_weights_ptr, layer, sample, H, B, H, S, offs_i, n)
+        tl.store(sums_ptr + rows, own + attention * sums, mask=offs_i < n)
 
 
 def row_sums(inputs: QKInputs, launch: ScoresLaunch) -> Tensor:

@@ -63,6 +63,25 @@ def multiply(a, a_rest, b, b_rest, PRECISION: tl.constexpr, HALVES: tl.constexpr
 
 
 @triton.jit
+def cap(scores, SOFTCAP: tl.constexpr):
+    """SOFTCAP·tanh(scores / SOFTCAP), or the scores where SOFTCAP is 0.
+
+    Below 1 the hyperbolic tangent is a continued fraction, exact to float32: 1 − e^(−2x) would lose small scores' bits.
+    """
+    if SOFTCAP == 0.0:
+        return scores
+    else:
+        x = tl.abs(scores) * (1.0 / SOFTCAP)
+        x2 = x * x
+        t = tl.exp2(x * (-2.0 * LOG2_E))
+        small = x < 1.0
+        top = tl.where(small, x * (945.0 + x2 * (105.0 + x2)), 1.0 - t)
+        bottom = tl.where(small, 945.0 + x2 * (420.0 + x2 * 15.0), 1.0 + t)
+        capped = SOFTCAP * (top / bottom)
+        return tl.where(scores < 0.0, -capped, capped)
+
+
+@triton.jit
 def add_bias(
     scores,  # already times the scale
     bias_ptr,  # int64 [L, 5]: address (0 for a layer without one), strides of batch, head, row and column
@@ -91,6 +110,16 @@ def add_bias(
 def add_slopes(scores, slopes_ptr, layer, head, H, i, j):
     """The scores of one head with ALiBi's −slope·|i − j|; the slope is in their base."""
     return scores - tl.load(slopes_ptr + layer * H + head) * tl.abs(i - j).to(tl.float32)
+
+
+@triton.jit
+def load_norms(
+    norms_ptr,  # float32 [L, B, H + 1, S]: of each head's transformed values; the last row the residual's weight
+    layer, sample, head, B, H, S, offs, n,
+):  # fmt: skip
+    """Norms of positions `offs`, 0 beyond the sample's end."""
+    row = norms_ptr + ((layer.to(tl.int64) * B + sample) * (H + 1) + head) * S
+    return tl.load(row + offs, mask=offs < n, other=0.0)
 
 
 @triton.jit
