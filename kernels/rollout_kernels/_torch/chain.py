@@ -81,31 +81,26 @@ def start_row(problem: Problem, source: Source, layer: int) -> tuple[Tensor, Ten
         padded = torch.arange(problem.seq, device=problem.device) >= problem.lengths[:, None]
         row.masked_fill_(padded[:, None], 0.0)
     residual = residuals(problem, layer)
-    if residual is None:
-        return row, torch.full_like(row[:, :, :1], problem.method.residual)
-    return row, residual.gather(1, problem.start_rows.view(-1, 1)).unsqueeze(1)
+    if isinstance(residual, Tensor):
+        return row, residual.gather(1, problem.start_rows.view(-1, 1)).unsqueeze(1)
+    return row, torch.full_like(row[:, :, :1], residual)
 
 
-def residuals(problem: Problem, layer: int, samples: slice | None = None) -> Tensor | None:
-    """The residual's weight at every row, [b, S], 0 on padding; None where it is `residual` at each."""
+def residuals(problem: Problem, layer: int, tile: Tile | None = None) -> float | Tensor:
+    """The residual's weight: one for every row, or that of each row of a tile, [b, r], or of all, [B, S]."""
     if problem.values is None:
-        return None
-    return input_norms(problem, layer, slice(None) if samples is None else samples)
+        return problem.method.residual
+    return input_norms(problem, layer) if tile is None else input_norms(problem, layer, tile.samples, tile.rows)
 
 
 def row_sums(problem: Problem, source: Source, layer: int, tile: Tile) -> tuple[Tensor, float, Tensor, float | Tensor]:
     """F_l of a tile as (values, factor), the row sums of M_l, [b, r], and the residual's weight, one or [b, r]."""
     values, factor = _discarded(problem, source, layer, tile)
-    residual = _residual(problem, layer, tile)
+    residual = residuals(problem, layer, tile)
     sums = _row_sums(values).mul_(problem.method.attention_weight * factor).add_(residual)
     if tile.padded_rows is not None:
         sums.masked_fill_(tile.padded_rows, 1.0)
     return values, factor, sums, residual
-
-
-def _residual(problem: Problem, layer: int, tile: Tile) -> float | Tensor:
-    found = residuals(problem, layer, tile.samples)
-    return problem.method.residual if found is None else found[:, tile.rows]
 
 
 def _step(problem: Problem, source: Source, layer: int, tile: Tile, weights: Tensor, result: Tensor) -> None:
@@ -117,7 +112,7 @@ def _step(problem: Problem, source: Source, layer: int, tile: Tile, weights: Ten
     if not method.renormalize or (source.rows_sum_to_one and not method.discard_ratio):
         if method.renormalize:
             start = start / (method.residual + method.attention_weight)
-        product, factor, residual = source.weighted(layer, tile, start), 1.0, _residual(problem, layer, tile)
+        product, factor, residual = source.weighted(layer, tile, start), 1.0, residuals(problem, layer, tile)
     else:
         values, factor, sums, residual = row_sums(problem, source, layer, tile)
         start = start / sums.unsqueeze(1)
@@ -157,7 +152,7 @@ def _full(problem: Problem, source: Source) -> Tensor:
         for layer in range(problem.layers):
             values, factor = _discarded(problem, source, layer, tile)
             matrix = torch.mul(values, method.attention_weight * factor)
-            weight = _residual(problem, layer, tile)
+            weight = residuals(problem, layer, tile)
             if isinstance(weight, Tensor):
                 residual = weight.unsqueeze(-1)
             else:

@@ -55,11 +55,11 @@ def _row_shares(problem: Problem, source: Source, layer: int) -> Tensor:
 
 
 def _all_shares(problem: Problem, source: Source, layer: int) -> Tensor:
-    method, found = problem.method, residuals(problem, layer)
+    method = problem.method
     sums = torch.ones(problem.batch, problem.seq, dtype=problem.compute_dtype, device=problem.device)
     if method.renormalize and source.rows_sum_to_one and not method.discard_ratio:
         sums *= method.residual + method.attention_weight
     elif method.renormalize:
         for tile in source.plan():
             sums[tile.samples, tile.rows] = row_sums(problem, source, layer, tile)[2]
-    return (method.residual if found is None else found) / sums
+    return residuals(problem, layer) / sums

@@ -11,46 +11,30 @@ from torch import Tensor
 from rollout_kernels._problem import Problem
 from rollout_kernels._torch.fuse import Scratch
 
+EVERY = slice(None)
 KEYS = 64  # transformed in one go: H·E numbers a key and sample, beside what a tile takes
 
 
-def input_norms(problem: Problem, layer: int, samples: slice) -> Tensor:
-    """The residual's weight at every row, [b, S], 0 on padding: residual·‖x_i‖, or 0 where F_l has it already."""
+def input_norms(problem: Problem, layer: int, samples: slice = EVERY, rows: slice = EVERY) -> Tensor:
+    """The residual's weight at some rows, [b, r], 0 on padding: residual·‖x_i‖, or 0 where F_l has it already."""
     assert problem.values is not None
-    inputs = problem.values[layer].inputs[samples].to(problem.compute_dtype)
+    inputs = problem.values[layer].inputs[samples, rows].to(problem.compute_dtype)
     if problem.method.values == "sum_then_norm":
         return inputs.new_zeros(inputs.shape[:2])
-    return _valid(problem, samples, inputs.norm(dim=-1).mul_(problem.method.residual))
+    return _valid(problem, samples, inputs.norm(dim=-1).mul_(problem.method.residual), rows)
 
 
-def _valid(problem: Problem, samples: slice, per_position: Tensor) -> Tensor:
-    """`per_position` […, b, S], in place 0 beyond each sample's end."""
+def _valid(problem: Problem, samples: slice, per_position: Tensor, rows: slice = EVERY) -> Tensor:
+    """`per_position` […, b, r], in place 0 beyond each sample's end."""
     if problem.lengths is None:
         return per_position
-    return per_position.masked_fill_(
-        torch.arange(problem.seq, device=problem.device) >= problem.lengths[samples, None], 0.0
-    )
+    positions = torch.arange(problem.seq, device=problem.device)[rows]
+    return per_position.masked_fill_(positions >= problem.lengths[samples, None], 0.0)
 
 
 def _repeated(values: Tensor, heads: int) -> Tensor:
     """Values by heads that read them, [b, H, S, D_v]."""
     return values if values.shape[1] == heads else values.repeat_interleave(heads // values.shape[1], 1)
-
-
-def triangles(vectors: Tensor) -> Tensor:
-    """R [H, H, …], 0 for c > h, of vectors f [H, …, E]: f_h = Σ_c R[c, h]·q_c with orthonormal q (Gram and Schmidt)."""
-    rest = vectors.clone()
-    heads = len(rest)
-    found = rest.new_zeros(heads, heads, *rest.shape[1:-1])
-    for c in range(heads):
-        norm = rest[c].norm(dim=-1)
-        found[c, c] = norm
-        if c + 1 == heads:
-            break
-        direction = rest[c] / torch.where(norm == 0, 1.0, norm).unsqueeze(-1)
-        found[c, c + 1 :] = (rest[c + 1 :] * direction).sum(-1)
-        rest[c + 1 :] -= found[c, c + 1 :].unsqueeze(-1) * direction
-    return found
 
 
 class ValueTerms:
@@ -73,7 +57,7 @@ class ValueTerms:
             return fused
         mixed = self._scratch.take("mixed", *shape)
         fused.zero_()
-        for c in range(maps.shape[1]):
+        for c in range(len(terms)):
             self._mix(maps, terms[c], c, mixed)
             fused.addcmul_(mixed, mixed)
         fused.sqrt_()
@@ -89,7 +73,7 @@ class ValueTerms:
             torch.mul(head, weight, out=out) if h == first else out.addcmul_(head, weight)
 
     def _terms(self, layer: int, samples: slice) -> Tensor:
-        """Norms [H, b, S], or triangles [H, H, b, S]; 0 on padding."""
+        """Norms [H, b, S], or triangles [min(H, E), H, b, S]; 0 on padding."""
         key = (layer, samples.start, samples.stop)
         if key != self._key:
             self._kept, self._key = self._make_terms(layer, samples), key
@@ -103,9 +87,10 @@ class ValueTerms:
         given = problem.values[layer]
         values, weights = (t.to(problem.compute_dtype) for t in (given.values[samples], given.output_weights))
         parts = [
-            triangles((_repeated(part, len(weights)) @ weights).transpose(0, 1)) for part in values.split(KEYS, dim=2)
+            torch.linalg.qr((_repeated(part, len(weights)) @ weights).permute(0, 2, 3, 1), mode="r").R
+            for part in values.split(KEYS, dim=2)
         ]
-        return _valid(problem, samples, torch.cat(parts, -1))
+        return _valid(problem, samples, torch.cat(parts, 1).permute(2, 3, 0, 1).contiguous())
 
     def head_norms(self, layer: int, samples: slice) -> Tensor:
         """‖v_hj·W_O^h‖ [b, H, S], 0 on padding."""

@@ -196,7 +196,7 @@ def _norms(problem: QKProblem) -> Tensor:
     """What `QKInputs.norms` holds, 0 on padding."""
     terms, whole = ValueTerms(problem, Scratch(torch.float32, problem.device)), slice(0, problem.batch)
     layers = [
-        torch.cat([terms.head_norms(layer, whole), input_norms(problem, layer, whole).unsqueeze(1)], 1)
+        torch.cat([terms.head_norms(layer, whole), input_norms(problem, layer).unsqueeze(1)], 1)
         for layer in range(problem.layers)
     ]
     return torch.stack(layers)
