@@ -50,6 +50,14 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             paper="Chefer, Gur & Wolf 2021 (ICCV), arXiv:2103.15679, equations 5 and 6, self-attention: "
             "I + mean_h max(A∘∇A, 0)",
         ),
+        "chefer_normalised": Method(
+            residual=0.5,
+            renormalize=True,
+            normalize_attention=True,
+            gradients="clamp_then_fuse",
+            paper="chefer with its rows normalised before the residual, as grad_rollout weighs the two: "
+            "½I + ½ rownorm(mean_h max(A∘∇A, 0)); a row of zeros is I's. This project's; A∘∇A as in arXiv:2103.15679",
+        ),
         "value_norm": Method(
             residual=1.0,
             attention=1.0,

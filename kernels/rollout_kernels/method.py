@@ -3,6 +3,7 @@
 Every rollout-like method is the same chain of matrices R = M_L · … · M_1; they differ in M_l only:
 
     F_l = fuse_h(A_l)                         head fusion; A_l ∘ G_l for the gradient-weighted methods
+    F_l = F_l / rowsum(F_l)                   when `normalize_attention`
     M_l = residual · I + attention · F_l      residual addition
     M_l = M_l / rowsum(M_l)                   renormalisation, when `renormalize`
 
@@ -37,6 +38,8 @@ class Method:
         residual: α, the weight of the identity.
         attention: the weight of F_l; `None` means 1 − residual.
         renormalize: divide every row of M_l by its sum.
+        normalize_attention: divide every row of F_l by its sum before the residual is added, so that the two weigh what
+            `residual` and `attention` say however small A∘G is; a row of F_l that sums to 0 stays. Not with `values`.
         discard_ratio: q in [0, 1). Per layer and sample, over the valid n×n block of F_l, the ⌊q·n²⌋ smallest entries
             (ties by flat index) become 0; entry [0, 0] is spared even when it is one of them.
         start_layer: layers below it (input side) are left out of the chain.
@@ -62,6 +65,7 @@ class Method:
     residual: float = 0.5
     attention: float | None = None
     renormalize: bool = True
+    normalize_attention: bool = False
     discard_ratio: float = 0.0
     start_layer: int = 0
     gradients: Literal["clamp_then_fuse", "fuse_then_clamp"] | None = None
@@ -92,8 +96,9 @@ class Method:
             raise ValueError(f"Method: gradients must be None or one of {GRADIENT_FORMS}, got {self.gradients!r}")
         if self.values is not None:
             _check_values(self)
-        if not isinstance(self.own_path, bool):
-            raise TypeError(f"Method: own_path must be True or False, got {self.own_path!r}")
+        for name in ("own_path", "normalize_attention"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Method: {name} must be True or False, got {getattr(self, name)!r}")
 
     @property
     def attention_weight(self) -> float:
@@ -129,7 +134,12 @@ def _check_values(method: Method) -> None:
         raise ValueError(
             f"Method: head_fusion must be left at 'mean' with values: W_O adds heads up, got {method.head_fusion!r}"
         )
-    for name, none in (("gradients", None), ("discard_ratio", 0.0), ("matrices", False)):
+    for name, none in (
+        ("gradients", None),
+        ("discard_ratio", 0.0),
+        ("matrices", False),
+        ("normalize_attention", False),
+    ):
         if getattr(method, name) != none:
             raise ValueError(f"Method: {name} must be {none!r} with values, got {getattr(method, name)!r}")
     if method.values == "sum_then_norm" and method.attention_weight <= 0:

@@ -22,8 +22,9 @@ from rollout_kernels.method import Method
 # A query is a row of every sample, or a tensor; a method comes field by field.
 _QUERY = "SymInt? query, Tensor? query_tensor, Tensor? lengths"
 _METHOD = (
-    "str head_fusion, Tensor? head_weights, float residual, float? attention, bool renormalize, float discard_ratio, "
-    "SymInt start_layer, str? gradient_form, str? value_form, bool own_path, bool matrices"
+    "str head_fusion, Tensor? head_weights, float residual, float? attention, bool renormalize, "
+    "bool normalize_attention, float discard_ratio, SymInt start_layer, str? gradient_form, str? value_form, "
+    "bool own_path, bool matrices"
 )
 _VALUES = "Tensor[]? values, Tensor[]? output_weights, Tensor[]? inputs"
 _MAPS_SCHEMA = (
@@ -97,9 +98,9 @@ def _query_and_method(name: str, options: dict[str, Any], first: Tensor) -> tupl
         )
     return (
         row, _detached(query), _detached(options["lengths"]), fusion, weights, float(method.residual),
-        None if method.attention is None else float(method.attention), method.renormalize, float(method.discard_ratio),
-        method.start_layer, method.gradients, method.values, method.own_path, method.matrices,
-        options["backend"], options["validate"],
+        None if method.attention is None else float(method.attention), method.renormalize, method.normalize_attention,
+        float(method.discard_ratio), method.start_layer, method.gradients, method.values, method.own_path,
+        method.matrices, options["backend"], options["validate"],
     )  # fmt: skip
 
 
@@ -116,13 +117,15 @@ def _detached(value: Any) -> Any:
 
 def _method(
     head_fusion: str, head_weights: Tensor | None, residual: float, attention: float | None, renormalize: bool,
-    discard_ratio: float, start_layer: int, gradient_form: Any, value_form: Any, own_path: bool, matrices: bool,
+    normalize_attention: bool, discard_ratio: float, start_layer: int, gradient_form: Any, value_form: Any,
+    own_path: bool, matrices: bool,
 ) -> Method:  # fmt: skip
     if isinstance(head_weights, FakeTensor):
         head_fusion, head_weights = "mean", None  # it has no values to check or to normalise
     return Method(
         head_fusion=head_fusion if head_weights is None else head_weights, residual=residual, attention=attention,
-        renormalize=renormalize, discard_ratio=discard_ratio, start_layer=start_layer, gradients=gradient_form,
+        renormalize=renormalize, normalize_attention=normalize_attention, discard_ratio=discard_ratio,
+        start_layer=start_layer, gradients=gradient_form,
         values=value_form, own_path=own_path, matrices=matrices,
     )  # fmt: skip
 

@@ -107,6 +107,9 @@ def layer_matrix(problem: Problem, layer: int, b: int, n: int) -> tuple[Tensor, 
     if problem.values is None:
         weights = None if problem.head_weights is None else problem.head_weights[layer]
         fused = discard(fuse(maps, gradients, method, weights), method.discard_ratio)
+        if method.normalize_attention:
+            whole = fused.sum(-1, keepdim=True)
+            fused = torch.where(whole == 0, fused, fused / whole)
         matrix = residual + method.attention_weight * fused
     else:
         vectors, inputs = transformed_values(problem.values[layer], b, n)

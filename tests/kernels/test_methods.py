@@ -56,6 +56,7 @@ FORMULAS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "discard": lambda a, g, eye: rownorm(0.5 * drop_smallest(a.amax(1), 0.9) + 0.5 * eye),
     "grad_rollout": lambda a, g, eye: rownorm(0.5 * (a * g).mean(1).clamp(min=0) + 0.5 * eye),
     "chefer": lambda a, g, eye: eye + (a * g).clamp(min=0).mean(1),
+    "chefer_normalised": lambda a, g, eye: rownorm(0.5 * rownorm((a * g).clamp(min=0).mean(1)) + 0.5 * eye),
     "product": lambda a, g, eye: a[:, 0],
 }
 
@@ -101,6 +102,10 @@ FIELDS = {
     "fuse-weights": Method(head_fusion=torch.tensor([1.0, -2.0, 3.0]), gradients="fuse_then_clamp"),
     "fuse-min": Method(head_fusion="min", gradients="fuse_then_clamp", residual=1.0, attention=1.0),
     "discard-gradients": Method(gradients="clamp_then_fuse", discard_ratio=0.3, head_fusion="max"),
+    "normalize": Method(residual=0.25, normalize_attention=True, head_fusion="max", renormalize=False),
+    "normalize-weights": Method(head_fusion=torch.tensor([1.0, 2.0, 3.0]), normalize_attention=True, attention=2.0),
+    "normalize-discard": Method(normalize_attention=True, discard_ratio=0.5, head_fusion="max", renormalize=False),
+    "normalize-gradients": Method(gradients="fuse_then_clamp", normalize_attention=True, start_layer=1),
     "start": Method(start_layer=1),
     "start-discard": Method(start_layer=2, discard_ratio=0.5, head_fusion="max"),
     "start-gradients": Method(start_layer=1, gradients="fuse_then_clamp"),

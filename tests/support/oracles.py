@@ -102,6 +102,8 @@ def layer_matrix(maps: np.ndarray, gradients: np.ndarray | None, method: Method,
             fused[flat // n, flat % n] = 0.0
     share = 1.0 - method.residual if method.attention is None else method.attention
     for i in range(n):
+        if method.normalize_attention and fused[i].sum() != 0:
+            fused[i] /= fused[i].sum()
         fused[i] *= share
         fused[i, i] += method.residual
         if method.renormalize:

@@ -34,6 +34,8 @@ def refusals_maps(problem: MapsProblem) -> list[str]:
         found.append(f"{problem.weights.shape[1]} start rows a sample are more than {MOST_STARTS}")
     if problem.gradients is not None:
         found.append("the method is weighted by gradients")
+    if method.normalize_attention:
+        found.append("normalize_attention divides rows before the residual is added")
     if method.discard_ratio:
         found.append(f"discard_ratio={method.discard_ratio} needs whole maps")
     if callable(method.head_fusion):

@@ -76,10 +76,13 @@ def _rows(problem: Problem, source: Source) -> Tensor:
 def start_row(problem: Problem, source: Source, layer: int) -> tuple[Tensor, Tensor]:
     """Row `rows[b]` of attention·F_l, [B, 1, S], 0 on padding, and the residual to be added there, [B, 1, 1]."""
     values, factor = source.start_rows(layer)
-    row = values * (problem.method.attention_weight * factor)
+    row = values * factor
     if problem.lengths is not None:
         padded = torch.arange(problem.seq, device=problem.device) >= problem.lengths[:, None]
         row.masked_fill_(padded[:, None], 0.0)
+    if problem.method.normalize_attention:
+        row /= _divisors(row)
+    row *= problem.method.attention_weight
     residual = residuals(problem, layer)
     if isinstance(residual, Tensor):
         return row, residual.gather(1, problem.start_rows.view(-1, 1)).unsqueeze(1)
@@ -95,7 +98,7 @@ def residuals(problem: Problem, layer: int, tile: Tile | None = None) -> float |
 
 def row_sums(problem: Problem, source: Source, layer: int, tile: Tile) -> tuple[Tensor, float, Tensor, float | Tensor]:
     """F_l of a tile as (values, factor), the row sums of M_l, [b, r], and the residual's weight, one or [b, r]."""
-    values, factor = _discarded(problem, source, layer, tile)
+    values, factor = _fused(problem, source, layer, tile)
     residual = residuals(problem, layer, tile)
     sums = _row_sums(values).mul_(problem.method.attention_weight * factor).add_(residual)
     if tile.padded_rows is not None:
@@ -109,13 +112,15 @@ def _step(problem: Problem, source: Source, layer: int, tile: Tile, weights: Ten
     start = weights[tile.samples, :, tile.rows]
     if tile.skippable and not bool(start.any()):
         return
-    if not method.renormalize or (source.rows_sum_to_one and not method.discard_ratio):
+    summed = method.renormalize and not (source.rows_sum_to_one and not method.discard_ratio)
+    if not summed and not method.normalize_attention:
         if method.renormalize:
             start = start / (method.residual + method.attention_weight)
         product, factor, residual = source.weighted(layer, tile, start), 1.0, residuals(problem, layer, tile)
     else:
         values, factor, sums, residual = row_sums(problem, source, layer, tile)
-        start = start / sums.unsqueeze(1)
+        if method.renormalize:
+            start = start / sums.unsqueeze(1)
         product = torch.bmm(start, values)
     # The residual is added after the product: accumulated first, a large w_i would swallow the small terms.
     result[tile.samples, :, : tile.width].add_(product, alpha=method.attention_weight * factor)
@@ -133,11 +138,20 @@ def _row_sums(values: Tensor) -> Tensor:
     return torch.bmm(values, ones).squeeze(-1)
 
 
-def _discarded(problem: Problem, source: Source, layer: int, tile: Tile) -> tuple[Tensor, float]:
+def _fused(problem: Problem, source: Source, layer: int, tile: Tile) -> tuple[Tensor, float]:
+    """F_l of a tile as (values, factor), what is discarded taken out and its rows divided as the method says."""
     values, factor = source.fused(layer, tile)
     if problem.method.discard_ratio:
         values = discard_smallest(values, problem.method.discard_ratio, tile.lengths)
+    if problem.method.normalize_attention:
+        return values / _divisors(values), 1.0
     return values, factor
+
+
+def _divisors(values: Tensor) -> Tensor:
+    """Row sums [..., 1]; 1 for a row that sums to 0."""
+    sums = values.sum(-1, keepdim=True)
+    return torch.where(sums == 0, 1.0, sums)
 
 
 def _full(problem: Problem, source: Source) -> Tensor:
@@ -150,7 +164,7 @@ def _full(problem: Problem, source: Source) -> Tensor:
     for tile in source.plan():
         n, product = tile.width, None
         for layer in range(problem.layers):
-            values, factor = _discarded(problem, source, layer, tile)
+            values, factor = _fused(problem, source, layer, tile)
             matrix = torch.mul(values, method.attention_weight * factor)
             weight = residuals(problem, layer, tile)
             if isinstance(weight, Tensor):

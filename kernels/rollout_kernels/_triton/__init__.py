@@ -24,6 +24,7 @@ from rollout_kernels._triton.rows_split import rows_split
 
 __all__ = ["full_from_maps", "full_from_qk", "refusals_maps", "refusals_qk", "rows_from_maps", "rows_from_qk"]
 
+NO_NORMALIZE = "normalize_attention divides rows before the residual is added"
 HEAD_DIMENSIONS = (16, 32, 64, 128)
 CANNOT = (CompilationError, OutOfResources, PTXASError, RuntimeError)  # what compiling for a device may raise
 PASS_FAILED = "PassManager::run failed"  # as a compiler's pass does, in a RuntimeError; others are not ours to catch
@@ -39,6 +40,8 @@ def refusals_maps(problem: Problem) -> list[str]:
         reasons.append("the result is wanted in float64")
     if callable(problem.method.head_fusion):
         reasons.append("head_fusion is a Python function")
+    if problem.method.normalize_attention:
+        reasons.append(NO_NORMALIZE)
     if problem.values is not None:
         reasons.append("values are read beside queries and keys only")
     if problem.seq > launch.MAX_ROW:
@@ -61,6 +64,8 @@ def refusals_qk(problem: QKProblem) -> list[str]:
     reasons = launch.target(problem.device).refusals()
     tensors = (*problem.queries, *problem.keys)
     reasons += _dtype_refusals("queries and keys", tensors)
+    if problem.method.normalize_attention:
+        reasons.append(NO_NORMALIZE)
     for name, group in (("queries", problem.queries), ("keys", problem.keys)):
         if len({t.shape for t in group}) > 1:
             reasons.append(f"layers differ in the shape of their {name}")
