@@ -62,4 +62,4 @@ bench-compare: setup
 	$(BIN)/python -m bench.gate --base "$(BASE)"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info kernels/rollout_kernels/_native/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -34,7 +34,9 @@ def starts(monkeypatch):
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
+    """One that imports nothing but itself, whatever other tests have."""
+    monkeypatch.setattr(forks, "IMPORTS", ())
     server = ForkServer(1)
     yield server
     server.end()
@@ -91,7 +93,7 @@ def forked(server):
     connection, other = Pipe()
     with other:
         child = server.fork(other.fileno())
-    wait_until(lambda: child.poll() is not None or child._pid)
+    wait_until(lambda: child.poll() is not None or child._pid, LIMIT)
     return child, connection
 
 
@@ -102,7 +104,7 @@ def test_a_fork_tells_how_it_died(server, number):
     with pytest.raises(subprocess.TimeoutExpired):
         child.wait(0.1)
     os.kill(child._pid, number)
-    assert child.wait(30) == child.poll() == -number
+    assert child.wait(LIMIT) == child.poll() == -number
     child.kill()  # no process has that number any more, or another one has
     assert child.returncode == -number
 
@@ -111,21 +113,21 @@ def test_a_fork_tells_how_it_died(server, number):
 def test_a_fork_ends_with_its_connection(server):
     child, connection = forked(server)
     connection.close()
-    assert child.wait(30) == 1
+    assert child.wait(LIMIT) == 1
 
 
 @NEEDS_FORKS
 def test_forks_end_with_their_server_and_another_server_is_started(server, starts):
     child, _ = forked(server)
     os.kill(server._running.pid, signal.SIGKILL)
-    assert child.wait(30) == -signal.SIGKILL
+    assert child.wait(LIMIT) == -signal.SIGKILL
     wait_until(lambda: not psutil.pid_exists(child._pid) or psutil.Process(child._pid).status() == "zombie")
     server._running.wait()
     other, _ = forked(server)
     assert other.poll() is None
     assert starts == ["rollout.cohort.forks:serve_forks"]
     server.end()
-    assert other.wait(30) == -signal.SIGKILL
+    assert other.wait(LIMIT) == -signal.SIGKILL
 
 
 @NEEDS_FORKS
@@ -134,7 +136,7 @@ def test_a_fork_that_is_not_there_yet_can_be_killed(server):
     with other:
         child = server.fork(other.fileno())  # the server is still importing
     child.kill()
-    assert child.wait(30) == -signal.SIGKILL
+    assert child.wait(LIMIT) == -signal.SIGKILL
     connection.close()
     later, _ = forked(server)
     assert later.poll() is None

@@ -162,6 +162,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "starts": ({"query": torch.ones(2, 33, 6)}, "33 start rows a sample are more than 32"),
     "discard": ({"method": "discard"}, "discard_ratio=0.9 needs whole maps"),
     "gradients": ({"method": "chefer"}, "the method is weighted by gradients"),
+    "values": (
+        {
+            "method": "value_norm",
+            "values": [torch.ones(2, 3, 6, 4)] * 3,
+            "output_weights": [torch.ones(3, 4, 5)] * 3,
+            "inputs": [torch.ones(2, 6, 5)] * 3,
+        },
+        "it reads no values",
+    ),
     "function": ({"method": Method(head_fusion=lambda a, g: a.mean(1))}, "head_fusion is a function"),
     "float64": ({"dtype": torch.float64}, "maps are torch.float64, not float32, bfloat16 or float16"),
     "columns": ({"turned": True}, "the columns of a map do not lie next to each other"),

@@ -27,9 +27,9 @@ class Job(ctypes.Structure):
 
     _fields_ = (
         ("layers", ctypes.POINTER(Layer)),
-        *((name, ctypes.c_void_p) for name in ("lengths", "rows", "start", "result", "sums", "scaled", "scratch")),
-        *((name, ctypes.c_int64) for name in ("batch", "depth", "seq", "padded", "starts", "chunks", "scratch_floats")),
-        *((name, ctypes.c_int64) for name in ("fusion", "renormalize", "together")),
+        *((name, ctypes.c_void_p) for name in ("lengths", "start", "rows", "result", "sums", "scaled", "scratch")),
+        *((name, ctypes.c_int64) for name in ("row", "batch", "depth", "seq", "padded", "starts", "chunks")),
+        *((name, ctypes.c_int64) for name in ("scratch_floats", "fusion", "renormalize", "together")),
         ("residual", ctypes.c_float),
     )
 

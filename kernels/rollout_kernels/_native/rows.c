@@ -44,13 +44,13 @@ typedef struct {
 typedef struct {
     const layer_t *layers;  /* [L], input side first */
     const int64_t *lengths; /* [B], or NULL for S */
-    const int64_t *rows;    /* [B], the start row of each sample, or NULL */
-    const float *start;     /* [B, R, S], the start weights where there are no rows */
+    const float *start;     /* [B, R, S], start weights, or NULL for a start row */
+    const int64_t *rows;    /* [B], that of each sample, or NULL for `row`; a negative one counts from the end */
     float *result;          /* [B, R, S] */
     float *sums;            /* [2, B, CHUNKS, R, S_pad], what each chunk adds to a layer's result */
     float *scaled;          /* [2, B, R, S_pad], a layer's start weights over its row sums */
     float *scratch;         /* [workers, scratch_floats]: BLOCK_FLOATS, or S_pad where that is more, and BLOCK * R */
-    int64_t batch, depth, seq, padded, starts, chunks, scratch_floats;
+    int64_t row, batch, depth, seq, padded, starts, chunks, scratch_floats;
     int64_t fusion, renormalize, together;
     float residual;
 } job_t;
@@ -250,12 +250,13 @@ INLINE void load_weights(const job_t *job, int64_t layer, int64_t b, int64_t r, 
 {
     const int64_t above = layer + 1, count = i1 - i0;
     if (above == job->depth) {
-        if (job->rows) {
-            memset(weights, 0, count * sizeof *weights);
-            if (i0 <= job->rows[b] && job->rows[b] < i1)
-                weights[job->rows[b] - i0] = 1;
-        } else
+        int64_t row = job->rows ? job->rows[b] : job->row;
+        row += row < 0 ? n : 0;
+        if (job->start)
             memcpy(weights, job->start + (b * job->starts + r) * job->seq + i0, count * sizeof *weights);
+        else
+            for (int64_t i = 0; i < count; i++)
+                weights[i] = i0 + i == row;
         return;
     }
     const float attention = job->layers[above].attention, *scaled = scaled_of(job, above, b, r) + i0;

@@ -78,16 +78,16 @@ def _run(problem: MapsProblem, starts: int, result: Tensor) -> None:
     memory = torch.empty(scaled + sums + workers * scratch_floats)
     first = memory.data_ptr()
     # Named, so that they live until the call returns.
-    rows = problem.start_rows.contiguous() if problem.weights is None else None
+    rows = problem.rows.contiguous() if isinstance(problem.rows, Tensor) else None
     weights = None if problem.weights is None else problem.weights.contiguous()
     lengths = None if problem.lengths is None else problem.lengths.contiguous()
     heads = None if problem.head_weights is None else [each.float() for each in problem.head_weights]
     job = Job(
         layers=_layers(problem, heads),
-        lengths=_address(lengths), rows=_address(rows), start=_address(weights), result=_address(result),
+        lengths=_address(lengths), start=_address(weights), rows=_address(rows), result=_address(result),
         scaled=first, sums=first + 4 * scaled, scratch=first + 4 * (scaled + sums),
-        batch=batch, depth=problem.layers, seq=seq, padded=padded, starts=starts, chunks=chunks,
-        scratch_floats=scratch_floats,
+        row=problem.rows if isinstance(problem.rows, int) else 0, batch=batch, depth=problem.layers, seq=seq,
+        padded=padded, starts=starts, chunks=chunks, scratch_floats=scratch_floats,
         fusion=FUSIONS["weights" if heads else str(method.head_fusion)], renormalize=method.renormalize,
         together=chunks == 1 or batch >= _SAMPLES_PER_WORKER * workers,
         residual=method.residual,
