@@ -17,8 +17,8 @@ from rollout_kernels import Method
 TILE_BYTES = 1 << 20
 _PAIRWISE: dict[str, Callable[..., Tensor]] = {"mean": torch.add, "max": torch.maximum, "min": torch.minimum}
 
-# Fused maps that a group may keep, all layers together. By `test_visits` of `bench/test_pyhealth_end_to_end.py`, of four
-# layers, kept is the faster up to 2048 rows (48 MB), and no longer at 4096 (192 MB).
+# Fused maps that a group may keep, all layers together. By `test_visits` of `bench/test_pyhealth_end_to_end.py`, of
+# four layers, kept is the faster up to 2048 rows (48 MB), and no longer surely at 4096 (192 MB).
 KEPT_BYTES = 64 << 20
 
 NEVER = -1e30  # a score that softmax makes exactly 0; an infinite one times 0 is no number
