@@ -1,7 +1,8 @@
 """PyHealth's own Transformer and StageAttentionNet: where their attention is, and one forward pass watched.
 
-`FusedCapture` (`rollout.pyhealth.fused`) keeps queries and keys and lets torch's fused attention run; `MapCapture`
-here lets PyHealth's run and keeps its maps. Other models are run by their own protocol, `rollout.pyhealth.protocol`.
+`MergedCapture` (`rollout.pyhealth.merged`) runs a Transformer on the distinct rows of its records; `FusedCapture`
+(`rollout.pyhealth.fused`) keeps queries and keys and lets torch's fused attention run; `MapCapture` here lets
+PyHealth's run and keeps its maps. Other models are run by their own protocol, `rollout.pyhealth.protocol`.
 """
 
 import threading

@@ -14,10 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.gate import cases, worker
 from bench.gate import compare as gate
 from bench.gate.paired import REPEATS, Pairs, judge, sign_interval, suspected, turns
 from bench.gate.processes import Duel, WorkerError
 from bench.gate.trees import RevisionError, Tree, compile_native, trees
+from rollout.bench import end_to_end
+from rollout.bench.measure import relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS, THRESHOLD = 32, 0.10  # the defaults of the command line
@@ -463,3 +466,13 @@ def test_an_installed_copy_is_not_timed_for_the_revision(tmp_path: Path) -> None
     )  # fmt: skip
     assert done.returncode == 1
     assert f"ImportError: rollout must come from {tmp_path / 'revision'}, got {installed}" in done.stderr
+
+
+def test_the_case_of_pyhealths_transformer_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyhealth", reason="PyHealth is not installed: pip install 'attention-rollout[pyhealth]'")
+    monkeypatch.setattr(end_to_end, "LONGEST", 30)
+    monkeypatch.setattr(cases, "BATCH", 4)
+    case = cases._attributed(16, 2, 2, real=False)
+    assert case.call == "attribute"
+    found = worker.attributed(*case.inputs, **case.options)()
+    assert relative_error(found, case.exact) <= case.allowed < 1e-4

@@ -61,6 +61,19 @@ def with_positions_beside(subject: Any) -> None:
     subject.transformer["drugs"].transformer[0].register_buffer("positions", torch.zeros(20))
 
 
+class Quantized(torch.Tensor):
+    """Weights of a kind of their own."""
+
+
+def with_other_weights(subject: Any) -> None:
+    linear = subject.transformer["drugs"].transformer[0].feed_forward.w_1
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Quantized))
+
+
+def with_a_position_parameter(subject: Any) -> None:
+    subject.transformer["drugs"].transformer[0].position = nn.Parameter(torch.zeros(16))
+
+
 def with_another_pass(subject: Any) -> None:
     own = subject.forward_from_embedding
     subject.forward_from_embedding = lambda **data: own(**data)
@@ -77,6 +90,8 @@ CHANGES: list[Callable[[Any], None]] = [
     with_biases,
     with_another_forward,
     with_positions_beside,
+    with_a_position_parameter,
+    with_other_weights,
     with_another_pass,
     with_another_readout,
 ]

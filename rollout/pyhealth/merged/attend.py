@@ -17,9 +17,9 @@ from rollout_kernels import Method
 TILE_BYTES = 1 << 20
 _PAIRWISE: dict[str, Callable[..., Tensor]] = {"mean": torch.add, "max": torch.maximum, "min": torch.minimum}
 
-# Fused maps that a group may keep, all layers together. Kept is the faster at every width that `test_visits` of
-# `bench/test_pyhealth_end_to_end.py` times, 64 to 4096: memory alone sets the bound.
-KEPT_BYTES = 256 << 20
+# Fused maps that a group may keep, all layers together. By `test_visits` of `bench/test_pyhealth_end_to_end.py`, of
+# four layers, kept is the faster up to 2048 rows (48 MB), and no longer surely at 4096 (192 MB).
+KEPT_BYTES = 64 << 20
 
 NEVER = -1e30  # a score that softmax makes exactly 0; an infinite one times 0 is no number
 

@@ -81,7 +81,8 @@ def _is_own(part: nn.Module) -> bool:
     if part.training or part._forward_hooks or part._forward_pre_hooks or part._buffers:
         return False
     parameters = [p for p in part._parameters.values() if p is not None]
-    return not parameters or (kind in (nn.LayerNorm, nn.Linear) and all(p.device.type == "cpu" for p in parameters))
+    plain = all(type(p) is nn.Parameter and p.device.type == "cpu" for p in parameters)  # one quantized is of its own
+    return plain and (not parameters or kind in (nn.LayerNorm, nn.Linear))
 
 
 def _without_bias(layer: Any) -> Iterator[nn.Linear]:
