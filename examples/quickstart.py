@@ -38,9 +38,9 @@ def main() -> None:
     alone = rollout.attention_rollout_qk([q[1:2, :, :4] for q in queries], [k[1:2, :, :4] for k in keys], query=-1)
     print(f"   sample 1 on its own, unpadded, differs by {float((alone - ragged[1:2, :4]).abs().max()):.1e}")
 
-    print("\nSample 0, position 0, by every method that needs no gradient and takes attention maps:")
+    print("\nSample 0, position 0, by every method that takes attention maps alone:")
     for name, method in rollout.METHODS.items():
-        if method.gradients is None and name != "product":
+        if method.gradients is None and method.values is None and not method.matrices:
             values = rollout.attention_rollout(maps, query=0, method=name)[0]
             print(f"   {name:<15}" + " ".join(f"{value:.4f}" for value in values.tolist()))
     weighted = rollout.Method(head_fusion=torch.tensor([3.0, 1.0]))

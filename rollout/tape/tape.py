@@ -299,8 +299,14 @@ class Tape:
 def _method_of_maps(method: str | Method, caller: str) -> Method:
     """A method that forms M_l from the attention maps alone."""
     chosen = get_method(method, caller)
-    if chosen.gradients is not None or chosen.matrices:
-        needs = "the gradients of the attention maps" if chosen.gradients is not None else "the matrices themselves"
+    needs = None
+    if chosen.gradients is not None:
+        needs = "the gradients of the attention maps"
+    elif chosen.values is not None:
+        needs = "values, output weights and inputs"
+    elif chosen.matrices:
+        needs = "the matrices themselves"
+    if needs is not None:
         raise ValueError(
             f"{caller}: method must form M_l from Q and K alone; {method!r} needs {needs}, which a tape does not hold: "
             f"run the model with its maps and call rollout.attention_rollout"

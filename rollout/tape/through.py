@@ -39,6 +39,8 @@ def roll_through(
             f"head_fusion={method.head_fusion!r}, discard_ratio={method.discard_ratio}, "
             f"start_layer={method.start_layer}"
         )
+    if not method.own_path:
+        raise ValueError(f"{caller}: method must have own_path=True through cross-attention, got False")
     first = held[top][0].record
     own = [layer.record for layer in held[top] if layer.source is None]
     rows = meant_rows(query, own, False, caller)

@@ -191,8 +191,12 @@ def test_what_cannot_be_said_is_refused() -> None:
     for method in (Method(head_fusion="max"), Method(discard_ratio=0.5), Method(start_layer=1)):
         with pytest.raises(ValueError, match="fuse heads by their mean, discard nothing and start at the first layer"):
             tape.encoder_decoder_rollout(method=method)
+    with pytest.raises(ValueError, match="must have own_path=True through cross-attention"):
+        tape.encoder_decoder_rollout(method=Method(own_path=False))
     with pytest.raises(ValueError, match="needs the gradients"):
         tape.encoder_decoder_rollout(method="grad_rollout")
+    with pytest.raises(ValueError, match="'value_norm' needs values, output weights and inputs, which a tape does not"):
+        tape.encoder_decoder_rollout(method="value_norm")
     with pytest.raises(KeyError, match="must name one of the streams"):
         tape.encoder_decoder_rollout(stream="decoder")
     with pytest.raises(ValueError, match=r"must hold cross-attention of encoder\.layers, it holds that of"):

@@ -67,3 +67,15 @@ def test_an_unknown_backend(backend: object):
 
 def test_a_refusal_is_a_value_error():
     assert issubclass(BackendError, ValueError)
+
+
+def test_a_backend_that_reads_no_values_refuses_methods_that_need_them():
+    """Else its numbers would be those of other methods."""
+    given = {
+        "values": [torch.rand(1, 2, 5, 4)],
+        "output_weights": [torch.rand(2, 4, 6)],
+        "inputs": [torch.rand(1, 5, 6)],
+    }
+    problem = ops.maps_problem(random_maps(1, 2, 5, layers=1), query=0, method=rollout.METHODS["value_norm"], **given)
+    assert "it reads no values" in _dispatch.refusals(problem, "native")
+    assert _dispatch.choose(problem, "auto").name == "torch"

@@ -179,7 +179,7 @@ def test_grouped_heads_share_neighbouring_keys():
 
 
 METHODS = {
-    **{name: method for name, method in rollout.METHODS.items() if not method.matrices},
+    **{name: method for name, method in rollout.METHODS.items() if not (method.matrices or method.values)},
     "mean-alpha": Method(residual=0.3),
     "min": Method(head_fusion="min", residual=0.7, renormalize=False),
     "weights": Method(head_fusion=torch.tensor([1.0, 3.0, -0.5])),
