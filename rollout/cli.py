@@ -57,7 +57,8 @@ def demo(
         ("matplotlib", "plots"),
     ):
         require(module, extra)
-    from rollout.demo.run import report, run_demo
+    from rollout.demo.printed import report
+    from rollout.demo.run import run_demo
     from rollout.demo.training import Recipe
 
     found = run_demo(
