@@ -17,6 +17,7 @@ from rollout.pyhealth.interpreter import RowInterpreter
 from rollout.pyhealth.merged import CannotMergeError, MergedCapture
 from rollout.pyhealth.protocol import protocol_maps
 from rollout.pyhealth.readout import Relevance
+from rollout.pyhealth.residual import CannotMeasureError, residuals_of
 from rollout.pyhealth.watch import READOUT_METHODS, MapCapture, Sites, attention_sites
 from rollout_kernels import Method
 from rollout_kernels._dispatch import BACKENDS
@@ -25,6 +26,8 @@ from rollout_kernels.method import HEAD_FUSIONS, HeadFusion
 __all__ = ["AttentionRollout"]
 
 READOUTS = ("model", "forward")
+MAPS_ONLY = "half precision, autocast, dropout, or someone else's eyes on the attention"
+NOT_OWN = "its attention or what hooks it is not PyHealth's own"
 
 
 class AttentionRollout(RowInterpreter):
@@ -51,6 +54,9 @@ class AttentionRollout(RowInterpreter):
         head_fusion: `"mean"`: PyHealth's numbers. `"max"`, `"min"`, or a tensor of head weights [H] or [L, H]: fused
             so, and renormalised.
         method: a name in `rollout.METHODS` or a `rollout.Method`, instead of `head_fusion`; gradient-free ones only.
+            Those that measure values (`"value_norm"`, `"kobayashi"`) need PyHealth's own Transformer or
+            StageAttentionNet on fused attention: the residual is what a layer adds the attention's output to, before
+            its norm in the one, before the norm of the sum in the other.
         backend: as in `rollout.attention_rollout`.
         readout: `"model"`: the row `get_relevance_tensor` picks. `"forward"`: the row the forward pass predicted from.
             They differ for a StageAttentionNet with `stagenet_tensor` features, whose readout takes its mask from the
@@ -58,7 +64,7 @@ class AttentionRollout(RowInterpreter):
 
     Raises:
         ValueError: unknown `head_fusion`, `method`, `backend` or `readout`; `head_fusion` and `method` both given; a
-            method that needs gradients.
+            method that needs gradients; one that measures values, of a model where they are not seen.
         TypeError: the model lacks a readout method; `head_fusion` or `method` is of the wrong type.
 
     Source: Abnar & Zuidema 2020, arXiv:2005.00928, section 3.
@@ -90,6 +96,7 @@ class AttentionRollout(RowInterpreter):
         self.head_fusion = head_fusion
         self.backend = backend
         self.readout = readout
+        self._check_values(attention_sites(model))
 
     def attribute(self, target_class_idx: int | None = None, **data: Any) -> Relevance:
         """The relevance of every input position for the row the model reads.
@@ -110,6 +117,7 @@ class AttentionRollout(RowInterpreter):
         return super().attribute(target_class_idx, **data)
 
     def _by_protocol(self, data: dict[str, Any], target_class_idx: int | None) -> Relevance:
+        self._check_values(None)
         if self.readout == "forward":
             raise ValueError(
                 "AttentionRollout: readout='forward' needs PyHealth's own Transformer or StageAttentionNet, "
@@ -121,9 +129,12 @@ class AttentionRollout(RowInterpreter):
 
     def _by_capture(self, sites: Sites, data: dict[str, Any], target_class_idx: int | None) -> Relevance:
         """Queries and keys where fused attention can stand in, else the maps."""
+        self._check_values(sites)
         if can_fuse(self.model, sites):
             with suppress(CannotFuseError):
                 return self._by_fused(sites, data)
+        if self.method.values is not None:
+            raise _unmeasured(self.model, "a mask is not made of valid positions")
         captured = MapCapture(self.model, sites)
         captured.run(data)
         rows = self._rows(captured, data)
@@ -143,13 +154,26 @@ class AttentionRollout(RowInterpreter):
         relevance = {key: captured.rollout(key, None if rows is None else rows[key]) for key in sites}
         return self._read_matrices(relevance, data) if rows is None else relevance
 
+    def _check_values(self, sites: Sites | None) -> None:
+        """Refuse a method that measures values where they and the residuals are not seen."""
+        if self.method.values is None:
+            return
+        if sites is None:
+            raise _unmeasured(self.model, NOT_OWN)
+        if not can_fuse(self.model, sites):
+            raise _unmeasured(self.model, MAPS_ONLY)
+        try:
+            residuals_of(self.model, sites)
+        except CannotMeasureError as error:
+            raise _unmeasured(self.model, str(error)) from None
+
     def describe_path(self) -> str:
         """How batches are run on this model as it is, and where it is not the fastest way, why."""
         sites = attention_sites(self.model)
         if sites is None:
-            return "by PyHealth's protocol, the full matrix: its attention or what hooks it is not PyHealth's own"
+            return f"by PyHealth's protocol, the full matrix: {NOT_OWN}"
         if not can_fuse(self.model, sites):
-            return "from stored maps: half precision, autocast, dropout, or someone else's eyes on the attention"
+            return f"from stored maps: {MAPS_ONLY}"
         try:
             self._merged_blocks()
         except CannotMergeError as error:
@@ -160,6 +184,13 @@ class AttentionRollout(RowInterpreter):
         """Rows [B, S] of the rollout, or all of it [B, S, S], in the maps' dtype; a NaN stays in its sample."""
         result = attention_rollout(maps, query=rows, method=self.method, backend=self.backend, validate=False)
         return result.to(_stock_dtype(maps[0]))
+
+
+def _unmeasured(model: Any, why: str) -> ValueError:
+    return ValueError(
+        f"AttentionRollout: method must not measure values for this {type(model).__name__}: that is for PyHealth's own "
+        f"Transformer and StageAttentionNet on fused attention, and here {why}; use method='rollout'"
+    )
 
 
 def _stock_dtype(attention: Tensor) -> torch.dtype:

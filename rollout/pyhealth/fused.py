@@ -11,6 +11,7 @@ from rollout._capture.adapters.pyhealth import CannotFuseError, fused_attention,
 from rollout._capture.patch import Around, foreign_forward
 from rollout._capture.recording import is_recording
 from rollout.api import attention_rollout_qk
+from rollout.pyhealth.residual import residuals_of
 from rollout.pyhealth.watch import ModelCapture, Sites, listener
 from rollout_kernels import Method
 
@@ -45,12 +46,15 @@ class Attended:
         mask, valid: the mask as PyHealth handed it over, and the valid positions it is made of, bool [b, n]; None when
             every position is valid.
         queries, keys: per layer [b, H, n, D], input side first.
+        values, inputs: per layer [b, H, n, D], and what the residual adds, [b, n, E], for a method that measures them.
     """
 
     mask: Tensor | None = None
     valid: Tensor | None = None
     queries: list[Tensor] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
 
     def add(self, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
         """A layer's queries, keys and mask.
@@ -64,6 +68,16 @@ class Attended:
             raise CannotFuseError
         self.queries.append(query)
         self.keys.append(key)
+
+    def measure(self, value: Tensor, x: Tensor) -> None:
+        """A layer's values, and what the residual adds.
+
+        Of a record without a code, all 0 to an untrained model, no row has a length to divide by: with residuals of any
+        length each of its rows keeps its own place, as it does when what all hand on is next to nothing.
+        """
+        something = (x != 0).any(2) | (value != 0).any(3).any(1)
+        self.values.append(value)
+        self.inputs.append(x.masked_fill(~something.any(1)[:, None, None], 1.0))
 
     def masks(self, rows: Tensor | None, method: Method) -> dict[str, Any]:
         """The masks of `attention_rollout_qk` for the start rows long [b], or for the full matrix.
@@ -97,11 +111,15 @@ def _equal(valid: Tensor | None, other: Tensor | None) -> bool:
 class FusedCapture(ModelCapture):
     """Queries, keys and valid positions of one forward pass, and the rollout of them.
 
-    Its `run` raises CannotFuseError when a mask is not made of valid positions.
+    Values and what the residuals add are kept too when the method measures them. Its `run` raises CannotFuseError when
+    a mask is not made of valid positions.
 
     Args:
         model, sites: as `attention_sites` found them.
         method, backend: of the rollout.
+
+    Raises:
+        CannotMeasureError: the method measures values, and a layer's residual is not PyHealth's own.
     """
 
     def __init__(self, model: Any, sites: Sites, method: Method, backend: str) -> None:
@@ -109,10 +127,19 @@ class FusedCapture(ModelCapture):
         self.method, self.backend = method, backend
         self._attended: dict[str, Attended] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
+        self._residuals = {} if method.values is None else residuals_of(model, sites)
+        self._site_of = {residual.adder: site for site, residual in self._residuals.items()}
+        self._added: dict[nn.Module, Tensor] = {}
+        self.key_of |= {adder: self.key_of[site] for adder, site in self._site_of.items()}
 
     def watched(self) -> dict[nn.Module, Around]:
         sites = [site for layers in self.sites.values() for site in layers]
-        return super().watched() | dict.fromkeys(sites, _through_attention)
+        adders: dict[nn.Module, Around] = dict.fromkeys(self._site_of, _through_adder)
+        return super().watched() | adders | dict.fromkeys(sites, _through_attention)
+
+    def add_to(self, adder: nn.Module, x: Tensor) -> None:
+        """Keep what the output of an `Attention` that is about to run will be added to."""
+        self._added[self._site_of[adder]] = x
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
@@ -124,6 +151,8 @@ class FusedCapture(ModelCapture):
             self._shapes[stream] = query.shape[0], query.shape[2]
         attended = self._attended[stream]
         attended.add(query, key, mask)
+        if module in self._added:
+            attended.measure(value, self._added.pop(module))
         return fused_attention(query, key, value, attended.valid), query.new_empty(0)
 
     def shape(self, key: str) -> tuple[int, int]:
@@ -143,7 +172,22 @@ class FusedCapture(ModelCapture):
             backend=self.backend,
             validate=False,
             **attended.masks(rows, self.method),
+            **self._measured(key, attended),
         )
+
+    def _measured(self, key: str, attended: Attended) -> dict[str, Any]:
+        """What `attention_rollout_qk` wants for a method that measures values."""
+        if not self._residuals:
+            return {}
+        weights = [self._residuals[site].output_weights for site in self.sites[key]]
+        return {"values": attended.values, "output_weights": weights, "inputs": attended.inputs}
+
+
+def _through_adder(module: nn.Module, forward: Forward, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    capture = listener(module)
+    if isinstance(capture, FusedCapture):
+        capture.add_to(module, x)
+    return forward(x, *args, **kwargs)
 
 
 def _through_attention(

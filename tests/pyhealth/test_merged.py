@@ -1,5 +1,6 @@
 """A Transformer on the distinct rows of its records: PyHealth's own numbers."""
 
+import copy
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -17,7 +18,7 @@ from pyhealth.models.transformer import Attention
 import rollout
 from rollout.pyhealth import AttentionRollout
 from rollout.pyhealth.merged import attend, blocks, capture, rows
-from tests.support.merged_records import batches, merges, record, repeated, sines
+from tests.support.merged_records import batches, merges, record, repeated, sines, with_masked_starts
 from tests.support.pyhealth_models import Stock, assert_same, batch, maps_of, result, transformer
 
 LAYERS, HEADS = 3, 4
@@ -82,6 +83,39 @@ def test_every_method_that_is_served(data: dict[str, Any], method: rollout.Metho
     for key, maps in maps_of(subject, data).items():
         wanted = rollout.attention_rollout(maps, query=0, method=method, backend="reference")
         torch.testing.assert_close(ours[key], wanted, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "tiles"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        rollout.METHODS["rollout"],
+        rollout.METHODS["chefer_rollout"],
+        rollout.Method(head_fusion="max", residual=0.2, renormalize=False),
+        rollout.Method(head_fusion=torch.tensor([3.0, 1.0, 2.0, 0.5]), start_layer=1),
+        rollout.Method(residual=1.0, renormalize=False),  # F_l counts nothing: a row of 0
+    ],
+    ids=["rollout", "chefer_rollout", "max", "weights", "nothing else"],
+)
+def test_rows_without_their_own_path(method: rollout.Method, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the oracle, the same model run by its maps, and what comes of it with the own path."""
+    method = replace(method, own_path=False)
+    subject, data = model(), with_masked_starts()
+    assert merges(subject, method)
+    if not kept:
+        monkeypatch.setattr(attend, "KEPT_BYTES", 0)
+        monkeypatch.setattr(attend, "TILE_BYTES", 128)
+    ours = AttentionRollout(subject, method=method).attribute(**data)
+    plain = AttentionRollout(subject, method=replace(method, own_path=True)).attribute(**data)
+    watched = copy.deepcopy(subject)
+    for layer in watched.transformer.values():
+        layer.transformer[0].attention.attention.register_forward_hook(lambda *args: None)
+    by_maps = AttentionRollout(watched, method=method).attribute(**data)
+    for key, maps in maps_of(subject, data).items():
+        wanted = rollout.attention_rollout(maps, query=0, method=method, backend="reference")
+        torch.testing.assert_close(ours[key], wanted, atol=1e-12, rtol=0)
+        torch.testing.assert_close(ours[key], by_maps[key], atol=1e-12, rtol=0)
+        assert float((ours[key] - plain[key]).abs().max()) > 0.1
 
 
 @settings(deadline=None)

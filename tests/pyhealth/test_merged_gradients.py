@@ -1,6 +1,7 @@
 """Chefer's relevance and its kin on the distinct rows of each record, beside PyHealth's own and the formula."""
 
 import copy
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ from pyhealth.models import Transformer
 
 import rollout
 from rollout.pyhealth import CheferRelevance, GradientRollout
-from tests.support.merged_records import batches, record, repeated
+from tests.support.merged_records import batches, record, repeated, with_masked_starts
 from tests.support.pyhealth_models import batch, stage_net, transformer
 
 LAYERS, HEADS = 3, 4
@@ -78,6 +79,28 @@ def test_every_gradient_weighted_method(data: dict[str, Any], method: rollout.Me
     for key, (maps, gradients) in maps_and_gradients(model(), data).items():
         wanted = rollout.attention_rollout(maps, query=0, gradients=gradients, method=method, backend="reference")
         torch.testing.assert_close(ours[key], wanted, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("form", ["clamp_then_fuse", "fuse_then_clamp"])
+def test_rows_without_their_own_path(form: Any, renormalize: bool) -> None:
+    method = rollout.Method(residual=0.5, renormalize=renormalize, gradients=form, own_path=False)
+    data = with_masked_starts()
+    ours = without_maps(GradientRollout(model(), method), data)
+    plain = without_maps(GradientRollout(model(), replace(method, own_path=True)), data)
+    for key, (maps, gradients) in maps_and_gradients(model(), data).items():
+        wanted = rollout.attention_rollout(maps, query=0, gradients=gradients, method=method, backend="reference")
+        torch.testing.assert_close(ours[key], wanted, atol=1e-12, rtol=0)
+        assert float((ours[key] - plain[key]).abs().max()) > 0.1
+
+
+def test_a_logit_that_hears_of_nothing_leaves_nothing_without_the_own_path() -> None:
+    """No gradient, so that of row 0 nothing is left but its own path: a row of 0, not of rounding."""
+    subject = copy.deepcopy(model())
+    with torch.no_grad():
+        subject.fc.weight.zero_()
+    ours = without_maps(GradientRollout(subject, replace(rollout.METHODS["chefer"], own_path=False)), repeated())
+    assert all(torch.count_nonzero(scores) == 0 for scores in ours.values())
 
 
 def test_a_batch_is_its_records_and_padding_gets_nothing() -> None:

@@ -53,6 +53,14 @@ def repeated() -> dict[str, Any]:
     return {"conditions": ids, "drugs": ids.flip(0), "label": torch.ones(4, 1)}
 
 
+def with_masked_starts() -> dict[str, Any]:
+    """`repeated`, of one record position 0 masked, of one the end, and of one all but position 0; float64 labels."""
+    data = repeated()
+    for key in ("conditions", "drugs"):
+        data[key][0, 0] = data[key][1, 12:] = data[key][2, 1:] = 0
+    return data | {"label": data["label"].double()}
+
+
 def merges(subject: Any, method: rollout.Method = PYHEALTH) -> bool:
     with suppress(CannotMergeError):
         return bool(merged_blocks(subject, method, "auto"))

@@ -45,7 +45,7 @@ def merged_blocks(model: Any, method: Method, backend: str) -> Blocks:
     if backend not in BACKENDS:
         raise CannotMergeError(f"backend {backend!r} was asked for")
     if not serves(method):
-        raise CannotMergeError("the method looks at whole maps")
+        raise CannotMergeError(f"the method {'measures values' if method.values else 'looks at whole maps'}")
     if not isinstance(model, Transformer):
         raise CannotMergeError(f"{type(model).__name__} is no Transformer of PyHealth's")
     forwards = foreign_forward(model) is None and type(model).forward is Transformer.forward

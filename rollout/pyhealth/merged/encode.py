@@ -50,7 +50,7 @@ def head_weights(blocks: list[Block], method: Method) -> Tensor | None:
 
 def serves(method: Method) -> bool:
     """Whether equal rows may be merged for a method, and one row of a layer needs no other."""
-    return not (method.needs_whole_map or method.matrices)
+    return not (method.needs_whole_map or method.matrices or method.values)
 
 
 def project(block: Block, x: Tensor) -> Tensor:
@@ -114,22 +114,36 @@ class Run:
         return _fed(block, row, None if self.group.valid is None else self.group.valid[:, 0]), maps
 
     def chain(self, maps: Tensor) -> Tensor:
-        """Row 0 of M_L · … · M_1, [b, n], from that of the top block's maps, [b, H, n]."""
+        """Row 0 of M_L · … · M_1, [b, n], from that of the top block's maps, [b, H, n].
+
+        `own`, what row 0 keeps for itself by the one path that never attends, goes beside the row: it is added in the
+        end or left out, and never subtracted.
+        """
         residual, factor = self.method.residual, self._factor
         row = self.attention.fuse_top(maps).mul_(factor)
-        row[:, 0] += residual
+        own = torch.full_like(row[:, :1], residual)
         if self.method.renormalize:
-            row /= row.sum(1, keepdim=True)
+            sums = row.sum(1, keepdim=True).add_(residual)
+            row, own = row / sums, own / sums
         for kept in reversed(self._kept):
-            result = torch.zeros_like(row)
+            whole, result = row.clone(), torch.zeros_like(row)
+            whole[:, :1] += own
+            own = own * residual
             for r, fused in self.attention.fused(kept):
-                start = row[:, r]
+                start, stays = whole[:, r], row[:, r]
                 if self.method.renormalize:
-                    start = start / fused.sum(2).mul_(factor).add_(residual)
+                    sums = fused.sum(2).mul_(factor).add_(residual)
+                    start, stays = start / sums, stays / sums
+                    if not r.start:  # row 0 is among them
+                        own = own / sums[:, :1]
                 result += torch.bmm(start.unsqueeze(1), fused).squeeze(1).mul_(factor)
-                result[:, r].add_(start, alpha=residual)
+                result[:, r].add_(stays, alpha=residual)
             row = result
-        return row
+        if self.method.own_path:
+            row[:, :1] += own
+            return row
+        sums = row.sum(1, keepdim=True)
+        return row / torch.where(sums == 0, 1.0, sums)
 
     @property
     def _factor(self) -> float:
