@@ -65,3 +65,9 @@ def _score(demo: "Demo") -> Iterator[str]:
         parts = ", ".join(f"{feature} {hit} of {k}" for feature, (hit, k) in found.items())
         total, places = (sum(column) for column in zip(*found.values(), strict=True))
         yield f"Planted codes in the top k of their feature (k = planted codes there): {total} of {places} ({parts})"
+    if demo.recovered:
+        people = max(area.groups for area in demo.recovered.values())
+        yield f"Planted codes above the others of their record, {people} test patients: area under the ROC curve [95 %]"
+        width = max(map(len, demo.recovered))
+        for name, area in demo.recovered.items():
+            yield f"  {name:<{width}}  {area.estimate:.3f} [{area.low:.3f}, {area.high:.3f}]"

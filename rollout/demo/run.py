@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rollout.data.quiet import quiet_pyhealth
 from rollout.data.samples import prepare_samples
 from rollout.data.seal import seal_problem, seal_record
 from rollout.data.synthetic import write_synthetic_cohort
+from rollout.demo.recovery import compare
 from rollout.demo.training import (
     Recipe,
     Sample,
@@ -32,6 +33,7 @@ from rollout.demo.training import (
     train_transformer,
 )
 from rollout.files import empty_folder, parse_json, usable_path, write_json
+from rollout.intervals import Interval
 from rollout.results.layout import CACHE
 from rollout.results.plots import plot_record, plot_top_codes
 from rollout.results.ranking import planted_codes, planted_found, rank_codes
@@ -44,6 +46,7 @@ WRITTEN = (ATTRIBUTED, "cohort", CACHE, RUN, WEIGHTS, VOCABULARY, "ranking.csv",
            "report.html", DEMO)  # fmt: skip
 """All that a demo writes; what marks a folder as a demo's own comes last."""
 WARM_UP = 2
+TRUTH = "truth.json"
 
 
 @dataclass
@@ -77,6 +80,7 @@ class Demo:
     ranking: pl.DataFrame
     names: dict[str, dict[str, str]]
     planted: dict[str, list[str]]
+    recovered: dict[str, Interval]
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -152,6 +156,11 @@ def run_demo(
     _draw_record(folder / "record.png", cohort.out, samples, probability, labels, split, names, planted)
     _write_report(cohort.out, folder / "report.html")
     clock.lap("ranking, pictures and report")
+    truth = root / TRUTH
+    recovered = {}
+    if truth.is_file():
+        recovered = compare(trained.model, dataset, samples, split.test, json.loads(truth.read_text()))
+        clock.lap("comparison of methods")
     demo = Demo(
         output=folder,
         samples=len(samples),
@@ -165,6 +174,7 @@ def run_demo(
         ranking=ranking,
         names=names,
         planted=planted,
+        recovered=recovered,
         seconds=clock.laps,
     )
     _write_figures(demo, seed, wrote)
@@ -181,7 +191,7 @@ def _rank(root: Path, folder: Path, attributed: Path) -> tuple[pl.DataFrame, dic
     """The ranking of codes, written down; only then the codes that were planted, if the tables are synthetic."""
     ranking = rank_codes(pl.read_parquet(attributed / "attributions" / "*.parquet"))
     ranking.write_csv(folder / "ranking.csv")
-    truth = root / "truth.json"
+    truth = root / TRUTH
     return ranking, planted_codes(json.loads(truth.read_text())) if truth.is_file() else {}
 
 
@@ -300,6 +310,7 @@ def _write_figures(demo: Demo, seed: int, wrote: Sequence[str]) -> None:
         "patients_per_second": {"ours": round(ours, 1), "pyhealth": round(stock, 1)},
         "largest_difference": demo.race.difference,
         "planted_in_top_k": {key: {"found": hit, "k": k} for key, (hit, k) in found.items()},
+        "recovered": {name: asdict(area) for name, area in demo.recovered.items()},
         "seconds": demo.seconds,
     }
     _write_mark(demo.output, figures, wrote)

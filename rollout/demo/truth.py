@@ -17,12 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 import polars as pl
-import torch
 
 from rollout.data.mimic import mimic_source
 from rollout.data.samples import prepare_samples
 from rollout.data.synthetic import write_synthetic_cohort
-from rollout.demo.recovery import explainers, marks_of, recovery
+from rollout.demo.recovery import explainers, planted_records, recovery
 from rollout.demo.training import Recipe, auroc, labels_of, predict, split_patients, train_transformer
 from rollout.files import put_between_markers
 from rollout.intervals import bootstrap_mean
@@ -70,11 +69,8 @@ def run_trial(trial: Trial, patients: int, folder: Path) -> Found:
     recipe = Recipe(layers=trial.layers, heads=trial.heads)
     model = train_transformer(dataset, samples, split, recipe, seed=trial.seed, progress=False).model
     predicted = auroc(labels[split.test], predict(model, samples, split.test, progress=False))
-    vocabularies = {key: processor.code_vocab for key, processor in dataset.input_processors.items()}
-    marks = marks_of(json.loads((root / "truth.json").read_text()), vocabularies)
-    planted = {key: set().union(*(of[key] for of in marks.values())) for key in vocabularies}
-    test = [samples[number] for number in split.test]
-    chosen = [s for s in test if any(planted[key] & set(torch.as_tensor(s[key])[1:].tolist()) for key in planted)]
+    truth = json.loads((root / "truth.json").read_text())
+    marks, chosen = planted_records(dataset, samples, split.test, truth)
     return Found(trial, predicted, recovery(model, chosen, marks, explainers(model)))
 
 

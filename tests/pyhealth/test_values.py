@@ -240,7 +240,7 @@ def test_a_stage_attention_net_that_attends_to_something_else_is_refused() -> No
 
 
 def test_models_by_protocol_are_refused() -> None:
-    with pytest.raises(ValueError, match="this HookOnly.*is not PyHealth's own; use method='rollout'"):
+    with pytest.raises(ValueError, match=r"this HookOnly.*is not PyHealth's own; use method='rollout'"):
         AttentionRollout(HookOnly(), method="kobayashi")
     assert torch.isfinite(AttentionRollout(HookOnly()).attribute(codes=codes())["codes"]).all()
 

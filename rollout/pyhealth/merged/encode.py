@@ -49,8 +49,8 @@ def head_weights(blocks: list[Block], method: Method) -> Tensor | None:
 
 
 def serves(method: Method) -> bool:
-    """Whether equal rows may be merged for a method, and one row of a layer needs no other."""
-    return not (method.needs_whole_map or method.matrices or method.values)
+    """Whether equal rows may be merged for a method, and one row of a layer needs no other; not all of them are."""
+    return not (method.needs_whole_map or method.matrices or method.values or method.normalize_attention)
 
 
 def project(block: Block, x: Tensor) -> Tensor:
