@@ -87,13 +87,16 @@ def sums_to_one(method: Method) -> bool:
     """Whether every row of the chain sums to 1 when every row of the attention maps does.
 
     It does where each M_l is renormalised; else where the heads are averaged, nothing is discarded or weighted by a
-    gradient, and the weights of I and F_l add up to 1.
+    gradient or by values, and the weights of I and F_l add up to 1. Without its own path a row is divided by what is
+    left: it sums to 1 whatever M_l is, or is 0.
     """
+    if not method.own_path:
+        return True
     if method.matrices or method.renormalize:
         return method.renormalize
     averaged = isinstance(method.head_fusion, Tensor) or method.head_fusion == "mean"
     whole = math.isclose(method.residual + method.attention_weight, 1.0, abs_tol=1e-6)
-    return averaged and whole and method.gradients is None and method.discard_ratio == 0.0
+    return averaged and whole and method.gradients is None and method.values is None and method.discard_ratio == 0.0
 
 
 def get_method(method: str | Method, name: str = "attention_rollout") -> Method:

@@ -71,7 +71,7 @@ class Draft:
             raise ValueError(f"explain must give relevance of {sorted(known)}, got {sorted(explained.relevance)}")
         attributions, rows = measured_rows(batch.samples, batch.index, explained.relevance, self.source.decoders)
         predictions = self._predicted(batch, explained, rows)
-        wrong = wrong_sums(rows, batch.index) if explained.row_sums else {}
+        wrong = wrong_sums(rows, batch.index, zero_rows=explained.zero_rows) if explained.row_sums else {}
         wrong |= _not_finite(attributions, explained.y_prob, batch.index)
         self.failures.update(wrong)
         self._attributions.append(_without(attributions, wrong))

@@ -27,6 +27,7 @@ class Explained:
         row_sums: Whether the scores of a feature's positions, padding included and a visit counted once however many
             codes it has, sum to 1 in each sample, by the method. A sample where they do not is then a failure. Leave it
             False where nothing of the kind holds, as for a class-specific relevance.
+        zero_rows: Whether a row of nothing but 0 is no failure then: the method left out all there was.
     """
 
     relevance: Mapping[str, Tensor]
@@ -34,6 +35,7 @@ class Explained:
     y_true: Tensor | None = None
     target: Tensor | None = None
     row_sums: bool = False
+    zero_rows: bool = False
 
 
 Explain = Callable[[Any, Batch], Explained]
@@ -83,7 +85,8 @@ class PyHealthExplain:
             target = interpreter._resolve_target_indices(output["logit"].detach(), self.target_class)
         whole = getattr(interpreter, "rows_sum_to_one", False)
         prob, true = (value if value is None else value.detach() for value in map(output.get, ("y_prob", "y_true")))
-        return Explained(relevance, prob, true, target, row_sums=whole)
+        emptied = self.method is not None and not self.method.own_path
+        return Explained(relevance, prob, true, target, row_sums=whole, zero_rows=emptied)
 
     def _interpreter(self, model: Any) -> Any:
         from rollout.pyhealth import AttentionRollout, FrozenGradient, GradientRollout
@@ -121,7 +124,10 @@ def chain_of(method: str | Method) -> Method | None:
 
 
 def describe_method(name: str | Method) -> dict[str, Any]:
-    """A method as it stands in a manifest: its name, if it has one, and the fields of its formula."""
+    """A method as it stands in a manifest: its name, if it has one, and the fields of its formula.
+
+    Fields that came later stand there where they say something, so that a run begun before them is the same run.
+    """
     method = chain_of(name)
     if method is None:
         return {
@@ -136,6 +142,8 @@ def describe_method(name: str | Method) -> dict[str, Any]:
         fusion = fusion.tolist()
     elif callable(fusion):
         fusion = f"{fusion.__module__}.{fusion.__qualname__}"
+    unsaid: dict[str, Any] = {"values": None, "own_path": True, "normalize_attention": False}
+    later = {field: getattr(method, field) for field, plain in unsaid.items() if getattr(method, field) != plain}
     return {
         "name": name if isinstance(name, str) else None,
         "head_fusion": fusion,
@@ -145,5 +153,6 @@ def describe_method(name: str | Method) -> dict[str, Any]:
         "discard_ratio": method.discard_ratio,
         "start_layer": method.start_layer,
         "gradients": method.gradients,
+        **later,
         "paper": method.paper,
     }

@@ -52,11 +52,19 @@ def measure(scores: np.ndarray, at: tuple[np.ndarray, ...], dtype: torch.dtype) 
     return Measured(share, total, has_entries, TOLERANCES.get(dtype, TOLERANCES[torch.float32]))
 
 
-def wrong_sums(measured: Mapping[str, Measured], index: np.ndarray) -> dict[int, str]:
-    """Sample → reason, of the samples with a row that does not sum to 1; what has no entry has no row."""
+def wrong_sums(measured: Mapping[str, Measured], index: np.ndarray, *, zero_rows: bool = False) -> dict[int, str]:
+    """Sample → reason, of the samples with a row that does not sum to 1; what has no entry has no row.
+
+    Args:
+        measured: By feature.
+        index: The numbers of the samples.
+        zero_rows: Whether a row of nothing but 0 is right too.
+    """
     wrong: dict[int, str] = {}
     for feature, rows in measured.items():
         off = rows.has_entries & ~(np.abs(rows.total - 1.0) <= rows.tolerance)
+        if zero_rows:
+            off &= ~(np.isnan(rows.share) & (rows.total == 0.0))
         for number, total in zip(index[off].tolist(), rows.total[off].tolist(), strict=True):
             wrong.setdefault(
                 number, f"the relevance of feature {feature!r} sums to {total:.6g}, must be 1 by the method"

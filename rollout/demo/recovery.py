@@ -1,6 +1,7 @@
 """Which methods find the planted codes: each record's own codes ranked, as areas under the ROC curve."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from rollout.data.collate import pyhealth_collate
 from rollout.data.quiet import quiet_pyhealth
 from rollout.demo.training import Sample, auroc
 from rollout.intervals import Interval, bootstrap_mean
+from rollout.method import METHODS
 from rollout_kernels import Method
 
 Explainer = Callable[..., Mapping[str, Tensor]]
@@ -36,9 +38,13 @@ def explainers(model: Any, costly: bool = True) -> dict[str, Explainer]:
         from rollout.pyhealth import AttentionRollout, FrozenGradient, GradientRollout
     layers = len(next(iter(model.transformer.values())).transformer)
     last = Method(residual=0.0, attention=1.0, renormalize=False, start_layer=layers - 1)
+    elsewhere = replace(METHODS["rollout"], own_path=False)
     found: dict[str, Explainer] = {
         "frozen_gradient": FrozenGradient(model).attribute,
         "rollout": AttentionRollout(model, method="rollout").attribute,
+        "rollout, own place left out": AttentionRollout(model, method=elsewhere).attribute,
+        "value_norm": AttentionRollout(model, method="value_norm").attribute,
+        "kobayashi": AttentionRollout(model, method="kobayashi").attribute,
         "discard": AttentionRollout(model, method="discard").attribute,
         "chefer": GradientRollout(model, "chefer").attribute,
         "chefer_normalised": GradientRollout(model, "chefer_normalised").attribute,

@@ -37,7 +37,7 @@ def name(value: Any) -> str:
 def in_percent(manifest: Mapping[str, Any]) -> bool:
     """Whether relevance is told in percent: where the rows of the chain sum to 1."""
     method = manifest["identity"].get("method")
-    return isinstance(method, Mapping) and bool(method.get("renormalize"))
+    return isinstance(method, Mapping) and bool(method.get("renormalize") or method.get("own_path") is False)
 
 
 def finite(value: Any) -> float | None:

@@ -91,6 +91,9 @@ class MethodIdentity(TypedDict):
     discard_ratio: Number
     start_layer: Count
     gradients: str | None
+    values: NotRequired[Literal["norm_then_sum", "sum_then_norm"] | None]
+    own_path: NotRequired[bool]
+    normalize_attention: NotRequired[bool]
     paper: NotRequired[str]
 
 

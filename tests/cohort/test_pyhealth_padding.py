@@ -1,6 +1,7 @@
 """PyHealth's features whose padding its models do not mask: the share is written, and equal lengths are exact."""
 
 import json
+from dataclasses import replace
 from datetime import datetime
 
 import numpy as np
@@ -11,6 +12,7 @@ from pyhealth.datasets import create_sample_dataset
 from pyhealth.models import StageAttentionNet, Transformer
 
 import rollout
+from rollout.method import METHODS
 from rollout.pyhealth import AttentionRollout, GradientRollout
 from rollout_kernels import Method
 from tests.support.pyhealth_models import HookOnly, _sharpened, stage_net, transformer
@@ -131,6 +133,12 @@ def test_which_rows_must_sum_to_1() -> None:
         assert not AttentionRollout(model, method=Method(head_fusion="max", renormalize=False)).rows_sum_to_one
         assert not AttentionRollout(model, method=Method(attention=1.0, renormalize=False)).rows_sum_to_one
         assert not AttentionRollout(model, method=Method(discard_ratio=0.5, renormalize=False)).rows_sum_to_one
+        for name in ("value_norm", "kobayashi"):
+            assert AttentionRollout(model, method=name).rows_sum_to_one
+        halves = Method(values="norm_then_sum", renormalize=False)  # half of ‖x‖, half of the norms handed on
+        assert not AttentionRollout(model, method=halves).rows_sum_to_one
+        assert AttentionRollout(model, method=Method(attention=1.0, renormalize=False, own_path=False)).rows_sum_to_one
+        assert GradientRollout(model, replace(METHODS["chefer"], own_path=False)).rows_sum_to_one
         assert GradientRollout(model, "grad_rollout").rows_sum_to_one
         assert not GradientRollout(model, "chefer").rows_sum_to_one
     assert not AttentionRollout(HookOnly(), method="rollout").rows_sum_to_one

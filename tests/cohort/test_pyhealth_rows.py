@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -12,9 +13,11 @@ from pyhealth.interpret.methods import CheferRelevance as StockChefer
 from pyhealth.models import Transformer
 
 import rollout
+from rollout.cohort.explain import describe_method
 from rollout.cohort.rows import attribution_table, feature_decoders
 from rollout.data.collate import pyhealth_collate
-from rollout.pyhealth import FrozenGradient
+from rollout.method import METHODS
+from rollout.pyhealth import AttentionRollout, FrozenGradient
 from rollout.report import write_report
 from tests.support.capture_state import assert_nothing_left, state
 from tests.support.pyhealth_models import Stock, dataset, stage_net, transformer
@@ -82,6 +85,54 @@ def test_the_frozen_gradient_has_signs_and_a_score_for_every_code(kind: str, tmp
     assert "attention weights, norm statistics and gates held" in page
 
 
+@pytest.mark.parametrize("kind", ["flat", "nested"])
+@pytest.mark.parametrize("name", ["value_norm", "kobayashi"])
+def test_value_aware_rows_and_their_report(kind: str, name: str, tmp_path) -> None:
+    model, samples = transformer(kind), dataset(kind)
+    before = state(model)
+    run = rollout.attribute_cohort(model, samples, tmp_path / "out", method=name, **SETTINGS)
+    assert_nothing_left(model, before)
+    assert (run.attributed, run.failed) == (6, 0)
+    assert_rows(rows(tmp_path / "out"), stock_rows(AttentionRollout(model, method=name), samples))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["identity"]["method"]["values"] == METHODS[name].values
+    page = write_report(tmp_path / "out").read_text(encoding="utf-8")
+    assert "x(l): what the residual adds" in page
+
+
+def test_a_stage_attention_net_by_its_values(tmp_path) -> None:
+    model, samples = stage_net("nested"), dataset("nested")
+    rollout.attribute_cohort(model, samples, tmp_path / "out", method="value_norm", **SETTINGS)
+    assert_rows(rows(tmp_path / "out"), stock_rows(AttentionRollout(model, method="value_norm"), samples))
+
+
+def test_rows_without_their_own_path(tmp_path) -> None:
+    model, samples = transformer("flat"), dataset("flat")
+    method = replace(METHODS["rollout"], own_path=False)
+    run = rollout.attribute_cohort(model, samples, tmp_path / "out", method=method, **SETTINGS)
+    assert (run.attributed, run.failed) == (6, 0)
+    found = rows(tmp_path / "out")
+    assert_rows(found, stock_rows(AttentionRollout(model, method=method), samples))
+    sums = found.group_by("sample", "feature").agg(pl.col("attribution").sum())["attribution"]
+    np.testing.assert_allclose(sums, 1.0, atol=1e-6)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["identity"]["method"]["own_path"] is False
+    assert "the one path that never attends" in write_report(tmp_path / "out").read_text(encoding="utf-8")
+
+
+def test_a_row_of_which_nothing_is_left_is_no_failure(tmp_path) -> None:
+    """Attention that counts nothing: all there is is the own path."""
+    method = rollout.Method(residual=1.0, own_path=False)
+    run = rollout.attribute_cohort(transformer("flat"), dataset("flat"), tmp_path / "out", method=method, **SETTINGS)
+    assert (run.attributed, run.failed) == (6, 0)
+    assert set(rows(tmp_path / "out")["attribution"]) == {0.0}
+
+
+def test_a_method_that_says_nothing_new_is_written_as_before() -> None:
+    """So that a run begun before there were values is the same run."""
+    assert not {"values", "own_path"} & describe_method("rollout").keys()
+
+
 @pytest.fixture(scope="module")
 def three_classes():
     """Samples of three classes, and a model of them."""
@@ -136,9 +187,15 @@ def test_wrong_settings_are_refused(three_classes, tmp_path) -> None:
         ({"target_class": 1}, ValueError, "target_class is for class-specific methods"),
         ({"method": "chefer", "readout": "forward"}, ValueError, "readout must be model for a class-specific method"),
         ({"method": "product"}, ValueError, "product|matrices"),
+        ({"method": rollout.Method(matrices=True)}, ValueError, "supplied matrices"),
+        ({"method": "value_norm", "target_class": 1}, ValueError, "target_class is for class-specific methods"),
     ]:
         with pytest.raises(error, match=message):
             rollout.attribute_cohort(model, samples, out, **settings)
+    watched = copy.deepcopy(model)
+    watched.transformer["codes"].transformer[0].attention.attention.register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="method must not measure values for this Transformer"):
+        rollout.attribute_cohort(watched, samples, out, method="kobayashi")
     with pytest.raises(TypeError, match="attention readout methods"):
         rollout.attribute_cohort(torch.nn.Linear(2, 2), samples, out)
     assert not out.exists()

@@ -24,6 +24,13 @@ def test_the_share_is_what_lies_where_no_entry_is() -> None:
     assert list(wrong_sums({"f": found}, np.arange(5))) == [3, 4]
 
 
+def test_a_row_of_nothing_is_right_where_the_method_may_leave_nothing() -> None:
+    scores = np.array([[0.0, 0.0], [0.5, 0.4], [0.5, -0.5], [np.nan, 0.0], [0.25, 0.75]])
+    found = measure(scores, (np.repeat(np.arange(5), 2), np.tile([0, 1], 5)), torch.float32)
+    assert list(wrong_sums({"f": found}, np.arange(5))) == [0, 1, 2, 3]
+    assert list(wrong_sums({"f": found}, np.arange(5), zero_rows=True)) == [1, 2, 3]
+
+
 def test_relevance_of_either_sign_counts_by_its_size() -> None:
     found = measure(np.array([[1.5, -0.25, -0.25]]), (np.array([0, 0]), np.array([0, 1])), torch.float32)
     assert found.share.tolist() == [0.125]

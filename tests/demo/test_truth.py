@@ -12,8 +12,10 @@ from torch import Tensor, nn
 pytest.importorskip("pyhealth", reason="the demo needs the cohort extra")
 
 from rollout.demo import truth
-from rollout.demo.recovery import integrated_gradients, leave_one_out, marks_of, recovery
+from rollout.demo.recovery import explainers, integrated_gradients, leave_one_out, marks_of, recovery
 from rollout.demo.truth import Found, Trial, table
+from tests.support.pyhealth_models import batch as pyhealth_batch
+from tests.support.pyhealth_models import transformer
 
 WEIGHTS = torch.tensor([0.0, 1.0, -2.0, 0.5, 3.0, 0.25])
 MARKS = {"risk": {"codes": {4}}, "protective": {"codes": {2}}}
@@ -53,6 +55,18 @@ def test_leaving_a_code_out_loses_its_weight_and_a_feature_keeps_its_last() -> N
     wanted = WEIGHTS[batch()["codes"]]
     wanted[2] = 0.0
     torch.testing.assert_close(found, wanted)
+
+
+def test_methods_that_measure_values_or_leave_the_own_place_out() -> None:
+    model, data = transformer("flat").eval(), pyhealth_batch("flat")
+    found = {name: explain(**data) for name, explain in explainers(model, costly=False).items()}
+    for key in model.feature_keys:
+        plain, elsewhere = found["rollout"][key], found["rollout, own place left out"][key]
+        others = plain[:, 1:] / (plain.sum(1, keepdim=True) - 0.5**3)  # three layers, each half residual
+        torch.testing.assert_close(elsewhere[:, 1:], others, atol=1e-6, rtol=0)
+        for name in ("value_norm", "kobayashi"):
+            assert float((found[name][key] - plain).abs().max()) > 1e-3
+            torch.testing.assert_close(found[name][key].sum(1), torch.ones(len(plain)))
 
 
 def samples() -> list[dict[str, Any]]:

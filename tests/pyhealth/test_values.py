@@ -1,7 +1,7 @@
 """The value-aware methods on PyHealth's own models, beside an explicit computation from PyHealth's own maps."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,17 +24,19 @@ MASKS = ["first id 0", "nothing valid", "holes", "mask of holes", "mask without 
 
 def seen(model: Any, data: dict[str, Any]) -> dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
     """Per feature and layer A [B, H, S, S], v [B, H, S, D], W_O [H, D, E] and x [B, S, E], with hooks of our own."""
-    model, found = copy.deepcopy(model), {key: [] for key in model.feature_keys}
-    maps = maps_of(model, data)
+    found: dict[str, list[Any]] = {key: [] for key in model.feature_keys}
+    maps, handles = maps_of(model, data), []
 
     def watch(mha: Any, key: str, before: nn.Module) -> None:
         def heads(x: Tensor) -> Tensor:
             return mha.linear_layers[2](x).unflatten(-1, (mha.h, -1)).transpose(1, 2)
 
         inputs: list[Tensor] = []
-        before.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-        mha.register_forward_pre_hook(
-            lambda module, args: found[key].append((heads(args[2]), mha.output_linear.weight, inputs.pop()))
+        handles.append(before.register_forward_pre_hook(lambda module, args: inputs.append(args[0])))
+        handles.append(
+            mha.register_forward_pre_hook(
+                lambda module, args: found[key].append((heads(args[2]), mha.output_linear.weight, inputs.pop()))
+            )
         )
 
     for key in model.feature_keys:
@@ -46,6 +48,8 @@ def seen(model: Any, data: dict[str, Any]) -> dict[str, list[tuple[Tensor, Tenso
                 watch(block.attention, key, block.input_sublayer)
     with torch.no_grad():
         model(**data)
+    for handle in handles:
+        handle.remove()
     return {
         key: [
             (attention.detach(), v, torch.stack(weight.T.chunk(v.shape[1])), x)
@@ -82,6 +86,14 @@ def assert_explicit(model: Any, data: dict[str, Any], name: str, read: Callable[
         torch.testing.assert_close(wanted.sum(1), torch.ones(len(wanted), dtype=torch.float64))
 
 
+@pytest.fixture
+def in_double() -> Iterator[None]:
+    """A StageAttentionNet makes its states in the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def doubled(kind: str, make: Callable[..., Any] = transformer, **options: Any) -> tuple[Any, dict[str, Any]]:
     return make(kind, **options).double().eval(), to_dtype(batch(kind), torch.float64)
 
@@ -104,7 +116,7 @@ def test_every_kind_of_mask(case: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["nested", "gaps", "stagenet_tensor"])
-def test_a_stage_attention_nets_last_visit(kind: str, name: str) -> None:
+def test_a_stage_attention_nets_last_visit(kind: str, name: str, in_double: None) -> None:
     """Beside what PyHealth's own readout picks of the explicit product."""
     model, data = doubled(kind, stage_net)
     product = {key: matrices(layers, name) for key, layers in seen(model, data).items()}

@@ -303,6 +303,15 @@ def test_formula_in_words() -> None:
     discard = formula({"head_fusion": "max", "discard_ratio": 0.9, "start_layer": 2})
     assert discard[1] == "the lowest 90% of the entries of F(l) set to 0"
     assert discard[-1].startswith("R = M(L) · … · M(3)")
+    summed = formula({"residual": 1.0, "attention": 1.0, "renormalize": True, "values": "norm_then_sum"})
+    assert summed[:3] == [
+        "F(l) = sum over heads of the lengths of the attention A(l) × W_O · v of each key",
+        "M(l) = ‖x(l)‖ on the diagonal + F(l); x(l): what the residual adds", "each row of M(l) divided by its sum",
+    ]  # fmt: skip
+    mixed = formula({"residual": 0.5, "attention": 1.0, "renormalize": True, "values": "sum_then_norm"})
+    assert mixed[1] == "M(l) = ‖f(l) + 0.5 · x(l) on the diagonal‖; x(l): what the residual adds"
+    assert not any("keeps for itself" in line for line in summed + mixed)
+    assert formula({"renormalize": True, "own_path": False})[-1].startswith("without what the row keeps for itself")
     assert formula({}) == []
 
 

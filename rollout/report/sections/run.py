@@ -41,19 +41,38 @@ def formula(method: Mapping[str, Any]) -> list[str]:
     """How a layer's matrix is formed, and the chain, as lines of text."""
     if not method or isinstance(method.get("formula"), list):  # what is no chain says its own
         return [str(line) for line in method.get("formula") or []]
-    fused = _fused(method)
     residual = method.get("residual", 0.5)
     attention = method.get("attention")
     weight = 1.0 - kept if attention is None and (kept := finite(residual)) is not None else attention
-    lines = [f"F(l) = {fused}"]
-    if discarded := finite(method.get("discard_ratio")):
-        lines.append(f"the lowest {discarded:.0%} of the entries of F(l) set to 0")
-    lines.append(f"M(l) = {_weight(residual)}I + {_weight(weight)}F(l)")
+    lines = _matrix(method, _weight(residual), _weight(weight))
     if method.get("renormalize"):
         lines.append("each row of M(l) divided by its sum")
     start = method.get("start_layer") or 0
     lines.append(f"R = M(L) · … · M({start + 1 if isinstance(start, int) else start}); the row that the model reads")
+    if method.get("own_path") is False:
+        lines.append("without what the row keeps for itself by the one path that never attends; divided by its sum")
     return lines
+
+
+def _matrix(method: Mapping[str, Any], residual: str, weight: str) -> list[str]:
+    """How M(l) is made of the attention, before its rows are divided."""
+    handed_on = "of the attention A(l) × W_O · v of each key"
+    if method.get("values") == "norm_then_sum":
+        return [
+            f"F(l) = sum over heads of the lengths {handed_on}",
+            f"M(l) = {residual}‖x(l)‖ on the diagonal + {weight}F(l); x(l): what the residual adds",
+        ]
+    if method.get("values") == "sum_then_norm":
+        return [
+            f"f(l) = sum over heads {handed_on}, a vector for each entry",
+            f"M(l) = ‖{weight}f(l) + {residual}x(l) on the diagonal‖; x(l): what the residual adds",
+        ]
+    lines = [f"F(l) = {_fused(method)}"]
+    if discarded := finite(method.get("discard_ratio")):
+        lines.append(f"the lowest {discarded:.0%} of the entries of F(l) set to 0")
+    if method.get("normalize_attention"):
+        lines.append("each row of F(l) divided by its sum")
+    return [*lines, f"M(l) = {residual}I + {weight}F(l)"]
 
 
 def _fused(method: Mapping[str, Any]) -> str:
