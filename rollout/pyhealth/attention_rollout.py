@@ -44,7 +44,7 @@ class AttentionRollout(RowInterpreter):
     and of its top layer only what row 0 needs (`rollout.pyhealth.merged`). Otherwise, as when others have hooks inside
     its layers, the two models run whole on fused attention and no map is kept. A hook on an `Attention` brings its maps
     back, as do half precision, autocast, dropout, a mask that is not made of valid positions, and an open
-    `rollout.capture`.
+    `rollout.capture`. A method that measures values runs on all positions, and is refused where maps are all there is.
 
     Nothing is left on the model: no hook, no map, no flag, no `.grad`, also after an exception. `model.eval()` is
     called once, here; a model put back in training mode is attributed with its dropout, as by PyHealth.
@@ -108,11 +108,13 @@ class AttentionRollout(RowInterpreter):
         Returns:
             Per feature key a tensor of the shape of the feature's value tensor, on the model's device, in the dtype of
             its attention maps. Over the positions the model read it is non-negative and sums to 1, before a visit's
-            score is copied to its codes.
+            score is copied to its codes; all 0 where the method leaves the own path out and there is no other.
 
         Raises:
             MissingFeatureError: the batch lacks a feature of the model (a `ValueError` and a `KeyError`).
             RuntimeError: the model gave no attention map for a feature.
+            ValueError: the method measures values, and they are not seen any more, or a mask is not made of valid
+                positions.
         """
         return super().attribute(target_class_idx, **data)
 

@@ -15,6 +15,7 @@ from pyhealth.models import Transformer
 import rollout
 from rollout.cohort.explain import describe_method
 from rollout.cohort.rows import attribution_table, feature_decoders
+from rollout.cohort.settings import check_settings
 from rollout.data.collate import pyhealth_collate
 from rollout.method import METHODS
 from rollout.pyhealth import AttentionRollout, FrozenGradient
@@ -128,9 +129,20 @@ def test_a_row_of_which_nothing_is_left_is_no_failure(tmp_path) -> None:
     assert set(rows(tmp_path / "out")["attribution"]) == {0.0}
 
 
+def test_run_files_and_the_command_line_take_every_name_but_that_of_supplied_matrices() -> None:
+    for name, method in METHODS.items():
+        if not method.matrices:
+            check_settings({"method": name}, str)
+    with pytest.raises(ValueError, match=r"method must be one of .*value_norm.*kobayashi.*got 'product'"):
+        check_settings({"method": "product"}, str)
+
+
 def test_a_method_that_says_nothing_new_is_written_as_before() -> None:
-    """So that a run begun before there were values is the same run."""
-    assert not {"values", "own_path"} & describe_method("rollout").keys()
+    """A run begun before there were such fields is the same run; where they say something they tell runs apart."""
+    later = {"normalize_attention", "values", "own_path"}
+    for name, method in METHODS.items():
+        said = {field for field in later if getattr(method, field) != getattr(rollout.Method(), field)}
+        assert later & describe_method(name).keys() == said
 
 
 @pytest.fixture(scope="module")

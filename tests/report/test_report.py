@@ -310,6 +310,10 @@ def test_formula_in_words() -> None:
     ]  # fmt: skip
     mixed = formula({"residual": 0.5, "attention": 1.0, "renormalize": True, "values": "sum_then_norm"})
     assert mixed[1] == "M(l) = ‖f(l) + 0.5 · x(l) on the diagonal‖; x(l): what the residual adds"
+    assert formula({"residual": 0.5, "normalize_attention": True, "gradients": "clamp_then_fuse"})[:3] == [
+        "F(l) = mean over heads of max(A(l) ∘ ∇A(l), 0)", "each row of F(l) divided by its sum",
+        "M(l) = 0.5 · I + 0.5 · F(l)",
+    ]  # fmt: skip
     assert not any("keeps for itself" in line for line in summed + mixed)
     assert formula({"renormalize": True, "own_path": False})[-1].startswith("without what the row keeps for itself")
     assert formula({}) == []
