@@ -65,6 +65,7 @@ METHODS = st.builds(
     residual=st.sampled_from([0.5, 1.0, 0.2]),
     attention=st.sampled_from([None, 1.0]),
     renormalize=st.booleans(),
+    normalize_attention=st.booleans(),
     start_layer=st.integers(0, LAYERS - 1),
 )
 

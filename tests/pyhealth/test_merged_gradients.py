@@ -67,6 +67,7 @@ METHODS = st.builds(
     head_fusion=st.sampled_from(["mean", "max", "min", torch.tensor([3.0, 1.0, 2.0, 0.5])]),
     residual=st.sampled_from([0.5, 1.0]),
     renormalize=st.booleans(),
+    normalize_attention=st.booleans(),
     start_layer=st.integers(0, LAYERS - 1),
     gradients=st.sampled_from(["clamp_then_fuse", "fuse_then_clamp"]),
 )

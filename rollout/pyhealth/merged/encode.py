@@ -49,8 +49,8 @@ def head_weights(blocks: list[Block], method: Method) -> Tensor | None:
 
 
 def serves(method: Method) -> bool:
-    """Whether equal rows may be merged for a method, and one row of a layer needs no other; not all of them are."""
-    return not (method.needs_whole_map or method.matrices or method.values or method.normalize_attention)
+    """Whether equal rows may be merged for a method, and one row of a layer needs no other."""
+    return not (method.needs_whole_map or method.matrices or method.values)
 
 
 def project(block: Block, x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Run:
         end or left out, and never subtracted.
         """
         residual, factor = self.method.residual, self._factor
-        row = self.attention.fuse_top(maps).mul_(factor)
+        row = self._normalised(self.attention.fuse_top(maps)).mul_(factor)
         own = torch.full_like(row[:, :1], residual)
         if self.method.renormalize:
             sums = row.sum(1, keepdim=True).add_(residual)
@@ -129,7 +129,8 @@ class Run:
             whole, result = row.clone(), torch.zeros_like(row)
             whole[:, :1] += own
             own = own * residual
-            for r, fused in self.attention.fused(kept):
+            for r, unscaled in self.attention.fused(kept):
+                fused = self._normalised(unscaled)
                 start, stays = whole[:, r], row[:, r]
                 if self.method.renormalize:
                     sums = fused.sum(2).mul_(factor).add_(residual)
@@ -149,7 +150,15 @@ class Run:
     def _factor(self) -> float:
         """What the fused heads are multiplied with: the weight of F_l, and for the mean 1/H."""
         fusion, weight = self.method.head_fusion, self.method.attention_weight
-        return weight / self.blocks[0].heads if isinstance(fusion, str) and fusion == "mean" else weight
+        summed = isinstance(fusion, str) and fusion == "mean" and not self.method.normalize_attention
+        return weight / self.blocks[0].heads if summed else weight
+
+    def _normalised(self, fused: Tensor) -> Tensor:
+        """Rows of F_l divided by their sums where the method says so; a row that sums to 0 stays."""
+        if not self.method.normalize_attention:
+            return fused
+        sums = fused.sum(-1, keepdim=True)
+        return fused / torch.where(sums == 0, 1.0, sums)
 
 
 def _fed(block: Block, x: Tensor, valid: Tensor | None) -> Tensor:
