@@ -93,6 +93,7 @@ def attention_rollout_qk(
     values: Sequence[Tensor] | None = None,
     output_weights: Sequence[Tensor] | None = None,
     inputs: Sequence[Tensor] | None = None,
+    output_gradients: Sequence[Tensor] | None = None,
     method: str | Method = "rollout",
     backend: str = "auto",
     validate: bool = True,
@@ -105,8 +106,8 @@ def attention_rollout_qk(
     Args:
         queries: L tensors [B, H, S, D], input side first.
         keys: L tensors [B, H_kv, S, D]; H a multiple of H_kv (grouped-query attention: head h reads h // (H / H_kv)).
-        query, lengths, method, backend, validate: as in `attention_rollout`. A method with gradients, or of supplied
-            matrices, is refused.
+        query, lengths, method, backend, validate: as in `attention_rollout`. A method of supplied matrices is refused;
+            one with gradients takes `values` and `output_gradients`, on the torch and reference backends.
         key_mask: bool [B, S], True = may be attended; combined with `lengths` by AND.
         query_mask: bool [B, S], False = this row attends nothing, hence is uniform over the keys of its sample.
         causal: row i attends to columns j ≤ i only.
@@ -123,7 +124,9 @@ def attention_rollout_qk(
         sinks: L tensors [H], the score of one more column in the softmax of each head, which is no key (GPT-OSS): rows
             sum to less than 1, and are divided by their sum as `method` says. Not with `logsumexp`.
         values, output_weights, inputs: as in `attention_rollout`; beside them the row form takes O(B·H·S) for
-            `value_norm`, and a tile.
+            `value_norm`, and a tile. A gradient-weighted method takes the first alone.
+        output_gradients: L tensors [B, H, S, D_v], ∂y/∂O of what each head's attention gives before W_O, y the target;
+            with `values` they make the gradient of every map, ∂y/∂A_hij = ⟨∂y/∂O_hi, v_hj⟩, tile by tile.
 
     Returns:
         As `attention_rollout`. A row with no key allowed is uniform over the keys of its sample, 1/lengths[b]; with
@@ -154,6 +157,7 @@ def attention_rollout_qk(
         values=values,
         output_weights=output_weights,
         inputs=inputs,
+        output_gradients=output_gradients,
         method=get_method(method, "attention_rollout_qk"),
         backend=backend,
         validate=validate,

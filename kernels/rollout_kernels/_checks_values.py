@@ -69,3 +69,41 @@ def not_negative(name: str, method: Method, weights: Tensor | None, validate: bo
         return
     if bool((weights < 0).any()):
         raise ValueError(f"{name}: query must be a weighting of 0 or more with own_path=False, got negative weights")
+
+
+def handed_on(
+    name: str, method: Method, values: object, output_gradients: object, queries: Sequence[Tensor]
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """(values, gradients at the attention's output) of every layer; nothing for a method without gradients.
+
+    Raises:
+        TypeError, ValueError: one is missing, or a rank, size, dtype or device is wrong.
+    """
+    if method.gradients is None:
+        return ()
+    lists = []
+    for argument, given, shape in (
+        ("values", values, "[B, H_v, S, D_v]"), ("output_gradients", output_gradients, "[B, H, S, D_v]"),
+    ):  # fmt: skip
+        if given is None:
+            raise ValueError(
+                f"{name}: {argument} must be given for a gradient-weighted method: a tensor {shape} per layer, got "
+                f"None; or use attention_rollout with the gradients of the maps"
+            )
+        tensors = _checks.tensor_list(name, argument, given, shape)
+        if len(tensors) != len(queries):
+            raise ValueError(f"{name}: {argument} must have one tensor per layer, {len(queries)}, got {len(tensors)}")
+        for i, tensor in enumerate(tensors):
+            _checks.same_device(name, queries[0].device, f"{argument}[{i}]", tensor)
+        lists.append(tensors)
+    for i, (v, d, q) in enumerate(zip(*lists, queries, strict=True)):
+        batch, heads, seq, _ = q.shape
+        if v.dim() != 4 or (v.shape[0], v.shape[2]) != (batch, seq) or 0 in v.shape[1:] or heads % v.shape[1]:
+            raise ValueError(
+                f"{name}: values[{i}] must be [B, H_v, S, D_v] = [{batch}, H_v, {seq}, D_v] with H = {heads} a "
+                f"multiple of H_v, got {list(v.shape)}"
+            )
+        if tuple(d.shape) != (batch, heads, seq, v.shape[3]):
+            wanted = [batch, heads, seq, v.shape[3]]
+            raise ValueError(f"{name}: output_gradients[{i}] must be [B, H, S, D_v] = {wanted}, got {list(d.shape)}")
+    return tuple(zip(*lists, strict=True))

@@ -121,6 +121,8 @@ class QKProblem(Problem):
         window: (left, right), None = unbounded: key j is attended only when i − left ≤ j ≤ i + right.
         scale: factor on q·k.
         softcap: c of c·tanh(score/c), taken of the scaled scores before anything is added to them, or None.
+        handed_on: per layer the values [B, H_v, S, D_v] and the gradient [B, H, S, D_v] at the attention's output, of
+            which the gradient of a map is the product, G_hij = ⟨dO_hi, v_hj⟩; or None.
         sinks: per layer [H], the score of one more column of each head's softmax, which is no key, or None; a row with
             no key allowed is then 0, and rows do not sum to 1.
     """
@@ -137,6 +139,7 @@ class QKProblem(Problem):
     scale: float
     softcap: float | None
     sinks: tuple[Tensor, ...] | None
+    handed_on: tuple[tuple[Tensor, Tensor], ...] | None = None
 
     @property
     def layers(self) -> int:

@@ -33,7 +33,7 @@ _MAPS_SCHEMA = (
 _QK_SCHEMA = (
     "(Tensor[] queries, Tensor[] keys, Tensor[]? logsumexp, Tensor[]? sinks, Tensor?[]? bias, Tensor?[]? alibi_slopes, "
     "Tensor? key_mask, Tensor? query_mask, bool causal, SymInt? left, SymInt? right, float? scale, float? softcap, "
-    f"{_VALUES}, {_QUERY}, {_METHOD}, str backend, bool validate) -> Tensor"
+    f"{_VALUES}, Tensor[]? output_gradients, {_QUERY}, {_METHOD}, str backend, bool validate) -> Tensor"
 )
 
 
@@ -62,13 +62,23 @@ def attention_rollout_qk(queries: Sequence[Tensor], keys: Sequence[Tensor], **op
     return _qk_operator(
         qs, ks, lse, sinks, bias, slopes, _detached(options["key_mask"]), _detached(options["query_mask"]),
         _checks_qk.flag(name, "causal", options["causal"]), *_checks_qk.window(name, options["window"]),
-        options["scale"], options["softcap"], *_values(name, options), *_query_and_method(name, options, qs[0]),
+        options["scale"], options["softcap"], *_values(name, options), _slopes(name, options),
+        *_query_and_method(name, options, qs[0]),
     )  # fmt: skip
+
+
+def _slopes(name: str, options: dict[str, Any]) -> list[Tensor] | None:
+    """The gradients at the attention's output, where the method reads them."""
+    given = options["output_gradients"]
+    if options["method"].gradients is None or given is None:
+        return None
+    return _checks.tensor_list(name, "output_gradients", given, "[B, H, S, D_v]")
 
 
 def _values(name: str, options: dict[str, Any]) -> list[list[Tensor] | None]:
     """Values, output weights and inputs, where the method reads them."""
-    read = options["method"].values is not None
+    method = options["method"]
+    read = method.values is not None or (method.gradients is not None and name == "attention_rollout_qk")
     return [
         _checks.tensor_list(name, argument, options[argument], shape)
         if read and options[argument] is not None
@@ -146,14 +156,14 @@ def _qk_problem(
     bias: list[Tensor | None] | None, alibi_slopes: list[Tensor | None] | None,
     key_mask: Tensor | None, query_mask: Tensor | None, causal: bool,
     left: int | None, right: int | None, scale: float | None, softcap: float | None, values: list[Tensor] | None,
-    output_weights: list[Tensor] | None, inputs: list[Tensor] | None, row: int | None, query: Tensor | None,
-    lengths: Tensor | None, *method: Any, validate: bool,
+    output_weights: list[Tensor] | None, inputs: list[Tensor] | None, output_gradients: list[Tensor] | None,
+    row: int | None, query: Tensor | None, lengths: Tensor | None, *method: Any, validate: bool,
 ) -> QKProblem:  # fmt: skip
     return ops.qk_problem(
         queries, keys, query=query if row is None else row, lengths=lengths, key_mask=key_mask, query_mask=query_mask,
         causal=causal, window=(left, right), bias=bias, alibi_slopes=alibi_slopes, scale=scale, softcap=softcap,
         logsumexp=logsumexp, sinks=sinks, values=values, output_weights=output_weights, inputs=inputs,
-        method=_method(*method), validate=validate,
+        output_gradients=output_gradients, method=_method(*method), validate=validate,
     )  # fmt: skip
 
 

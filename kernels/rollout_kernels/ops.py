@@ -67,6 +67,7 @@ def attention_rollout_qk(
     values: Sequence[Tensor] | None = None,
     output_weights: Sequence[Tensor] | None = None,
     inputs: Sequence[Tensor] | None = None,
+    output_gradients: Sequence[Tensor] | None = None,
     method: Method,
     backend: str = "auto",
     validate: bool = True,
@@ -78,8 +79,8 @@ def attention_rollout_qk(
         return operators.attention_rollout_qk(
             queries, keys, query=query, lengths=lengths, key_mask=key_mask, query_mask=query_mask, causal=causal,
             window=window, bias=bias, alibi_slopes=alibi_slopes, scale=scale, logsumexp=logsumexp, softcap=softcap,
-            sinks=sinks, values=values, output_weights=output_weights, inputs=inputs, method=method, backend=backend,
-            validate=validate,
+            sinks=sinks, values=values, output_weights=output_weights, inputs=inputs, output_gradients=output_gradients,
+            method=method, backend=backend, validate=validate,
         )  # fmt: skip
     with torch.no_grad():
         problem = qk_problem(
@@ -100,6 +101,7 @@ def attention_rollout_qk(
             values=values,
             output_weights=output_weights,
             inputs=inputs,
+            output_gradients=output_gradients,
             method=method,
             validate=validate,
         )
@@ -195,6 +197,7 @@ def qk_problem(
     values: Sequence[Tensor] | None = None,
     output_weights: Sequence[Tensor] | None = None,
     inputs: Sequence[Tensor] | None = None,
+    output_gradients: Sequence[Tensor] | None = None,
     method: Method = ROLLOUT,
     validate: bool = True,
 ) -> QKProblem:
@@ -204,10 +207,9 @@ def qk_problem(
         TypeError, ValueError: an argument is wrong; nothing has been computed.
     """
     name = "attention_rollout_qk"
-    if method.gradients is not None or method.matrices:
+    if method.matrices:
         raise ValueError(
-            f"{name}: method must form M_l from Q and K alone, got one that needs "
-            f"{'gradients' if method.gradients is not None else 'the matrices themselves'}: use attention_rollout"
+            f"{name}: method must form M_l, got one that needs the matrices themselves: use attention_rollout"
         )
     qs, ks = _checks_qk.queries_and_keys(name, queries, keys)
     batch, _, seq, _ = qs[0].shape
@@ -250,6 +252,7 @@ def qk_problem(
         scale=_checks_qk.scale(name, scale, qs[0].shape[-1]),
         softcap=_checks_qk.softcap(name, softcap),
         sinks=None if columns is None else tuple(columns[start:]),
+        handed_on=_checks_values.handed_on(name, method, values, output_gradients, qs)[start:] or None,
     )
 
 

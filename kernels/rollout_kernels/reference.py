@@ -53,7 +53,12 @@ def wanted_rows(problem: Problem, full: Tensor) -> Tensor:
 def layer_maps(problem: Problem, layer: int, b: int, n: int) -> tuple[Tensor, Tensor | None]:
     """The maps [H, n, n] of one sample in one layer, float64, and their gradients."""
     if isinstance(problem, QKProblem):
-        return softmax_maps(problem, layer, b, n), None
+        maps = softmax_maps(problem, layer, b, n)
+        if problem.handed_on is None:
+            return maps, None
+        values, slopes = (part[b, :, :n].double() for part in problem.handed_on[layer])
+        values = values.repeat_interleave(len(maps) // len(values), dim=0)
+        return maps, torch.einsum("hid,hjd->hij", slopes, values)
     assert isinstance(problem, MapsProblem)
     gradients = None if problem.gradients is None else problem.gradients[layer][b, :, :n, :n].double()
     return problem.maps[layer][b, :, :n, :n].double(), gradients

@@ -143,7 +143,11 @@ def test_weights_are_linear(case: Case, name: str):
     assert_close(run(case, method=name, query=-2.0 * one_hot), -2.0 * run(case, method=name, query=rows))
 
 
-@given(cases(), st.sampled_from([*METHODS]), st.sampled_from(["full", "row", "weights"]))
+@given(
+    cases(),
+    st.sampled_from([name for name, method in METHODS.items() if method.values is None]),
+    st.sampled_from(["full", "row", "weights"]),
+)
 def test_the_same_call_gives_the_same_bits(case: Case, name: str, form: str):
     if name == "product":
         case.maps = [m[:, 0] for m in case.maps]

@@ -320,11 +320,10 @@ def test_a_row_with_no_key_is_0_where_the_sink_is_minus_infinity_too(backend: st
     assert result.tolist() == [[0.0, 0.0, 1.0, 0.0]]
 
 
-@pytest.mark.parametrize("name", ["chefer", "grad_rollout", "product"])
-def test_methods_that_need_maps_are_refused(name: str):
+def test_a_method_of_supplied_matrices_is_refused():
     queries, keys = random_qk(1, 2, 4)
     with pytest.raises(ValueError, match=r"attention_rollout_qk: method .*use attention_rollout"):
-        rollout.attention_rollout_qk(queries, keys, method=name)
+        rollout.attention_rollout_qk(queries, keys, method="product")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

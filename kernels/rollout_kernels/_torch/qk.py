@@ -25,7 +25,8 @@ class QKSource:
         self._problem, self._scratch = problem, scratch
         self._values = ValueTerms(problem, scratch)
         fusion = problem.method.head_fusion
-        averaged = problem.values is None and (isinstance(fusion, Tensor) or fusion == "mean")
+        plain = problem.values is None and problem.handed_on is None
+        averaged = plain and (isinstance(fusion, Tensor) or fusion == "mean")
         self.rows_sum_to_one = problem.sinks is None and averaged
 
     def plan(self) -> list[Tile]:
@@ -46,19 +47,20 @@ class QKSource:
         per_row = (tile.samples.stop - tile.samples.start) * problem.queries[layer].shape[1] * n
         block = rows if callable(problem.method.head_fusion) else max(1, self._budget() // per_row)
         if block >= rows:
-            return self._fuse(layer, tile.samples, self._maps(layer, tile, tile.rows), tile.rows)
+            return self._fuse(layer, tile, self._maps(layer, tile, tile.rows), tile.rows)
         whole = self._scratch.take("whole", tile.samples.stop - tile.samples.start, rows, n)
         factor = 1.0
         for first in range(tile.rows.start, tile.rows.stop, block):
             part = slice(first, min(first + block, tile.rows.stop))
-            values, factor = self._fuse(layer, tile.samples, self._maps(layer, tile, part), part)
+            values, factor = self._fuse(layer, tile, self._maps(layer, tile, part), part)
             whole[:, part.start - tile.rows.start : part.stop - tile.rows.start] = values
         return whole, factor
 
     def weighted(self, layer: int, tile: Tile, weights: Tensor) -> Tensor:
         problem = self._problem
         method = problem.method
-        if method.head_fusion != "mean" or method.discard_ratio or method.values is not None or weights.shape[1] > 1:
+        weighted = method.values is not None or method.gradients is not None
+        if method.head_fusion != "mean" or method.discard_ratio or weighted or weights.shape[1] > 1:
             values, factor = self.fused(layer, tile)
             return torch.bmm(weights, values).mul_(factor)
         # One start row: weighting each head's tile reads it once; fusing the heads first would read and write it.
@@ -72,7 +74,12 @@ class QKSource:
         top = torch.empty(problem.batch, 1, problem.seq, dtype=problem.compute_dtype, device=problem.device)
         for samples in self.chunks(layer):
             rows = problem.start_rows[samples]
-            top[samples], factor = self._fuse(layer, samples, self.row_maps(layer, samples, rows), rows)
+            maps = self.row_maps(layer, samples, rows)
+            if problem.values is not None:
+                top[samples] = self._values.fuse(layer, samples, maps, rows)
+                continue
+            slopes = self._slopes(layer, samples, rows, slice(0, problem.seq))
+            top[samples], factor = self._fuse_heads(layer, maps, slopes)
         return top, factor
 
     def chunks(self, layer: int) -> list[slice]:
@@ -98,19 +105,41 @@ class QKSource:
 
     def _budget(self) -> int:
         budget = CPU_TILE_BYTES if self._problem.device.type == "cpu" else GPU_TILE_BYTES
-        return budget // self._problem.compute_dtype.itemsize
+        shared = 1 if self._problem.handed_on is None else 2  # between a tile of maps and one of gradients
+        return budget // (shared * self._problem.compute_dtype.itemsize)
 
     def _bias(self, layer: int) -> Tensor | None:
         return None if self._problem.bias is None else self._problem.bias[layer]
 
-    def _fuse(self, layer: int, samples: slice, maps: Tensor, rows: slice | Tensor) -> tuple[Tensor, float]:
+    def _fuse(self, layer: int, tile: Tile, maps: Tensor, rows: slice) -> tuple[Tensor, float]:
+        if self._problem.values is not None:
+            return self._values.fuse(layer, tile.samples, maps, rows), 1.0
+        return self._fuse_heads(layer, maps, self._slopes(layer, tile.samples, rows, slice(0, tile.width)))
+
+    def _fuse_heads(self, layer: int, maps: Tensor, slopes: Tensor | None) -> tuple[Tensor, float]:
         problem = self._problem
-        if problem.values is not None:
-            return self._values.fuse(layer, samples, maps, rows), 1.0
         if callable(problem.method.head_fusion):
-            return fuse_by_function(maps, None, problem.method, problem.compute_dtype), 1.0
+            return fuse_by_function(maps, slopes, problem.method, problem.compute_dtype), 1.0
         weights = None if problem.head_weights is None else problem.head_weights[layer]
-        return fuse_heads(maps, None, problem.method, weights, self._scratch)
+        return fuse_heads(maps, slopes, problem.method, weights, self._scratch)
+
+    def _slopes(self, layer: int, samples: slice, rows: slice | Tensor, columns: slice) -> Tensor | None:
+        """The gradient of the maps, dO·Vᵀ [b, H, r, n], of some rows, one slice or one row long [b] of each sample."""
+        if self._problem.handed_on is None:
+            return None
+        values, slopes = self._problem.handed_on[layer]
+        dtype, keys = self._problem.compute_dtype, values[samples, :, columns]
+        if isinstance(rows, slice):
+            taken = slopes[samples, :, rows]
+        else:
+            at = torch.arange(samples.start, samples.stop, device=rows.device), slice(None), rows
+            taken = slopes[at].unsqueeze(2)
+        b, heads, count, dim = taken.shape
+        groups, n = keys.shape[1], keys.shape[2]
+        out = self._scratch.take("slopes", b * groups, heads // groups * count, n)
+        left = taken.to(dtype).reshape(b * groups, heads // groups * count, dim)
+        torch.bmm(left, keys.to(dtype).reshape(b * groups, n, dim).transpose(1, 2), out=out)
+        return out.view(b, heads, count, n)
 
     def _maps(self, layer: int, tile: Tile, rows: slice) -> Tensor:
         """A_l [b, H, r, n] of the tile's samples and the given rows."""

@@ -66,6 +66,8 @@ def refusals_qk(problem: QKProblem) -> list[str]:
     reasons += _dtype_refusals("queries and keys", tensors)
     if problem.method.normalize_attention:
         reasons.append(NO_NORMALIZE)
+    if problem.handed_on is not None:
+        reasons.append("gradients are read beside stored maps only")
     for name, group in (("queries", problem.queries), ("keys", problem.keys)):
         if len({t.shape for t in group}) > 1:
             reasons.append(f"layers differ in the shape of their {name}")
