@@ -265,7 +265,7 @@ def changed(tables: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
         ("run.method", "product", r"\[run\] method must be one of rollout, "),
         ("run.readout", "row", r"\[run\] readout must be one of model, forward, got 'row'"),
         ("run.device", "abacus", r"\[run\] device must be a torch device such as cpu or cuda, got 'abacus'"),
-        ("run.target_class", 1, r"\[run\] target_class is for class-specific methods, grad_rollout, chefer; got"),
+        ("run.target_class", 1, r"\[run\] target_class is for class-specific methods, grad_rollout, chefer, .*; got"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_before_any_work(
