@@ -84,6 +84,8 @@ def test_the_frozen_gradient_has_signs_and_a_score_for_every_code(kind: str, tmp
     assert set(rows(tmp_path / "out", "predictions")["target_class"]) == {0}
     page = write_report(tmp_path / "out").read_text(encoding="utf-8")
     assert "attention weights, norm statistics and gates held" in page
+    assert "adds to the score (logit) of the class" in page
+    assert "where attention goes" not in page
 
 
 @pytest.mark.parametrize("kind", ["flat", "nested"])

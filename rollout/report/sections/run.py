@@ -26,6 +26,7 @@ def run(cohort: CohortAttributions) -> dict[str, Any]:
         "status": manifest["status"],
         "complete": cohort.complete,
         "formula": formula(method),
+        "signed": isinstance(method.get("formula"), list),
         "facts": [(name, value) for name, value in _facts(identity) if value not in (None, "", {})],
         "sessions": [_session(one) for one in sessions[-SESSIONS:]],
         "sessions_in_all": len(sessions),
