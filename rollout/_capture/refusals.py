@@ -13,7 +13,7 @@ ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
 MIXER = re.compile(r"att(entio)?n|mixer|xca|mh[cs]?a", re.IGNORECASE)
 
 
-def refuse_dropout(model: nn.Module) -> None:
+def refuse_dropout(model: nn.Module, caller: str = "capture") -> None:
     """Attention that drops out is not the softmax that rollout computes from.
 
     Raises:
@@ -23,12 +23,12 @@ def refuse_dropout(model: nn.Module) -> None:
         rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
         if module.training and isinstance(rate, float) and rate > 0.0:
             raise CaptureError(
-                f"capture: the model must be in eval mode, got dropout {rate} on in {type(module).__name__} at "
+                f"{caller}: the model must be in eval mode, got dropout {rate} on in {type(module).__name__} at "
                 f"{path or 'the root'}: call model.eval()"
             )
 
 
-def refuse_opaque(model: nn.Module) -> None:
+def refuse_opaque(model: nn.Module, caller: str = "capture") -> None:
     """Modules whose Python code does not run cannot be watched.
 
     Raises:
@@ -38,17 +38,17 @@ def refuse_opaque(model: nn.Module) -> None:
         kind, where = type(module).__name__, path or "the root"
         if isinstance(module, torch.jit.ScriptModule):
             raise CaptureError(
-                f"capture: the model must run as Python, got {kind} at {where}: capture the unscripted one"
+                f"{caller}: the model must run as Python, got {kind} at {where}: take the unscripted one"
             )
         if is_compiled(module) or isinstance(getattr(module, "_orig_mod", None), nn.Module):
             raise CaptureError(
-                f"capture: the model must not be compiled, got {kind} at {where}: capture the module given to "
+                f"{caller}: the model must not be compiled, got {kind} at {where}: take the module given to "
                 f"torch.compile (its _orig_mod)"
             )
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             raise CaptureError(
-                f"capture: the model must run itself, got {kind} at {where}, which runs copies of it in threads: "
-                f"capture and call its .module"
+                f"{caller}: the model must run itself, got {kind} at {where}, which runs copies of it in threads: "
+                f"take and call its .module"
             )
 
 

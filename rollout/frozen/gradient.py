@@ -79,8 +79,8 @@ def run_frozen(
         around: further stand-ins for forwards.
         names: of an embedding that is a dict, those wanted; None: every floating tensor in it.
     """
-    refuse_opaque(model)
-    refuse_dropout(model)
+    refuse_opaque(model, "frozen_gradient")
+    refuse_dropout(model, "frozen_gradient")
     mode, leaves = Frozen(), Leaves()
     site = model if path is None else model.get_submodule(path)
     taken: Around = partial(_take_input, mode, leaves) if path is None else partial(_take_output, mode, leaves, names)

@@ -378,7 +378,7 @@ def test_dropout_compiled_and_scripted_models_are_refused():
         pass
     parallel = nn.DataParallel(model)
     parallel.device_ids = [0, 1]
-    with pytest.raises(rollout.CaptureError, match=r"got DataParallel at the root.*capture and call its .module"):
+    with pytest.raises(rollout.CaptureError, match=r"got DataParallel at the root.*take and call its .module"):
         rollout.capture(parallel).__enter__()
     scripted = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(rollout.CaptureError, match=r"must run as Python"), rollout.capture(scripted):

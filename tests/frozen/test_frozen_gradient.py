@@ -309,7 +309,7 @@ def test_bad_input_is_named(arguments: dict[str, Any], error: type[Exception], m
 
 
 def test_a_model_that_drops_out_or_is_none_is_refused() -> None:
-    with pytest.raises(CaptureError, match=r"call model.eval\(\)"):
+    with pytest.raises(CaptureError, match=r"frozen_gradient: the model must be in eval mode.*call model.eval\(\)"):
         frozen_gradient(Classifier().train(), embedded())
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
         frozen_gradient("model", embedded())  # type: ignore[arg-type]
