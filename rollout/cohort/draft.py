@@ -1,9 +1,9 @@
-"""A part being made: the rows of its batches gathered, then turned into the files of the part."""
+"""A part being made: what its batches gave, gathered, then turned into the files of the part."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 
 from rollout.cohort.content import UNKNOWN, pack
-from rollout.cohort.explain import Explained
 from rollout.cohort.prefetch import ReadBatch, ReadPart
-from rollout.cohort.rows import measured_rows, parquet_bytes, prediction_table
-from rollout.cohort.shares import Measured, wrong_sums
+from rollout.cohort.rows import parquet_bytes
 from rollout.cohort.source import Source
-from rollout.results.layout import ATTRIBUTION_SCHEMA, FAILURE_SCHEMA, PREDICTION_SCHEMA, STAGES, TARGET
-from rollout.results.padding import count_padding
+from rollout.results.layout import FAILURE_SCHEMA
 
 
 @dataclass
@@ -37,67 +34,50 @@ class Part:
     first_failure: str | None = None
 
 
-@dataclass
 class Draft:
-    """A part being made, by one thread.
+    """A part being made, by one thread: a task says what of.
+
+    Args:
+        source: The samples.
 
     Attributes:
-        source: The samples.
-        class_specific: Whether predictions have a column for the class explained.
         failures: Sample → reason.
         batches: Sizes of the batches done.
         halved: Batches that ran out of memory, plain values.
         seconds: Stage → seconds spent.
     """
 
-    source: Source
-    class_specific: bool
-    failures: dict[int, str] = field(default_factory=dict)
-    batches: list[int] = field(default_factory=list)
-    halved: list[dict[str, Any]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-    _attributions: list[pa.Table] = field(default_factory=list)
-    _predictions: list[pa.Table] = field(default_factory=list)
+    schemas: Mapping[str, pa.Schema]
+    """Kind → the columns of its file; the first is the one whose rows a record counts."""
+    stages: ClassVar[Sequence[str]]
 
-    def add(self, batch: ReadBatch, explained: Explained) -> None:
-        """Add the rows of a batch.
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.failures: dict[int, str] = {}
+        self.batches: list[int] = []
+        self.halved: list[dict[str, Any]] = []
+        self.seconds: dict[str, float] = dict.fromkeys(self.stages, 0.0)
+        self._tables: dict[str, list[pa.Table]] = {kind: [] for kind in self.schemas}
 
-        A sample with a number among them that is not finite is a failure, and so is one with a row that does not sum to
-        1 where `explained` says that rows do.
-        """
-        begun = time.perf_counter()
-        known = set(self.source.decoders)
-        if not explained.relevance or not known.issuperset(explained.relevance):
-            raise ValueError(f"explain must give relevance of {sorted(known)}, got {sorted(explained.relevance)}")
-        attributions, rows = measured_rows(batch.samples, batch.index, explained.relevance, self.source.decoders)
-        predictions = self._predicted(batch, explained, rows)
-        wrong = wrong_sums(rows, batch.index, zero_rows=explained.zero_rows) if explained.row_sums else {}
-        wrong |= _not_finite(attributions, explained.y_prob, batch.index)
+    def run(self, model: Any, batch: ReadBatch) -> None:
+        """Have a batch done by the model, and add its rows; whatever it raises is a failure of the batch."""
+        raise NotImplementedError
+
+    def padding(self, predictions: pa.Table) -> dict[str, Any]:
+        """What a record says of relevance on padding."""
+        return {}
+
+    def keep(self, tables: Mapping[str, pa.Table], wrong: Mapping[int, str]) -> None:
+        """Add the rows of a batch, those of samples that went wrong left out."""
         self.failures.update(wrong)
-        self._attributions.append(_without(attributions, wrong))
-        self._predictions.append(_without(predictions, wrong))
-        self.seconds["write"] += time.perf_counter() - begun
-
-    def _predicted(self, batch: ReadBatch, explained: Explained, rows: Mapping[str, Measured]) -> pa.Table:
-        size = len(batch.samples)
-        unknown = np.full(size, np.nan)
-        shares = [rows[feature].share if feature in rows else unknown for feature in self.source.decoders]
-        table = prediction_table(
-            batch.samples, batch.index, explained.y_prob, explained.y_true, np.stack(shares, axis=1)
-        )
-        if not self.class_specific:
-            return table
-        target = None if explained.target is None else explained.target.cpu().numpy()
-        column = pa.nulls(size, pa.int32()) if target is None else pa.array(target, pa.int32())
-        return table.append_column(TARGET, column)
+        for kind, table in tables.items():
+            self._tables[kind].append(without(table, wrong))
 
     def finish(self, read: ReadPart) -> Part:
         """Sort the part by sample, and make its files."""
         begun = time.perf_counter()
-        predicted = PREDICTION_SCHEMA.append(TARGET) if self.class_specific else PREDICTION_SCHEMA
-        attributions = _by_sample(self._attributions, ATTRIBUTION_SCHEMA)
-        predictions = _by_sample(self._predictions, predicted)
-        files = {"attributions": parquet_bytes(attributions), "predictions": parquet_bytes(predictions)}
+        tables = {kind: _by_sample(self._tables[kind], schema) for kind, schema in self.schemas.items()}
+        files = {kind: parquet_bytes(table) for kind, table in tables.items()}
         failed = {**read.unread, **self.failures}
         failures = sorted(failed.items())
         if failures:
@@ -109,33 +89,39 @@ class Draft:
             "start": read.numbers.start,
             "stop": read.numbers.stop,
             "samples": len(read.numbers),
-            "attributed": predictions.num_rows,
+            "attributed": tables["predictions"].num_rows,
             "failed": len(failures),
-            "rows": attributions.num_rows,
+            "rows": next(iter(tables.values())).num_rows,
             "tokens": read.tokens,
             "batches": self.batches,
             "halved": self.halved,
-            "padding": count_padding(predictions, list(self.source.decoders)),
+            "padding": self.padding(tables["predictions"]),
             "content": pack([UNKNOWN if n in failed else read.content.get(n, UNKNOWN) for n in read.numbers]),
             "seconds": {stage: round(spent, 4) for stage, spent in seconds.items()},
         }
         return Part(read.number, files, record, failures[0][1] if failures else None)
 
 
-def _not_finite(attributions: pa.Table, y_prob: Tensor | None, index: np.ndarray) -> dict[int, str]:
-    """Sample → reason, of the samples that have a NaN or an infinity in a row."""
-    wrong: dict[int, str] = {}
-    rows = attributions.filter(~np.isfinite(attributions["attribution"].to_numpy()))
-    for number, feature in zip(rows["sample"].to_pylist(), rows["feature"].to_pylist(), strict=True):
-        wrong.setdefault(number, f"the attribution of feature {feature!r} is not finite")
-    if y_prob is not None:
-        finite = torch.isfinite(y_prob.detach().reshape(len(index), -1)).all(1).cpu().numpy()
-        for number in index[~finite].tolist():
-            wrong.setdefault(number, "the prediction is not finite")
-    return wrong
+class Task(Protocol):
+    """What is done to the samples of a cohort; it travels to the processes that do it."""
+
+    done: str
+    """In words, of a sample: "attributed"."""
+
+    def begin(self, source: Source) -> Draft:
+        """A part that begins."""
 
 
-def _without(table: pa.Table, samples: dict[int, str]) -> pa.Table:
+def unfinite_predictions(y_prob: Tensor | None, index: np.ndarray) -> Iterable[tuple[int, str]]:
+    """Sample and reason, of those whose prediction is not finite."""
+    if y_prob is None:
+        return []
+    finite = torch.isfinite(y_prob.detach().reshape(len(index), -1)).all(1).cpu().numpy()
+    return [(number, "the prediction is not finite") for number in index[~finite].tolist()]
+
+
+def without(table: pa.Table, samples: Mapping[int, str]) -> pa.Table:
+    """A table without the rows of some samples."""
     return table.filter(~np.isin(table["sample"].to_numpy(), list(samples))) if samples else table
 
 

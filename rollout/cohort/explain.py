@@ -72,11 +72,11 @@ class PyHealthExplain:
         classes = getattr(model, "get_output_size", lambda: None)()
         if self.target_class is not None and classes is not None and self.target_class >= max(classes, 2):
             raise ValueError(f"attribute_cohort: target_class must be below {classes}, got {self.target_class}")
-        self._interpreter(model)
+        self.interpreter(model)
 
     def __call__(self, model: Any, batch: Batch) -> Explained:
         """One forward pass, and one backward for a class-specific method."""
-        interpreter = self._interpreter(model)
+        interpreter = self.interpreter(model)
         with _outputs(model) as outputs:
             relevance = interpreter.attribute(self.target_class, **batch)
         output = outputs[-1] if outputs else {}
@@ -88,7 +88,7 @@ class PyHealthExplain:
         emptied = self.method is not None and not self.method.own_path
         return Explained(relevance, prob, true, target, row_sums=whole, zero_rows=emptied)
 
-    def _interpreter(self, model: Any) -> Any:
+    def interpreter(self, model: Any) -> Any:
         from rollout.pyhealth import AttentionRollout, FrozenGradient, GradientRollout
 
         if self.method is None:

@@ -41,6 +41,13 @@ class ReadBatch:
     samples: list[Sample]
     collated: Mapping[str, Any] | Exception
 
+    @property
+    def ready(self) -> Mapping[str, Any]:
+        """`collated`; raises what collating raised."""
+        if isinstance(self.collated, Exception):
+            raise self.collated
+        return self.collated
+
 
 @dataclass(frozen=True)
 class ReadPart:

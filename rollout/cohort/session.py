@@ -1,4 +1,4 @@
-"""One call of `attribute_cohort` at work: parts done, here or on workers, committed, counted."""
+"""One call of `attribute_cohort` or `evaluate_cohort` at work: parts done, here or on workers, committed, counted."""
 
 import datetime
 import os
@@ -28,7 +28,7 @@ ENOUGH = 32
 
 
 class Session:
-    """One call of `attribute_cohort` on a folder it has: what is left to do is done, and the manifest kept.
+    """One call on a folder it has: what is left to do is done, and the manifest kept.
 
     Args:
         store: The folder.
@@ -52,7 +52,7 @@ class Session:
         parts = work.plan.parts(len(work.source))
         self.todo = [number for number in range(len(parts)) if number not in store.records]
         self.total = sum(len(parts[number]) for number in self.todo)
-        self.result = CohortRun(store.path, len(work.source), parts=len(parts), kept=len(store.records))
+        self.result = CohortRun(store.path, len(work.source), work.task.done, parts=len(parts), kept=len(store.records))
 
     def run(self) -> CohortRun:
         """Do what is left to do."""
@@ -128,14 +128,14 @@ class Session:
         record = part.record
         if not self.store.records and record["samples"] >= ENOUGH and record["failed"] == record["samples"]:
             raise CohortError(
-                f"attribute_cohort: none of the first {record['samples']} samples could be attributed; the first one: "
-                f"{part.first_failure}"
+                f"attribute_cohort: none of the first {record['samples']} samples could be {self.result.what}; the "
+                f"first one: {part.first_failure}"
             )
         begun = time.perf_counter()
         made = self.store.commit(part.number, part.files, record)
         for stage, spent in made.seconds.items():
             self.result.seconds[stage] = self.result.seconds.get(stage, 0.0) + spent
-        self.result.seconds["write"] += time.perf_counter() - begun
+        self.result.seconds["write"] = self.result.seconds.get("write", 0.0) + time.perf_counter() - begun
         self.result.done += made.samples
         self.result.halved += len(made.halved)
         self.store.manifest.notes += [
@@ -158,7 +158,7 @@ class Session:
     def _bar(self) -> Iterator[Callable[[int], None]]:
         tqdm = require("tqdm", "cohort").tqdm
         hidden = None if self.progress is None else not self.progress
-        with tqdm(total=self.total, desc="attribute", unit=" samples", disable=hidden, dynamic_ncols=True) as bar:
+        with tqdm(total=self.total, desc=self.result.what, unit=" samples", disable=hidden, dynamic_ncols=True) as bar:
             yield bar.update
 
     def _measure_memory(self) -> None:

@@ -9,6 +9,7 @@ Nothing of the folder may be a link to somewhere else: what is written and remov
 
 import errno
 import hashlib
+import io
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from rollout.cohort.content import changed, differing, spot_checks
@@ -23,7 +25,9 @@ from rollout.cohort.identity import adopt_code, differences
 from rollout.errors import CohortError
 from rollout.files import PARTIAL, PROBE, as_json, empty_folder, plain, read_json, usable_path, write_whole
 from rollout.results.layout import (
+    ATTRIBUTER,
     CACHE,
+    EVALUATOR,
     KINDS,
     LOCK,
     MANIFEST,
@@ -31,10 +35,17 @@ from rollout.results.layout import (
     RECORDS,
     RUNNING,
     SCRATCH,
-    WRITER,
     part_name,
 )
-from rollout.results.manifest import CONTENT, Identity, Manifest, OtherVersionError, PartRecord, check_names
+from rollout.results.manifest import (
+    CONTENT,
+    Identity,
+    Manifest,
+    OtherVersionError,
+    PartRecord,
+    check_names,
+    read_manifest,
+)
 from rollout.results.parts import check_bytes
 
 _PART = re.compile(r"part-\d{5,}\.(parquet|json)")
@@ -94,8 +105,9 @@ class Store:
         }
         self._check_content(samples)
         self._settle_names()
-        for kind in (*KINDS[:2], RECORDS):
-            (self.path / kind).mkdir(exist_ok=True)
+        for kind in (*self.manifest.schemas, RECORDS):
+            if kind != "failures":
+                (self.path / kind).mkdir(exist_ok=True)
         if len(self.records) < self.parts and found is not None:
             self.manifest.status = RUNNING
             self.write_manifest()
@@ -119,11 +131,15 @@ class Store:
                 "starts anew"
             )
         try:
-            found = Manifest.read(path)
+            found = read_manifest(path)
         except OtherVersionError as error:
             raise ValueError(f"attribute_cohort: {error}, or give another folder") from None
         except (OSError, ValueError):
             return None
+        if found.written_by != begun.written_by:
+            raise ValueError(
+                f"attribute_cohort: out holds what {found.written_by} wrote ({self.path}); give another folder"
+            )
         there = plain(found.as_dict()["identity"])
         now = plain(begun.as_dict()["identity"])
         if adopt_code(now, there):
@@ -214,9 +230,8 @@ class Store:
             CohortError: If the disk is full or fails; the part then counts as not done. If the part was done before,
                 of other samples.
         """
-        rows = {"attributions": record["rows"], "predictions": record["attributed"], "failures": record["failed"]}
         described = {
-            kind: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "rows": rows[kind]}
+            kind: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "rows": _rows_in(content)}
             for kind, content in files.items()
         }
         made = PartRecord.checked({**record, "run": self.run, "part": number, "files": described}, part_name(number))
@@ -277,6 +292,10 @@ class Store:
             ) from error
 
 
+def _rows_in(content: bytes) -> int:
+    return int(pq.read_metadata(io.BytesIO(content)).num_rows)
+
+
 def run_folder(out: str | Path) -> Path:
     """The folder, if it is new, empty or of an earlier run, and nothing in it leads out of it.
 
@@ -315,7 +334,7 @@ def _is_ours(manifest: Path) -> bool:
         value = read_json(manifest)
     except (OSError, ValueError):
         return False
-    return isinstance(value, dict) and value.get("written_by") == WRITER
+    return isinstance(value, dict) and value.get("written_by") in (ATTRIBUTER, EVALUATOR)
 
 
 def _changed_state(there: Manifest, now: Manifest) -> list[str]:

@@ -1,4 +1,4 @@
-"""The work itself: parts of a cohort read ahead of the model, explained batch by batch, and turned into files.
+"""The work itself: parts of a cohort read ahead of the model, done batch by batch, and turned into files.
 
 A batch that runs out of memory is halved. A batch that fails for another reason is halved too, down to the sample that
 makes it fail: that sample is recorded with its reason, and the others go on.
@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 
-from rollout.cohort.draft import Draft, Part
-from rollout.cohort.explain import Explain
+from rollout.cohort.draft import Draft, Part, Task
 from rollout.cohort.plan import Plan
 from rollout.cohort.prefetch import ReadBatch, collate_or_error, read_ahead, reason_of
 from rollout.cohort.source import Source
 from rollout.errors import CohortError
-from rollout.stopwatch import stopwatch, timed
 
 __all__ = ["Part", "Work", "run_parts"]
 
@@ -31,17 +29,15 @@ class Work:
     Attributes:
         model: On its device, in evaluation mode.
         source: The samples.
-        explain: (model, batch) → `Explained`.
+        task: What is done.
         plan: How they are cut into parts and batches.
-        class_specific: Whether predictions have a column for the class explained.
         without: Sample → reason, of those that are failures already and are not read.
     """
 
     model: Any
     source: Source
-    explain: Explain
+    task: Task
     plan: Plan
-    class_specific: bool = False
     without: Mapping[int, str] = field(default_factory=dict)
 
 
@@ -56,7 +52,7 @@ def run_parts(
         advance: Called with the number of samples after each batch.
     """
     with read_ahead(work.source, work.plan, numbers, work.without) as items:
-        draft = Draft(work.source, work.class_specific)
+        draft = work.task.begin(work.source)
         for item in items:
             if isinstance(item, ReadBatch):
                 _run_batch(work, draft, item)
@@ -65,17 +61,13 @@ def run_parts(
             else:
                 advance(len(item.unread))
                 yield draft.finish(item)
-                draft = Draft(work.source, work.class_specific)
+                draft = work.task.begin(work.source)
 
 
 def _run_batch(work: Work, draft: Draft, batch: ReadBatch) -> None:
-    """Explain a batch and add it to its part; halve it where that fails."""
+    """Have a batch done and added to its part; halve it where that fails."""
     try:
-        if isinstance(batch.collated, Exception):
-            raise batch.collated
-        with stopwatch(draft.seconds), timed("forward"):
-            explained = work.explain(work.model, batch.collated)
-        draft.add(batch, explained)
+        draft.run(work.model, batch)
         return
     except Exception as error:
         failed, reason = _out_of_memory(error), reason_of(error)

@@ -12,14 +12,12 @@ import polars as pl
 from rollout.files import read_json, usable_path
 from rollout.results.layout import (
     ATTRIBUTION_SCHEMA,
-    KINDS,
     MANIFEST,
     NAMES,
     RECORDS,
     RUNNING,
-    schemas,
 )
-from rollout.results.manifest import Manifest, OtherVersionError, PartRecord, check_names, totals
+from rollout.results.manifest import Manifest, OtherVersionError, PartRecord, check_names, read_manifest, totals
 from rollout.results.parts import check_bytes, check_size, check_table
 
 ATTRIBUTIONS = pl.DataFrame(pl.from_arrow(ATTRIBUTION_SCHEMA.empty_table()))
@@ -30,7 +28,7 @@ Names = dict[str, dict[str, str]]
 
 
 class RunFolder:
-    """A folder of `rollout attribute`, opened for reading; its rows stay on disk.
+    """A folder of `rollout attribute` or `rollout evaluate`, opened for reading; its rows stay on disk.
 
     Manifest and commit records are read and checked on opening. A file of rows is checked when it is first read: its
     bytes against the SHA-256 of its commit record, its columns, its number of rows. It is not checked again until its
@@ -41,7 +39,7 @@ class RunFolder:
         manifest: Of the run.
         records: The commit records of its parts, in order.
         names: Feature → code → name; empty when the folder has none.
-        rows: `attributions` | `predictions` | `failures` → how many rows the parts have.
+        rows: Kind, such as `predictions` → how many rows the parts have.
 
     Args:
         path: The folder.
@@ -65,11 +63,16 @@ class RunFolder:
         self.names = own_names(self.path, self.manifest)
         for feature, codes in _given_names(names).items():
             self.names[feature] = {**self.names.get(feature, {}), **codes}
-        self.rows = {kind: sum(r.files[kind].rows for r in self.of(kind)) for kind in KINDS}
+        self.rows = {kind: sum(r.files[kind].rows for r in self.of(kind)) for kind in self.kinds}
         self._sound: dict[Path, tuple[int, ...]] = {}
-        for kind in KINDS:
+        for kind in self.kinds:
             for record in self.of(kind):
                 _or_again(check_size, self.file(kind, record), record.files[kind])
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of rows it may have."""
+        return list(self.manifest.schemas)
 
     @property
     def complete(self) -> bool:
@@ -85,10 +88,10 @@ class RunFolder:
         return self.path / kind / f"{record.name}.parquet"
 
     def scan(self, kind: str, records: Iterable[PartRecord] | None = None) -> pl.LazyFrame:
-        """The rows of `attributions`, `predictions` or `failures`, lazily, every file of them checked.
+        """The rows of a kind, lazily, every file of them checked.
 
         Args:
-            kind: One of the three.
+            kind: One of `kinds`.
             records: Of these parts only; None: of all.
 
         Raises:
@@ -98,7 +101,7 @@ class RunFolder:
         for record in chosen:
             self._check(kind, record)
         if not chosen:
-            empty = schemas(self.manifest.class_specific)[kind].empty_table()
+            empty = self.manifest.schemas[kind].empty_table()
             return pl.DataFrame(pl.from_arrow(empty)).lazy()
         # Absolute and no pattern: a folder may be called "~x" or "x[et]*".
         return pl.scan_parquet([self.file(kind, record).absolute() for record in chosen], glob=False)
@@ -122,7 +125,7 @@ class RunFolder:
         seen = (now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino)
         if self._sound.get(path) != seen:
             _or_again(check_bytes, path, recorded)
-            check_table(path, schemas(self.manifest.class_specific)[kind], recorded.rows)
+            check_table(path, self.manifest.schemas[kind], recorded.rows)
             self._sound[path] = seen
 
 
@@ -140,7 +143,7 @@ def _read_manifest(folder: Path) -> Manifest:
             f"path must be the folder of a cohort run (out of attribute_cohort), got {folder}: it has no {MANIFEST}"
         )
     try:
-        return Manifest.read(path)
+        return read_manifest(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except OtherVersionError:

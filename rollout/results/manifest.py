@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Self, TypedDict
 
+import pyarrow as pa
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -27,10 +28,11 @@ from pydantic import (
 from rollout.files import as_json, plain, read_json
 from rollout.results.layout import (
     COMPLETE,
+    EVALUATION_SCHEMAS,
+    EVALUATOR,
     RUNNING,
     SCHEMA_VERSION,
     WITH_FAILURES,
-    WRITER,
     part_name,
     schemas,
 )
@@ -130,8 +132,34 @@ class Identity(TypedDict):
 
 
 @with_config(_STRICT)
+class Evaluation(TypedDict):
+    """How attributions are scored: see `rollout.evaluate_cohort`."""
+
+    metric: Literal["eraser", "pyhealth"]
+    shares: list[Number]
+    replacement: Literal["delete", "pad", "resample"]
+    threshold: Number
+    seed: Count
+    leave_one_out: Count
+    planted: str | None
+
+
+@with_config(_STRICT)
+class EvaluationIdentity(TypedDict):
+    """What is evaluated on what: two evaluations of equal identities give the same rows."""
+
+    model: ModelIdentity
+    dataset: DatasetIdentity
+    evaluation: Evaluation
+    methods: dict[str, dict[str, Any]]
+    plan: dict[str, Count | bool]
+    collate: NotRequired[Code | None]
+    python: NotRequired[str | None]
+
+
+@with_config(_STRICT)
 class SessionEntry(TypedDict):
-    """One call of `attribute_cohort`: when, on what, how long; without its end if it was killed."""
+    """One call that worked on the folder: when, on what, how long; without its end if it was killed."""
 
     started: str
     finished: str | None
@@ -228,7 +256,7 @@ class Manifest(_File):
 
     Attributes:
         schema_version: Of the folder.
-        written_by: Always `rollout.attribute_cohort`.
+        written_by: The function that did.
         status: `running`, `complete` or `complete with failures`.
         identity: What is run on what.
         state: Settings of the model, and what the caller's functions hold beside their code, by name: part of what a
@@ -282,11 +310,12 @@ class Manifest(_File):
             **facts: Fields that are known beforehand; the others are empty.
         """
         samples = identity["dataset"]["samples"]
+        writer = cls.model_fields["written_by"].annotation.__args__[0]  # type: ignore[union-attr]
         empty: dict[str, Any] = {"state": {}, "volatile": [], "sessions": [], "notes": [], "names": None}
         empty |= {"granularity": {}, "time": {}, "labels": {}, "padding_share": {}, "parts": []}
-        empty["columns"] = _columns(class_specific)
+        empty["columns"] = _names_of(cls._schemas(class_specific))
         empty["counts"] = {"samples": samples, "attributed": 0, "failed": 0, "rows": 0, "tokens": 0, "parts": 0}
-        first = {"schema_version": SCHEMA_VERSION, "written_by": WRITER, "status": RUNNING, "identity": dict(identity)}
+        first = {"schema_version": SCHEMA_VERSION, "written_by": writer, "status": RUNNING, "identity": dict(identity)}
         return cls.checked(plain({**first, **empty, **facts}), "manifest.json")
 
     @model_validator(mode="after")
@@ -298,7 +327,7 @@ class Manifest(_File):
                 f"counts of a complete run must add up to its {counts['samples']} samples, got {counts['attributed']} "
                 f"attributed and {counts['failed']} failed"
             )
-        if self.columns not in (_columns(False), _columns(True)):
+        if self.columns not in [_names_of(self._schemas(specific)) for specific in (False, True)]:
             raise ValueError(f"columns must be those a cohort run writes, got {reprlib.repr(self.columns)}")
         return self
 
@@ -312,7 +341,16 @@ class Manifest(_File):
     @property
     def class_specific(self) -> bool:
         """Whether predictions have the class that was explained."""
-        return self.columns == _columns(True)
+        return self.columns == _names_of(schemas(True))
+
+    @property
+    def schemas(self) -> Mapping[str, pa.Schema]:
+        """Kind → the columns of its files, in order."""
+        return self._schemas(self.class_specific)
+
+    @classmethod
+    def _schemas(cls, class_specific: bool) -> Mapping[str, pa.Schema]:
+        return schemas(class_specific)
 
     def count(self, records: Iterable["PartRecord"], parts: int) -> None:
         """Bring `status`, `counts`, `padding_share` with its note, and `parts` up to what the commit records say, of
@@ -334,8 +372,26 @@ class Manifest(_File):
         self.status = RUNNING if len(done) < parts else WITH_FAILURES if sums["failed"] else COMPLETE
 
 
-def _columns(class_specific: bool) -> dict[str, list[str]]:
-    return {kind: schema.names for kind, schema in schemas(class_specific).items()}
+def _names_of(columns: Mapping[str, pa.Schema]) -> dict[str, list[str]]:
+    return {kind: schema.names for kind, schema in columns.items()}
+
+
+class EvaluationManifest(Manifest):
+    """What was evaluated on what; otherwise as `Manifest`."""
+
+    written_by: Literal["rollout.evaluate_cohort"]  # type: ignore[assignment]
+    identity: EvaluationIdentity  # type: ignore[assignment]
+
+    @classmethod
+    def _schemas(cls, class_specific: bool) -> Mapping[str, pa.Schema]:
+        return EVALUATION_SCHEMAS
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest of a folder of either kind; raises as `Manifest.read`."""
+    value = read_json(path)
+    kind = EvaluationManifest if isinstance(value, dict) and value.get("written_by") == EVALUATOR else Manifest
+    return kind.read(path)
 
 
 class PartFile(BaseModel):
@@ -393,10 +449,11 @@ class PartRecord(_File):
     def _agrees(self) -> Self:
         if self.samples != self.stop - self.start or self.attributed + self.failed != self.samples:
             raise ValueError("start, stop, samples, attributed and failed must agree with one another")
-        wanted = {"attributions": self.rows, "predictions": self.attributed}
+        main = "faithfulness" if "faithfulness" in self.files else "attributions"
+        wanted = {main: self.rows, "predictions": self.attributed}
         if self.failed:
             wanted["failures"] = self.failed
-        found = {kind: file.rows for kind, file in self.files.items()}
+        found = {kind: file.rows for kind, file in self.files.items() if kind != "scores"}
         if found != wanted:
             raise ValueError(f"files must have the rows {wanted}, got {found}")
         return self

@@ -7,8 +7,8 @@ from typing import Any
 
 from rollout.files import usable_path
 from rollout.results.folder import disagreements, own_names, read_record, record_files
-from rollout.results.layout import KINDS, MANIFEST, RECORDS, RUNNING, schemas
-from rollout.results.manifest import Manifest, PartFile, PartRecord
+from rollout.results.layout import KINDS, MANIFEST, RECORDS, RUNNING
+from rollout.results.manifest import Manifest, PartFile, PartRecord, read_manifest
 from rollout.results.parts import check_bytes, check_samples, check_table
 
 _PART = re.compile(r"(part-\d{5,})\.(parquet|json)")
@@ -38,7 +38,7 @@ def verify_folder(path: str | Path) -> list[str]:
 
 
 def _findings(folder: Path) -> Iterator[str]:
-    manifest = yield from _tried(Manifest.read, folder / MANIFEST)
+    manifest = yield from _tried(read_manifest, folder / MANIFEST)
     records = []
     for path in record_files(folder):
         record = yield from _tried(read_record, path)
@@ -68,7 +68,7 @@ def _check_file(folder: Path, kind: str, file: PartFile, record: PartRecord, man
     path = folder / kind / f"{record.name}.parquet"
     check_bytes(path, file)
     if manifest is not None:
-        check_table(path, schemas(manifest.class_specific)[kind], file.rows)
+        check_table(path, manifest.schemas[kind], file.rows)
         check_samples(path, record)
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from rollout.cohort import CohortError, poison, process
+from rollout.cohort.attributing import Attribute
 from rollout.cohort.child import _do
 from rollout.cohort.forks import can_fork
 from rollout.cohort.plan import Plan
@@ -57,7 +58,9 @@ def collate_numbered(samples):
 def make_work(count: int = 100, unreadable=(), **plan: int) -> Work:
     data = Numbered(count, dict.fromkeys(unreadable, "unreadable"))
     source = open_source(data, collate_numbered, VOCABULARIES)
-    return Work(Attention(), source, toy_cohort.explain, Plan(**{"batch_tokens": 120, "part_samples": count, **plan}))
+    return Work(
+        Attention(), source, Attribute(toy_cohort.explain), Plan(**{"batch_tokens": 120, "part_samples": count, **plan})
+    )
 
 
 class Death(BaseException):
@@ -75,7 +78,7 @@ class Mortal:
     def __init__(self, work: Work, kills) -> None:
         self.packed = Packed(b"", work.plan, len(work.source))
         self.deaths = 0
-        self._kills, self._work = kills, replace(work, explain=self._explain)
+        self._kills, self._work = kills, replace(work, task=Attribute(self._explain))
 
     def _explain(self, model, batch):
         if self._kills(batch["numbers"]):
