@@ -19,6 +19,7 @@ from rollout_kernels.method import Method
 
 if TYPE_CHECKING:
     from rollout.cohort import attribute_cohort
+    from rollout.cohort.evaluation import evaluate_cohort
     from rollout.results.attributions import CohortAttributions
     from rollout.results.plots import plot_positions, plot_record, plot_top_codes
 
@@ -34,6 +35,7 @@ __all__ = [
     "attention_rollout_qk",
     "attribute_cohort",
     "capture",
+    "evaluate_cohort",
     "frozen_gradient",
     "plot_positions",
     "plot_record",
@@ -44,6 +46,7 @@ __all__ = [
 _FROM_EXTRAS = {
     "CohortAttributions": ("rollout.results.attributions", "polars"),
     "attribute_cohort": ("rollout.cohort", "pyarrow"),
+    "evaluate_cohort": ("rollout.cohort.evaluation", "pyarrow"),
     "plot_positions": ("rollout.results.plots", "polars"),
     "plot_record": ("rollout.results.plots", "polars"),
     "plot_top_codes": ("rollout.results.plots", "polars"),

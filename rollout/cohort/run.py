@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rollout.cohort.attributing import Attribute
 from rollout.cohort.code import python_version
 from rollout.cohort.explain import Explain, PyHealthExplain, chain_of, describe_method
 from rollout.cohort.identity import function_identity, model_identity, read_state
@@ -129,7 +130,8 @@ def attribute_cohort(
     for module in ("pyarrow", "tqdm"):
         require(module, "cohort")
     chosen = {"workers": workers, "readout": readout, "backend": backend, "target_class": target_class}
-    _check(model, client, chosen)
+    _check(chosen)
+    where = check_where(model, device, client, workers)
     chain = chain_of(method)
     whole_map = chain is not None and chain.needs_whole_map and explain is None
     plan = Plan(batch_tokens, batch_samples, part_samples, whole_map if equal_lengths is None else equal_lengths)
@@ -139,7 +141,6 @@ def attribute_cohort(
             "would depend on the padding of a batch; leave it out"
         )
     source = open_source(dataset, collate, vocabularies, padding_ids)
-    where = _device_to_run_on(model, device, client, workers)
     if backend == "triton" and (where or device_of(model)).type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
         raise ValueError("attribute_cohort: backend='triton' needs a CUDA device; use 'auto'")
     functions = _functions_of_the_caller(source, chain, explain)
@@ -147,7 +148,7 @@ def attribute_cohort(
         explain = PyHealthExplain(chain, readout, backend, target_class)
         with settled(model, None):
             explain.check(model)
-    work = Work(model, source, explain, plan, class_specific=class_specific(chain))
+    work = Work(model, source, Attribute(explain, class_specific(chain)), plan)
     identity = {
         "model": model_identity(model),
         "dataset": source.description,
@@ -160,7 +161,7 @@ def attribute_cohort(
     state = partial(read_state, model, functions, [model, dataset])
     begun = Manifest.of(
         identity,
-        work.class_specific,
+        class_specific(chain),
         state=state(),
         granularity={feature: _scored(decoder.granularity, chain) for feature, decoder in source.decoders.items()},
         time=source.time,
@@ -181,28 +182,30 @@ def _scored(granularity: str, chain: Method | None) -> str:
     return "code" if granularity == "visit" and chain is None else granularity
 
 
-def _check(model: Any, client: Any, settings: Mapping[str, Any]) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"attribute_cohort: model must be a torch.nn.Module, got {type(model).__name__}")
-    check_count("workers", settings["workers"], _named("workers"))
+def _check(settings: Mapping[str, Any]) -> None:
     if settings["target_class"] is not None:
         check_count("target_class", settings["target_class"], _named("target_class"))
     for key in ("readout", "backend"):
         check_word(key, settings[key], _named(key))
-    if client is not None and settings["workers"] != 1:
-        raise ValueError("attribute_cohort: give workers (processes of this machine) or client (a cluster), not both")
-    if client is not None and not hasattr(client, "submit"):
-        raise TypeError(f"attribute_cohort: client must be a dask.distributed.Client, got {type(client).__name__}")
 
 
 def _named(key: str) -> str:
     return f"attribute_cohort: {key}"
 
 
-def _device_to_run_on(
-    model: nn.Module, device: str | torch.device | None, client: Any, workers: int
-) -> torch.device | None:
-    """Where the model is to be moved; None: it stays. A worker has devices of its own."""
+def check_where(model: Any, device: str | torch.device | None, client: Any, workers: int) -> torch.device | None:
+    """Where the model is to be moved; None: it stays. A worker has devices of its own.
+
+    Raises:
+        ValueError, TypeError: no such device; workers and a client at once; a model or client that is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attribute_cohort: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_count("workers", workers, _named("workers"))
+    if client is not None and workers != 1:
+        raise ValueError("attribute_cohort: give workers (processes of this machine) or client (a cluster), not both")
+    if client is not None and not hasattr(client, "submit"):
+        raise TypeError(f"attribute_cohort: client must be a dask.distributed.Client, got {type(client).__name__}")
     if device is not None:
         return check_device(device, _named("device"), here=client is None)
     return torch.device(device_of(model).type) if client is not None or workers > 1 else None

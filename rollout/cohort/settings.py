@@ -15,7 +15,7 @@ FROZEN = "frozen_gradient"
 READOUTS = ("model", "forward")
 COUNTS = {
     "batch_tokens": (1, 2**24), "batch_samples": (1, 2**16), "part_samples": (1, 2**20), "workers": (1, 512),
-    "target_class": (0, 2**20),
+    "target_class": (0, 2**20), "seed": (0, 2**32 - 1), "leave_one_out": (0, 4096),
 }  # fmt: skip
 """Whole numbers: the least and the most. Past the most it is a slip of the pen, or no machine has the memory."""
 WORDS = {

@@ -9,20 +9,20 @@ depend on how far a sample was padded, and the drop is that of the class the mod
     print(bootstrap_mean(difference, patients))         # rollout.intervals: the interval is by patient
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rollout.evaluate.removal import Removal, values_of
+from rollout.evaluate.sets import kept_entries
+from rollout.evaluate.stack import Batch, class_probabilities, inference, predict_kept, predicted_class
+
 PERCENTAGES = (1.0, 5.0, 10.0, 20.0, 50.0)
 REMOVALS = ("delete", "pad")
-TIE = 1e-5
-"""Scores this close, relatively, tie: a code that stands in a record twice gets the same score but for rounding."""
 
-Batch = Mapping[str, Any]
 Explainer = Callable[..., Mapping[str, Tensor]]
 
 
@@ -99,21 +99,26 @@ def faithfulness(
     _check(batch, attributions, percentages, removal)
     _check_target(target, next(iter(attributions.values())).shape[0])
     masks = {key: _valid(key, batch, valid) for key in attributions}
-    ranks = {key: _ranks(scores.to(masks[key].device), masks[key]) for key, scores in attributions.items()}
-    with _inference(model):
-        whole = _class_probabilities(model(**batch))
-        if target is None:
-            target = (whole[:, 1] >= threshold).long() if whole.shape[1] == 2 else whole.argmax(1)
-        index = target.to(whole.device, torch.long)[:, None]
-        probability = whole.gather(1, index)
-        without, with_only = [], []
-        for percentage in percentages:
-            rest = {key: masks[key] & (ranks[key] >= _top(masks[key], percentage, spare=1)) for key in ranks}
-            top = {key: masks[key] & (ranks[key] < _top(masks[key], percentage)) for key in ranks}
-            without.append(_class_probabilities(model(**_keep(batch, rest, removal))).gather(1, index))
-            with_only.append(_class_probabilities(model(**_keep(batch, top, removal))).gather(1, index))
-    drops = probability - torch.cat(without, 1), probability - torch.cat(with_only, 1)
-    return Faithfulness(index[:, 0].clone(), probability[:, 0].clone(), *drops)
+    kept = {key: versions(kept_entries(scores.to(masks[key].device), masks[key], percentages), masks[key])
+            for key, scores in attributions.items()}  # fmt: skip
+    with inference(model):
+        found = predict_kept(lambda stack: class_probabilities(model(**stack)), batch, kept, Removal(removal))
+    if target is None:
+        target = predicted_class(found[0], threshold)
+    index = target.to(found.device, torch.long)
+    followed = found.gather(2, index.expand(len(found), -1)[..., None])[..., 0]
+    without, only = (followed[0] - followed[1:]).view(2, len(percentages), -1).transpose(1, 2)
+    return Faithfulness(index.clone(), followed[0].clone(), without.contiguous(), only.contiguous())
+
+
+def versions(kept: Tensor, valid: Tensor) -> Tensor:
+    """The intact record, then kept entries [2, Q, B, ...] one after the other: bool [1 + 2Q, B, ...].
+
+    A record that nothing was removed from is the intact one, what is not valid included.
+    """
+    flat = kept.flatten(0, 1)
+    whole = (flat | ~valid).flatten(2).all(2).view(*flat.shape[:2], *[1] * (flat.dim() - 2))
+    return torch.cat([torch.ones_like(flat[:1]), flat | whole])
 
 
 def evaluate(
@@ -141,75 +146,8 @@ def evaluate(
     return {name: _concatenate(rows) for name, rows in parts.items()}
 
 
-def top_codes(scores: Tensor, valid: Tensor, percentage: float) -> Tensor:
-    """The ⌈percentage/100 · n⌉ highest-scored of each sample's n valid positions.
-
-    Args:
-        scores: float [B, ...].
-        valid: bool, the same shape; the others are never chosen.
-        percentage: in (0, 100].
-
-    Returns:
-        bool, the same shape. Ties go to the lower position.
-    """
-    return valid & (_ranks(scores, valid) < _top(valid, percentage))
-
-
-def _ranks(scores: Tensor, valid: Tensor) -> Tensor:
-    """The rank of each position within its sample, 0 the highest; what is not valid comes last."""
-    flat = scores.masked_fill(~valid, -torch.inf).flatten(1)
-    ordered, order = flat.sort(dim=1, descending=True, stable=True)
-    lower, higher = ordered[:, 1:], ordered[:, :-1]
-    apart = higher - lower > TIE * torch.maximum(lower.abs(), higher.abs())
-    place = torch.zeros_like(order).scatter(1, order[:, 1:], apart.cumsum(1))
-    place = place.masked_fill(~valid.flatten(1), flat.shape[1])
-    return place.argsort(dim=1, stable=True).argsort(dim=1).view(scores.shape)
-
-
-def _top(valid: Tensor, percentage: float, spare: int = 0) -> Tensor:
-    """⌈percentage/100 · n⌉ per sample, at most n − spare; shaped to compare with [B, ...]."""
-    count = valid.flatten(1).sum(1)
-    wanted = (count.double() * (percentage / 100) - 1e-9).ceil().long()
-    return wanted.minimum(count - spare).clamp(min=0).view(-1, *[1] * (valid.dim() - 1))
-
-
-def _keep(batch: Batch, kept: Mapping[str, Tensor], removal: str) -> dict[str, Any]:
-    """The batch with only the kept positions of each feature."""
-    cut = dict(batch)
-    for key, keep in kept.items():
-        feature = batch[key]
-        if removal == "delete":
-            cut[key] = _moved_up(feature, keep)
-        elif isinstance(feature, tuple):
-            cut[key] = (feature[0], feature[1].masked_fill(~keep, 0), *feature[2:])
-        else:
-            cut[key] = feature.masked_fill(~keep, 0)
-    return cut
-
-
-def _moved_up(feature: Any, keep: Tensor) -> Any:
-    """The kept positions of each sample moved to its front, in order, and the width cut to the longest sample."""
-    if isinstance(feature, tuple):
-        return tuple(_moved_up(member, keep) if _aligned(member, keep) else member for member in feature)
-    width = max(1, int(keep.sum(1).max()))
-    order = (~keep).byte().argsort(dim=1, stable=True)[:, :width]
-    kept = keep.gather(1, order)
-    index, kept = (
-        x.view(*x.shape, *[1] * (feature.dim() - 2)).expand(*x.shape, *feature.shape[2:]) for x in (order, kept)
-    )
-    return feature.gather(1, index).masked_fill(~kept, 0)
-
-
-def _aligned(member: Any, keep: Tensor) -> bool:
-    return isinstance(member, Tensor) and member.shape[:2] == keep.shape
-
-
-def _codes(feature: Any) -> Any:
-    return feature[1] if isinstance(feature, tuple) and len(feature) > 1 else feature
-
-
 def _valid(key: str, batch: Batch, valid: Mapping[str, Tensor] | None) -> Tensor:
-    codes = _codes(batch[key])
+    codes = values_of(batch[key])
     if valid is None or key not in valid:
         return codes != 0
     if valid[key].shape != codes.shape:
@@ -218,34 +156,6 @@ def _valid(key: str, batch: Batch, valid: Mapping[str, Tensor] | None) -> Tensor
             f"got {list(valid[key].shape)}"
         )
     return valid[key].to(codes.device, torch.bool)
-
-
-def _class_probabilities(output: Mapping[str, Tensor]) -> Tensor:
-    """The model's output as probabilities of C ≥ 2 classes, float32 [B, C]."""
-    if "y_prob" in output:
-        probability = output["y_prob"].float()
-    elif "logit" in output:
-        logit = output["logit"].float()
-        probability = logit.sigmoid() if logit.dim() == 1 or logit.shape[1] == 1 else logit.softmax(1)
-    else:
-        raise ValueError(f"faithfulness: the model must return 'y_prob' or 'logit', got {sorted(output)}")
-    if probability.dim() == 1 or probability.shape[1] == 1:
-        probability = probability.reshape(-1, 1)
-        return torch.cat([1 - probability, probability], 1)
-    return probability
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Inference mode with the model in eval mode; every module's mode is put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _concatenate(rows: list[Faithfulness]) -> Faithfulness:
@@ -267,7 +177,7 @@ def _check(batch: Batch, attributions: Mapping[str, Tensor], percentages: Sequen
     for key, scores in attributions.items():
         if key not in batch:
             raise ValueError(f"faithfulness: attributions name the feature {key!r}; the batch has {sorted(batch)}")
-        codes = _codes(batch[key])
+        codes = values_of(batch[key])
         if not isinstance(codes, Tensor) or codes.dim() < 2 or scores.shape != codes.shape:
             wanted = list(codes.shape) if isinstance(codes, Tensor) else type(codes).__name__
             raise ValueError(

@@ -1,4 +1,4 @@
-"""PyHealth's `AttentionRollout` and `CheferRelevance` by the row chain: change one import line, nothing else.
+"""PyHealth's `AttentionRollout`, `CheferRelevance` and `evaluate_attribution`: change one import line, nothing else.
 
     from rollout.pyhealth import AttentionRollout        # was: from pyhealth.interpret.methods import AttentionRollout
 
@@ -8,8 +8,16 @@ and for a StageAttentionNet of flat features. `FrozenGradient` is signed and cla
 """
 
 from rollout.pyhealth.attention_rollout import AttentionRollout
+from rollout.pyhealth.evaluation import evaluate_attribution
 from rollout.pyhealth.frozen_gradient import FrozenGradient
 from rollout.pyhealth.gradient_rollout import CheferRelevance, GradientRollout
 from rollout.pyhealth.readout import MissingFeatureError
 
-__all__ = ["AttentionRollout", "CheferRelevance", "FrozenGradient", "GradientRollout", "MissingFeatureError"]
+__all__ = [
+    "AttentionRollout",
+    "CheferRelevance",
+    "FrozenGradient",
+    "GradientRollout",
+    "MissingFeatureError",
+    "evaluate_attribution",
+]

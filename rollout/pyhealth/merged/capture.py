@@ -94,7 +94,7 @@ class MergedCapture(ModelCapture):
 
     def forward(self, data: Batch) -> Any:
         """Run the model once, its own hooks off, and give what it returns."""
-        self._looked_up = {key for key in self.sites if _is_looked_up(self.model, key, data[key])}
+        self._looked_up = {key for key in self.sites if is_looked_up(self.model, key, data[key])}
         return super().forward(data)
 
     def embed(self, forward: Forward, inputs: dict[str, Tensor]) -> dict[str, Tensor] | None:
@@ -174,7 +174,7 @@ class MergedGradientCapture(MergedCapture):
         return encoding.output
 
 
-def _is_looked_up(model: Any, key: str, feature: Any) -> bool:
+def is_looked_up(model: Any, key: str, feature: Any) -> bool:
     """Whether a feature is ids [B, S] without a mask, which the model looks up and nobody else sees embedded."""
     if not _looks_up(model.embedding_model, key):
         return False

@@ -13,6 +13,8 @@ from rollout.pyhealth.merged.blocks import Block
 from rollout.pyhealth.merged.rows import Group, Merged, Rows
 from rollout_kernels import Method
 
+_PLAIN = Method()
+
 
 def encode(blocks: list[Block], rows: Rows, method: Method) -> tuple[Tensor, Tensor]:
     """Row 0 of what the top block gives, [B, E], and the row of the rollout from it, [B, S].
@@ -37,6 +39,16 @@ def encode(blocks: list[Block], rows: Rows, method: Method) -> tuple[Tensor, Ten
         row = run.chain(maps)
         relevance[group.samples, : row.shape[1]] = row
     return output, merged.share(relevance)
+
+
+def first_rows(blocks: list[Block], rows: Rows) -> Tensor:
+    """Row 0 of what the top block gives, [B, E], and no relevance; as `encode` otherwise."""
+    output = torch.empty_like(rows.table[rows.index[:, 0]])
+    first = project(blocks[0], rows.table) if len(blocks) > 1 else None
+    for group in Merged(rows).groups:
+        attention = Attention(keys_of(group.counts, group.valid), _PLAIN, None, keep=False)
+        output[group.samples], _ = Run(blocks, _PLAIN, group, attention).forward(rows.table, first)
+    return output
 
 
 def head_weights(blocks: list[Block], method: Method) -> Tensor | None:
