@@ -145,6 +145,86 @@ def attribute(
 
 
 @app.command()
+def evaluate(
+    run_file: Annotated[Path | None, typer.Argument(help="TOML or JSON; rollout demo leaves one.")] = None,
+    entry: Annotated[str | None, typer.Option(help="Instead of a run file, as rollout attribute takes it.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default: evaluated, beside the run file's.")] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="rollout,chefer,… or NAME=METHOD; METHOD:own_path=false leaves out what the position read keeps for "
+            "itself; NAME=FOLDER takes stored attributions. A random ranking is always among them."
+        ),
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="eraser or pyhealth.")] = None,
+    shares: Annotated[str | None, typer.Option(help="Top shares in percent, such as 1,5,10,20,50.")] = None,
+    replacement: Annotated[str | None, typer.Option(help="delete, pad or resample.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Class 1 is predicted from this probability on.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random ranking and of resampling.")] = None,
+    leave_one_out: Annotated[
+        int | None, typer.Option(help="Take each code out alone in records of at most so many codes.")
+    ] = None,
+    planted: Annotated[
+        Path | None, typer.Option(help="Codes known to drive the outcome: truth.json, or {feature: [code, …]}.")
+    ] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Most tokens in a batch.")] = None,
+    batch_samples: Annotated[int | None, typer.Option(help="Most samples in a batch.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda, …")] = None,
+    local_workers: Annotated[int | None, typer.Option(help="Processes on this machine.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers to use.")] = None,
+    no_resume: Annotated[bool, typer.Option("--no-resume", help="Refuse a folder that holds a run.")] = False,
+    retry_failures: Annotated[bool, typer.Option("--retry-failures", help="Do failed samples again.")] = False,
+    trust_cache: Annotated[
+        bool, typer.Option("--trust-cache", help="Open samples that somebody else prepared; see rollout attribute.")
+    ] = False,
+) -> None:
+    """Is it true? Score methods by what the model predicts without the codes they rank first; goes on where stopped.
+
+    Exit status: as rollout attribute.
+    """
+    for module, extra in (("polars", "cohort"), ("pyarrow", "cohort"), ("pyhealth", "pyhealth")):
+        require(module, extra)
+    from rollout.runfile.evaluate import evaluate_entry, evaluate_run_file, methods_of, planted_of
+    from rollout.runfile.start import scheduler_client
+
+    if (run_file is None) == (entry is None):
+        raise ValueError("evaluate needs a run file or --entry, one of them")
+    if trust_cache and entry is not None:
+        raise ValueError("--trust-cache is for the cache of a run file; --entry has none")
+    if scheduler is not None and local_workers is not None:
+        raise ValueError("give --local-workers (processes of this machine) or --scheduler (a cluster), not both")
+    given = {
+        "methods": methods_of(methods) if methods else None, "metric": metric, "shares": _numbers(shares, "--shares"),
+        "replacement": replacement, "threshold": threshold, "seed": seed, "leave_one_out": leave_one_out,
+        "planted": None if planted is None else planted_of(planted), "batch_tokens": batch_tokens,
+        "batch_samples": batch_samples, "device": device, "workers": local_workers,
+    }  # fmt: skip
+    settings = {key: value for key, value in given.items() if value is not None}
+    try:
+        with scheduler_client(scheduler) as client:
+            options = {"client": client, "resume": not no_resume, "retry_failures": retry_failures}
+            if run_file is not None:
+                run = evaluate_run_file(run_file, output, settings, trust_cache=trust_cache, **options)
+            else:
+                run = evaluate_entry(str(entry), output, settings, **options)
+    except KeyboardInterrupt:
+        typer.echo("rollout: interrupted; the same command goes on where it stopped", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(str(run))
+    if run.failed:
+        raise typer.Exit(1)
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} must be numbers with commas between, such as 1,5,10, got {text!r}") from None
+
+
+@app.command()
 def report(
     path: Annotated[Path, typer.Argument(help="Folder of a cohort run.")],
     patient: Annotated[str | None, typer.Option(help="One patient instead of the cohort.")] = None,

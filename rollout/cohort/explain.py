@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rollout.cohort.settings import FROZEN, check_class, class_specific
+from rollout.cohort.settings import FROZEN, OWN_PATH_OFF, check_class, class_specific
 from rollout.method import get_method
 from rollout_kernels import Method
 
@@ -115,12 +115,16 @@ def _outputs(model: torch.nn.Module) -> Iterator[list[Mapping[str, Any]]]:
 
 
 def chain_of(method: str | Method) -> Method | None:
-    """How a method forms its chain; None for the one that has none.
+    """How a method forms its chain; None for the one that has none. A name may end in `OWN_PATH_OFF`.
 
     Raises:
         ValueError, TypeError: there is no such method.
     """
-    return None if method == FROZEN else get_method(method, "attribute_cohort")
+    if method == FROZEN:
+        return None
+    if isinstance(method, str) and method.endswith(OWN_PATH_OFF):
+        return replace(get_method(method.removesuffix(OWN_PATH_OFF), "attribute_cohort"), own_path=False)
+    return get_method(method, "attribute_cohort")
 
 
 def describe_method(name: str | Method) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from rollout_kernels._dispatch import BACKENDS
 
 FROZEN = "frozen_gradient"
 """The method of a cohort run that is no chain: `rollout.pyhealth.FrozenGradient`."""
+OWN_PATH_OFF = ":own_path=false"
+"""After the name of a method: without the share that the position read keeps by the path that never attends
+(`Method(own_path=False)`)."""
 READOUTS = ("model", "forward")
 COUNTS = {
     "batch_tokens": (1, 2**24), "batch_samples": (1, 2**16), "part_samples": (1, 2**20), "workers": (1, 512),
@@ -46,7 +49,7 @@ def check_settings(settings: Mapping[str, Any], named: Callable[[str], str]) -> 
             check_device(value, named(key))
         else:
             check_word(key, value, named(key))
-    method = METHODS.get(settings.get("method", "rollout"))
+    method = METHODS.get(str(settings.get("method", "rollout")).removesuffix(OWN_PATH_OFF))
     check_class(method, settings.get("target_class"), settings.get("readout", "model"), named)
 
 
@@ -71,7 +74,8 @@ def check_word(key: str, value: Any, name: str) -> None:
     Raises:
         ValueError: If it is none of them.
     """
-    if value not in WORDS[key]:
+    given = value.removesuffix(OWN_PATH_OFF) if key == "method" and isinstance(value, str) else value
+    if given not in WORDS[key] or (given == FROZEN and value != FROZEN):
         raise ValueError(
             f"{name} must be one of {', '.join(WORDS[key])}, got {value!r}{did_you_mean(value, WORDS[key])}"
         )

@@ -74,11 +74,14 @@ def values_of(feature: Any) -> Any:
 
 
 def rows_of(value: Any, owner: Tensor) -> Any:
-    """The rows of samples of anything that has one for each: a tensor, a list, a tuple of such; else itself."""
+    """The rows of samples of anything that has one for each: a tensor, a list, a tuple or mapping of such; else
+    itself."""
     if isinstance(value, Tensor) and value.dim():
         return value[owner.to(value.device)]
     if isinstance(value, tuple):
         return tuple(rows_of(part, owner) for part in value)
+    if isinstance(value, Mapping):
+        return {key: rows_of(part, owner) for key, part in value.items()}
     if isinstance(value, list):
         return [value[number] for number in owner.tolist()]
     return value

@@ -1,7 +1,7 @@
 """What `rollout attribute` does: a run file or a function gives model and samples, and the cohort is attributed."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,21 @@ def attribute_entry(
         raise ValueError("--entry needs --output, a folder for the results")
     function = find_entry(entry)
     folder = run_folder(usable_path(output, "output"))
-    model, dataset, arguments = _returned(call_entry(function, entry), entry)
+    model, dataset, arguments = returned(call_entry(function, entry), entry)
     return attribute_cohort(model, dataset, folder, **{**arguments, **(settings or {})}, **options)
 
 
-def _returned(made: Any, entry: str) -> tuple[Any, Any, dict[str, Any]]:
-    """Model, dataset and further arguments, as an entry point returned them."""
+def returned(made: Any, entry: str, *further: Callable[..., Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, dataset and further arguments, as an entry point returned them.
+
+    Args:
+        made: What it returned.
+        entry: Its name.
+        further: Functions whose arguments it may return, beside `attribute_cohort`.
+
+    Raises:
+        ValueError: It is something else.
+    """
     if not isinstance(made, tuple | list) or len(made) not in (2, 3):
         raise ValueError(
             f"--entry {entry} must return (model, dataset) or (model, dataset, arguments), got {_told(made)}"
@@ -95,7 +104,9 @@ def _returned(made: Any, entry: str) -> tuple[Any, Any, dict[str, Any]]:
         raise ValueError(
             f"--entry {entry} must return as arguments a mapping such as {{'collate': …}}, got {_told(arguments)}"
         )
-    allowed = [name for name in inspect.signature(attribute_cohort).parameters if name not in OURS]
+    functions = (attribute_cohort, *further)
+    named = dict.fromkeys(name for function in functions for name in inspect.signature(function).parameters)
+    allowed = [name for name in named if name not in OURS]
     for name in arguments:
         if name not in allowed:
             raise ValueError(

@@ -17,7 +17,7 @@ from rollout.cohort.evaluation.stored import StoredScores
 from rollout.cohort.explain import PyHealthExplain, chain_of, describe_method
 from rollout.cohort.identity import function_identity
 from rollout.cohort.prefetch import ReadBatch
-from rollout.cohort.settings import WORDS
+from rollout.cohort.settings import OWN_PATH_OFF, WORDS
 from rollout.cohort.source import Source
 from rollout.data.classes import did_you_mean
 from rollout.files import first_line
@@ -74,15 +74,13 @@ class Random(Explainer):
 
     def __call__(self, model: Any, batch: ReadBatch, valid: Mapping[str, Tensor]) -> Scores:
         generators = [np.random.default_rng([self.seed, number]) for number in batch.index.tolist()]
-        scores = {}
-        for feature, real in valid.items():
-            drawn = np.zeros(tuple(real.shape), dtype=np.float32)
-            for row, own, generator in zip(drawn, real.cpu().numpy(), generators, strict=True):
-                row[own] = generator.random(int(own.sum()), dtype=np.float32)
-            for row, own, generator in zip(drawn, real.cpu().numpy(), generators, strict=True):
-                row[~own] = generator.random(int((~own).sum()), dtype=np.float32)
-            scores[feature] = torch.from_numpy(drawn)
-        return scores
+        masks = {feature: real.cpu().numpy() for feature, real in valid.items()}
+        scores = {feature: np.zeros(mask.shape, dtype=np.float32) for feature, mask in masks.items()}
+        for real in (True, False):  # what is real first: padding changes nothing of it
+            for feature, mask in masks.items():
+                for row, own, generator in zip(scores[feature], mask == real, generators, strict=True):
+                    row[own] = generator.random(int(own.sum()), dtype=np.float32)
+        return {feature: torch.from_numpy(drawn) for feature, drawn in scores.items()}
 
 
 def named_methods(methods: Any) -> dict[str, Any]:
@@ -116,7 +114,8 @@ def explainer_of(name: str, given: Any, model: Any, source: Source) -> tuple[Exp
     Raises:
         ValueError, TypeError: there is no such method, the model does not serve it, or a folder is of other samples.
     """
-    if isinstance(given, Path) or (isinstance(given, str) and given not in WORDS["method"]):
+    known = isinstance(given, str) and given.removesuffix(OWN_PATH_OFF) in WORDS["method"]
+    if isinstance(given, Path) or (isinstance(given, str) and not known):
         if isinstance(given, str) and not Path(given).is_dir():
             raise ValueError(
                 f"evaluate_cohort: methods: {given!r} is neither a method, {', '.join(WORDS['method'])}, nor a folder "

@@ -224,10 +224,13 @@ class _Rows:
         if self.scoring.replacement == "resample":
             numbers = self.looked.batch.index[self.chosen.numpy()].tolist()
             generators = [np.random.default_rng([self.scoring.seed, number, 1]) for number in numbers]
-            for key, values in self.looked.values.items():
-                size = tuple(values.shape[1:])
-                rows = [each.choice(pool[key], int(np.prod(size))).reshape(size) for each in generators]
-                drawn[key] = torch.from_numpy(np.stack(rows)).to(values.dtype)
+            for key, values in self._of(self.looked.values).items():
+                rows = values.numpy().copy()
+                for row, real, generator in zip(
+                    rows, self._of(self.looked.valid)[key].numpy(), generators, strict=True
+                ):
+                    row[real] = generator.choice(pool[key], int(real.sum()))
+                drawn[key] = torch.from_numpy(rows)
         return Removal(self.scoring.replacement, drawn=drawn)
 
     def faithfulness(self) -> pa.Table:

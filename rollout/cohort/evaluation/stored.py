@@ -42,7 +42,7 @@ class StoredScores(Explainer):
         folder = self._opened()
         if folder.manifest.written_by != ATTRIBUTER:
             raise ValueError(
-                f"evaluate_cohort: {path} holds no attributions but what {folder.manifest.written_by} wrote"
+                f"evaluate_cohort: {path} must hold attributions, got what {folder.manifest.written_by} wrote"
             )
         there: Mapping[str, Any] = folder.manifest.identity["dataset"]
         for field in ("samples", "features", "fingerprint"):

@@ -1,0 +1,164 @@
+"""What `rollout evaluate` does: a run file or a function gives model and samples, and methods are scored on them."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rollout.cohort.evaluation import evaluate_cohort
+from rollout.cohort.explain import Explain
+from rollout.cohort.store import run_folder
+from rollout.cohort.summary import CohortRun
+from rollout.files import first_line, read_json, usable_path
+from rollout.results.layout import CACHE
+from rollout.runfile.entry_point import call_entry, find_entry
+from rollout.runfile.file import read_run_file
+from rollout.runfile.start import returned
+
+EVALUATED = "evaluated"
+"""Folder of an evaluation, beside the output of its run file."""
+SHARED = ("batch_tokens", "batch_samples", "part_samples", "device", "workers", "equal_lengths")
+"""Of the settings of a run file, those that an evaluation has too."""
+OF_EXPLAIN = "explain"
+"""The name of the method that an entry point's `explain` is."""
+
+
+@dataclass(frozen=True)
+class Explains:
+    """The scores of a function that `attribute_cohort` takes as `explain`."""
+
+    explain: Explain
+
+    def __call__(self, model: Any, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        return self.explain(model, batch).relevance
+
+
+@dataclass(frozen=True)
+class Predicts:
+    """The predictions of such a function."""
+
+    explain: Explain
+
+    def __call__(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        found = self.explain(model, batch).y_prob
+        if found is None:
+            raise ValueError("explain gives no y_prob: return `predict` beside it, (model, batch) → probabilities")
+        return found
+
+
+def evaluate_run_file(
+    path: str | Path,
+    output: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    trust_cache: bool = False,
+    **options: Any,
+) -> CohortRun:
+    """Evaluate methods on the cohort of a run file.
+
+    Args:
+        path: The run file.
+        output: Folder; None: `evaluated` beside the `[run] output`.
+        settings: Further arguments of `evaluate_cohort`; they go before those of `[run]`.
+        trust_cache: As in `attribute_run_file`.
+        **options: `client`, `resume`, `retry_failures`, `progress`.
+
+    Raises:
+        ValueError: If anything in it is wrong, before any table is read; if samples or weights do not fit.
+        CohortError: As `evaluate_cohort`.
+    """
+    run = read_run_file(path)
+    chosen = {key: value for key, value in run.settings.items() if key in SHARED} | dict(settings or {})
+    if options.get("client") is not None:
+        chosen["workers"] = 1
+    if output is None and run.output is None:
+        raise ValueError(f"{run.path}: [run] needs output, or give --output")
+    folder = output if output is not None else run.output.parent / EVALUATED  # type: ignore[union-attr]
+    folder = run_folder(usable_path(folder, "output"))
+    prepared = run.output is not None and (run.output / CACHE).is_dir()
+    model, dataset = run.load(run.output if prepared and run.output is not None else folder, trust_cache=trust_cache)
+    return evaluate_cohort(model, dataset, folder, **chosen, **options)
+
+
+def evaluate_entry(
+    entry: str, output: str | Path | None, settings: Mapping[str, Any] | None = None, **options: Any
+) -> CohortRun:
+    """Evaluate methods on the dataset a Python function returns with the model it returns.
+
+    Args:
+        entry: As in `attribute_entry`. Of the arguments it returns those of `evaluate_cohort` are taken; an `explain`
+            is the method of that name, and tells the predictions where no `predict` is returned.
+        output: Folder for the results.
+        settings: Of `evaluate_cohort`; they go before the function's.
+        **options: As in `evaluate_run_file`.
+
+    Raises:
+        ValueError: If there is no such function, or it returns something else.
+        RuntimeError: If it, or importing it, raises.
+        ValueError, TypeError, CohortError: As `evaluate_cohort`.
+    """
+    if output is None:
+        raise ValueError("--entry needs --output, a folder for the results")
+    function = find_entry(entry)
+    folder = run_folder(usable_path(output, "output"))
+    model, dataset, arguments = returned(call_entry(function, entry), entry, evaluate_cohort)
+    known = inspect.signature(evaluate_cohort).parameters
+    chosen = {**{key: value for key, value in arguments.items() if key in known}, **(settings or {})}
+    explain = arguments.get("explain")
+    if explain is not None:
+        chosen.setdefault("predict", Predicts(explain))
+        named = _mapping(chosen.get("methods", OF_EXPLAIN))
+        chosen["methods"] = {name: Explains(explain) if given == OF_EXPLAIN else given for name, given in named.items()}
+    return evaluate_cohort(model, dataset, folder, **chosen, **options)
+
+
+def methods_of(text: Sequence[str]) -> dict[str, Any]:
+    """Methods as the command line names them: `rollout,chefer`, `NAME=rollout:own_path=false`, `NAME=FOLDER`.
+
+    Raises:
+        ValueError: a name comes twice.
+    """
+    found: dict[str, Any] = {}
+    for one in (part.strip() for each in text for part in each.split(",") if part.strip()):
+        name, told, value = one.partition("=")
+        if not told or ":" in name:  # rollout:own_path=false names itself
+            name = value = one
+        if name in found:
+            raise ValueError(f"--methods names {name!r} twice; give one of them another name: NAME=METHOD")
+        found[name] = value
+    return found
+
+
+def planted_of(path: str | Path) -> dict[str, list[str]]:
+    """Planted codes by feature, from the `truth.json` of a synthetic cohort or a JSON file {feature: [code, …]}.
+
+    Raises:
+        ValueError: it cannot be read, or is neither.
+    """
+    path = usable_path(path, "--planted")
+    try:
+        value = read_json(path)
+    except OSError as error:
+        raise ValueError(f"--planted must be a JSON file, got {path}: {first_line(error)}") from error
+    given = value.get("planted", value) if isinstance(value, dict) else None
+    found = {str(feature): _codes(rows) for feature, rows in given.items()} if isinstance(given, dict) else {}
+    if not found or not all(found.values()):
+        raise ValueError(f"{path} must be {{feature: [code, …]}} or the truth.json of a synthetic cohort")
+    return found
+
+
+def _codes(rows: Any) -> list[str]:
+    """The codes of a feature; none where they are something else."""
+    codes: list[Any] = (
+        [row.get("code") if isinstance(row, dict) else row for row in rows] if isinstance(rows, list) else []
+    )
+    return codes if all(isinstance(code, str) for code in codes) else []
+
+
+def _mapping(methods: Any) -> dict[str, Any]:
+    if isinstance(methods, Mapping):
+        return dict(methods)
+    return {name: name for name in ([methods] if isinstance(methods, str) else methods)}
