@@ -16,6 +16,7 @@ SUITES = {
     "PyHealth end to end": "test_pyhealth_end_to_end.py::test_attribute",
     "PyHealth on real records": "test_pyhealth_end_to_end.py::test_real_records",
     "one visit to each score": "test_pyhealth_end_to_end.py::test_visits",
+    "evaluation": "test_evaluation.py",
     "cohort run": "test_cohort.py::test_cohort",
     "scaling": "test_scaling.py::test_scaling",
     "kernels on a GPU": "test_gpu.py::test_kernel",
