@@ -16,10 +16,12 @@ from typing import Any
 
 import polars as pl
 
+from rollout.files import read_json
 from rollout.results import measures
 from rollout.results.folder import RunFolder
 from rollout.results.groups import grouped
 from rollout.results.labels import label_kind
+from rollout.results.layout import MANIFEST
 from rollout.results.measures import MATTERS, Sums, Tables
 
 DIRECTIONS = ("without", "only")
@@ -81,7 +83,7 @@ class CohortFaithfulness:
         self.predictions = predictions
         self.failures = pl.LazyFrame(schema={"sample": pl.Int64, "error": pl.String}) if failures is None else failures
         self.manifest = dict(manifest or {})
-        self.complete = complete
+        self.complete, self.level = complete, level
         self._drawn: dict[str, Any] = {"level": level, "draws": draws, "seed": seed}
         self._flips = flips
         share = pl.col("share").cast(pl.Float64).round(4)  # 33.3 was float32
@@ -257,6 +259,16 @@ def open_faithfulness(path: str | Path, **options: Any) -> CohortFaithfulness:
     predictions, scores, failures = (folder.scan(kind) for kind in ("predictions", "scores", "failures"))
     options |= {"failures": failures, "manifest": manifest, "complete": folder.complete}
     return CohortFaithfulness(folder.scan("faithfulness"), predictions, scores, **options)
+
+
+def is_evaluation(path: str | Path) -> bool:
+    """Whether a folder's manifest says that it is an evaluation."""
+    try:
+        manifest = read_json(Path(path).expanduser() / MANIFEST)
+    except (OSError, ValueError, RuntimeError):  # whoever opens it says what is wrong
+        return False
+    identity = manifest.get("identity") if isinstance(manifest, dict) else None
+    return isinstance(identity, dict) and "evaluation" in identity
 
 
 def _index(predictions: pl.LazyFrame) -> pl.DataFrame:

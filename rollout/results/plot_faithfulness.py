@@ -5,13 +5,10 @@ from typing import Any
 
 import polars as pl
 
+from rollout.results.drawing import GREY, LINES, new_figure, plain, saved, tidy, visible
 from rollout.results.faithfulness import RANDOM, CohortFaithfulness, open_faithfulness
 from rollout.results.measures import BETTER, MEASURES, WORSE
-from rollout.results.plots import _figure, _plain, _saved, _tidy, _visible
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a")
-"""Okabe & Ito's, which those who see few colours tell apart."""
-GREY = "#7a7a7a"
 DASHES = ("-", "--", "-.", ":")
 NAME = 34
 PANELS = {
@@ -49,22 +46,22 @@ def plot_faithfulness(
         (measure, part) for measure in MEASURES if not (part := table.filter(pl.col("measure") == measure)).is_empty()
     ]
     lines = sum(part.height + 1 for _, part in rows)
-    figure = _figure((15, max(4.6, 0.27 * lines + 1.4)))
+    figure = new_figure((15, max(4.6, 0.27 * lines + 1.4)))
     left, middle, right = figure.subplots(1, 3, gridspec_kw={"width_ratios": [1, 1, 1.15]})
     _draw_curves((left, middle), found)
     _draw_forest(right, rows, found.methods)
     handles, names = left.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower left", ncols=min(len(names), 5), fontsize=9)
     text = f"Faithfulness over {found.samples:,} samples of {found.patients:,} patients" if title is None else title
-    figure.suptitle(_plain(_visible(text)), x=0.01, ha="left", fontsize=12)
-    return _saved(figure, path)
+    figure.suptitle(plain(visible(text)), x=0.01, ha="left", fontsize=12)
+    return saved(figure, path)
 
 
 def line_styles(methods: list[str]) -> dict[str, tuple[str, str]]:
     """Method → colour and dash; random is grey."""
     others = [name for name in methods if name != RANDOM]
     found = {
-        name: (COLOURS[place % len(COLOURS)], DASHES[place // len(COLOURS) % len(DASHES)])
+        name: (LINES[place % len(LINES)], DASHES[place // len(LINES) % len(DASHES)])
         for place, name in enumerate(others)
     }
     return {**found, RANDOM: (GREY, "--")}
@@ -83,7 +80,7 @@ def _draw_curves(axes: tuple[Any, Any], found: CohortFaithfulness) -> None:
                 axis.fill_between(x, *ends, color=colour, alpha=0.15, lw=0)
         axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
         axis.set_xlabel(name, fontsize=9)
-        _tidy(axis)
+        tidy(axis)
     axes[0].set_ylabel("mean probability of the class followed", fontsize=9)
     low, high = min(axis.get_ylim()[0] for axis in axes), max(axis.get_ylim()[1] for axis in axes)
     for axis in axes:
@@ -106,7 +103,7 @@ def _draw_forest(axis: Any, rows: list[tuple[str, pl.DataFrame]], methods: list[
     axis.set_ylim(place - 0.3, -0.7)
     axis.set_title("Beside random, on the same samples", loc="left", fontsize=10, fontweight="bold")
     axis.set_xlabel("← worse        difference to random        better →", fontsize=9)
-    _tidy(axis)
+    tidy(axis)
     measures = {at for at, text in labels if text in {name.replace("_", " ") for name, _ in rows}}
     for tick, (at, _) in zip(axis.get_yticklabels(), labels, strict=True):
         tick.set_fontweight("bold" if at in measures else "normal")
@@ -120,5 +117,5 @@ def _draw_difference(axis: Any, row: dict[str, Any], sign: int, place: int, colo
 
 
 def _name(method: str) -> str:
-    text = _visible(method) or "(empty string)"
-    return _plain(text if len(text) <= NAME else text[: NAME - 1] + "…")
+    text = visible(method) or "(empty string)"
+    return plain(text if len(text) <= NAME else text[: NAME - 1] + "…")
