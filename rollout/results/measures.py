@@ -15,6 +15,7 @@ codes, p(+s) with them only, and S the shares evaluated:
 Areas are by the trapezoid rule over the shares, divided by the range they cover: they are mean probabilities.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -197,8 +198,8 @@ class Tables:
         comparisons, alpha = len(keys) * len(self.groups), 1 - self.drawn["level"]
         if comparisons > alpha * (1 + flips):
             raise ValueError(
-                f"differences: flips must be at least {int(comparisons / alpha)} for {comparisons} comparisons, got "
-                f"{flips}; or compare fewer measures or groups"
+                f"differences: flips must be at least {math.ceil(comparisons / alpha)} for {comparisons} comparisons, "
+                f"got {flips}; or compare fewer measures or groups"
             )
 
         def rows(sums: Sums) -> Iterable[dict[str, Any]]:
