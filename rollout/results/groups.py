@@ -52,6 +52,8 @@ def _numbered(samples: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
 
 
 def _by_length(samples: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
+    if samples["codes"].has_nulls():
+        raise ValueError("by='length' needs the codes of each record, but there are samples without a count")
     codes = samples["codes"].to_numpy()
     inner = sorted(set(np.quantile(codes, QUARTERS, method="inverted_cdf").tolist())) if len(codes) else []
     number = np.searchsorted(inner, codes, side="left")  # codes ≤ the edge belong below it

@@ -1,7 +1,9 @@
 """The report of an evaluation: its numbers against the frames, its sentences against the verdicts, its text inert."""
 
+import random
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from rollout.report.text import decimal, signed, small
 from rollout.results.attributions import CohortAttributions
 from rollout.results.faithfulness import CohortFaithfulness, is_evaluation
 from tests.support.evaluations import drawn, written
-from tests.support.hostile_runs import PAYLOADS
+from tests.support.hostile_runs import NUMBERS, PAYLOADS
 from tests.support.inert import check
 from tests.support.pages import Parsed, text_of
 from tests.support.written_run import NASTY, Record, write_run
@@ -159,6 +161,32 @@ def test_an_empty_one_and_one_patient_have_no_number_that_is_none() -> None:
         assert not re.search(r"\b(nan|inf|None)\b", text_of(page), re.I)
     assert "No sample was evaluated." in text_of(page)
     assert "–" in text_of(render(None, None, of((rows, predictions))))
+
+
+def test_hostile_numbers_give_an_inert_page_or_one_clear_line() -> None:
+    draw, ends = random.Random(0), []
+    for _ in range(60):
+        hostile = draw.choice([0.0, 0.0, 0.3])
+        number = partial(_number, draw, hostile)
+        names = ["a", "random"][draw.randrange(2) :]
+        samples = [
+            (f"p{draw.randrange(3)}", number(), {name: ([number(), number()], [number(), number()]) for name in names})
+            for _ in range(draw.randint(0, 5))
+        ]
+        truth = [draw.choice([None, [], [1.0], [0.0], [float("nan")], [1e30], [2.0, 1.0]]) for _ in samples]
+        codes = [draw.choice([0, 1, -5, 2**31 - 1, None]) for _ in samples]
+        try:
+            page = render(None, None, of(written(samples, y_true=truth, codes=codes)))
+        except ValueError as error:
+            ends.append(str(error))
+        else:
+            check(page)
+    assert 10 <= len(ends) <= 30
+    assert all("must be finite, got" in said for said in ends)
+
+
+def _number(draw: random.Random, hostile: float) -> float:
+    return draw.choice(NUMBERS) if draw.random() < hostile else draw.random()
 
 
 def test_many_methods_are_bounded_and_random_stays() -> None:

@@ -228,6 +228,8 @@ def test_records_of_one_length_are_one_group_and_labels_may_lack() -> None:
         of(written(HAND, y_true=[[0.5]] * 3)).curves("label")
     with pytest.raises(ValueError, match="needs the class that was followed"):
         of(written(HAND, target=[1, None, 0])).curves("predicted")
+    with pytest.raises(ValueError, match="by='length' needs the codes of each record"):
+        of(written(HAND, codes=[1, None, 2])).curves("length")
 
 
 def test_a_multilabel_sample_counts_for_each_of_its_labels() -> None:

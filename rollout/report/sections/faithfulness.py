@@ -177,7 +177,7 @@ def _by(found: CohortFaithfulness, by: str, methods: Sequence[str]) -> dict[str,
         return None
     try:
         summary = found.summary(by)
-    except ValueError:  # no class was followed
+    except ValueError:  # no class was followed, or the codes were not counted
         return None
     names = summary["group"].unique(maintain_order=True).to_list()
     view: dict[str, Any] = {
