@@ -6,7 +6,7 @@
     found.curves(by="predicted")        # what is drawn
 
 Every measure of a sample is a weighted sum of its rows (`rollout.results.measures`), so sums by patient are all that is
-kept: memory grows with the patients, not with the rows.
+kept, and a part is read at a time: memory grows with the patients, not with the rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,14 @@ from rollout.results.measures import MATTERS, Sums, Tables
 
 DIRECTIONS = ("without", "only")
 RANDOM = "random"
-ROWS = ("sample", "method", "direction", "share", "probability", "drop")
+ROWS = {
+    "sample": pl.Int64,
+    "method": pl.String,
+    "direction": pl.String,
+    "share": pl.Float32,
+    "probability": pl.Float32,
+    "drop": pl.Float32,
+}
 PREDICTIONS = ("sample", "patient_id", "y_prob", "y_true", "target", "probability", "codes", "evaluated")
 SCORES = ("sample", "method", "recall", "planted_auc", "leave_one_out")
 FLOOR = 1e-6
@@ -43,7 +50,8 @@ class CohortFaithfulness:
 
     Args:
         rows: One row per sample, method, direction (`without` the top share of the codes, or the top share `only`) and
-            `share` in percent: `probability` of the class followed, and its `drop` from the whole record's.
+            `share` in percent: `probability` of the class followed, and its `drop` from the whole record's. Several
+            frames are parts that are read one after the other, the rows of a sample in one of them.
         predictions: One row per sample: `patient_id`, `y_prob`, `y_true`, `target` (the class followed), its
             `probability` given the whole record, `codes` (how many the record has), `evaluated`.
         scores: One row per sample and method: `recall` and `planted_auc` of planted codes, and `leave_one_out`, the
@@ -66,7 +74,7 @@ class CohortFaithfulness:
 
     def __init__(
         self,
-        rows: pl.LazyFrame,
+        rows: pl.LazyFrame | Sequence[pl.LazyFrame],
         predictions: pl.LazyFrame,
         scores: pl.LazyFrame | None = None,
         *,
@@ -78,8 +86,10 @@ class CohortFaithfulness:
         flips: int = 9999,
         seed: int = 0,
     ) -> None:
-        for name, frame, wanted in (("rows", rows, ROWS), ("predictions", predictions, PREDICTIONS)):
-            _check_columns(name, frame, wanted)
+        parts = [rows] if isinstance(rows, pl.LazyFrame) else list(rows) or [pl.LazyFrame(schema=ROWS)]
+        for part in parts:
+            _check_columns("rows", part, tuple(ROWS))
+        _check_columns("predictions", predictions, PREDICTIONS)
         self.predictions = predictions
         self.failures = pl.LazyFrame(schema={"sample": pl.Int64, "error": pl.String}) if failures is None else failures
         self.manifest = dict(manifest or {})
@@ -87,23 +97,21 @@ class CohortFaithfulness:
         self._drawn: dict[str, Any] = {"level": level, "draws": draws, "seed": seed}
         self._flips = flips
         share = pl.col("share").cast(pl.Float64).round(4)  # 33.3 was float32
-        rows = rows.select(*ROWS).with_columns(share)
-        index = _index(predictions)
-        against = pl.col("drop") * (pl.col("whole") - pl.col("probability")) < 0
-        turned = rows.join(index.lazy(), on="sample").filter(against)
-        self._index = _turn(index, turned.select("sample").unique().collect(engine="streaming"))
-        self._rows = rows.join(self._index.lazy().select("sample", "whole", "turned"), on="sample")
+        parts = [part.select(*ROWS).with_columns(share) for part in parts]
+        self._index = _turn(_index(predictions), parts)
+        known = self._index.lazy().select("sample", "whole", "turned")
+        self._rows = [part.join(known, on="sample") for part in parts]
         cells = _cells(self._rows)
         self.samples, self.patients = self._index.height, self._index["patient"].n_unique()
         self.methods = _ordered(cells["method"].unique().to_list(), self.evaluation_methods)
-        self.shares: list[float] = sorted(cells["share"].unique().to_list())
+        self.shares: list[float] = sorted(cells["share"].drop_nulls().unique().to_list())
         _check_cells(cells, self.samples, self.methods, self.shares)
         _check_samples(self._rows, len(self.methods) * len(DIRECTIONS) * len(self.shares))
         self._scores = self._checked_scores(scores)
         bounded = cells.select((pl.col("low") >= -FLOOR) & (pl.col("high") <= 1 + FLOOR)).to_series().all()
-        known = [name for name in measures.OF_SCORES if self._scores[name].count()]
+        there = [*measures.OF_ROWS, *(name for name in measures.OF_SCORES if self._scores[name].count())]
         left_out = () if bounded else ("log_odds",)  # of a measured value there are none
-        self.measures = [name for name in (*measures.OF_ROWS, *known) if name not in left_out] if self.methods else []
+        self.measures = [name for name in there if name not in left_out] if self.methods else []
         self._kept: dict[str | None, list[Sums]] = {}
 
     @property
@@ -210,16 +218,19 @@ class CohortFaithfulness:
         """The sums by patient of each group, in order."""
         groups, names = grouped(by, self._index, self.predictions, self.label_kind if by == "label" else None)
         keys = ["group", "patient"]
-        rows = self._rows.join(groups.lazy(), on="sample")
-        sums = rows.group_by(*keys, "method", "direction", "share").agg(_values()).collect(engine="streaming")
         whole = groups.join(self._index.select("sample", "whole"), on="sample").group_by(keys).agg(
             pl.len().alias("samples"), pl.col("whole").sum()
         )  # fmt: skip
         scores = self._scores.join(groups, on="sample")
         found = []
         for number, name in enumerate(names):
-            mine = [frame.filter(pl.col("group") == number) for frame in (sums, whole, scores)]
-            found.append(Sums.of(name, mine[0], mine[1], mine[2], self.methods, self.shares))
+            of_it = pl.col("group") == number
+            found.append(Sums.of(name, whole.filter(of_it), scores.filter(of_it), self.methods, self.shares))
+        for part in self._rows:
+            rows = part.join(groups.lazy(), on="sample").group_by(*keys, "method", "direction", "share")
+            sums = rows.agg(_values()).collect(engine="streaming")
+            for number, of_group in enumerate(found):
+                of_group.add(sums.filter(pl.col("group") == number))
         return found
 
     def _checked_scores(self, scores: pl.LazyFrame | None) -> pl.DataFrame:
@@ -258,7 +269,8 @@ def open_faithfulness(path: str | Path, **options: Any) -> CohortFaithfulness:
         )
     predictions, scores, failures = (folder.scan(kind) for kind in ("predictions", "scores", "failures"))
     options |= {"failures": failures, "manifest": manifest, "complete": folder.complete}
-    return CohortFaithfulness(folder.scan("faithfulness"), predictions, scores, **options)
+    parts = [folder.scan("faithfulness", [record]) for record in folder.records]
+    return CohortFaithfulness(parts, predictions, scores, **options)
 
 
 def is_evaluation(path: str | Path) -> bool:
@@ -286,9 +298,13 @@ def _index(predictions: pl.LazyFrame) -> pl.DataFrame:
     return index
 
 
-def _turn(index: pl.DataFrame, turned: pl.DataFrame) -> pl.DataFrame:
+def _turn(index: pl.DataFrame, parts: Sequence[pl.LazyFrame]) -> pl.DataFrame:
     """The samples of a negative class followed as 1 − probability: the sign of their drop was turned."""
-    found = index.with_columns(turned=pl.col("sample").is_in(turned["sample"].implode()))
+    against = pl.col("drop") * (pl.col("whole") - pl.col("probability")) < 0
+    known = index.lazy().select("sample", "whole")
+    rows = [part.join(known, on="sample").filter(against).select("sample").unique() for part in parts]
+    turned = pl.concat([part.collect(engine="streaming") for part in rows])["sample"]
+    found = index.with_columns(turned=pl.col("sample").is_in(turned.implode()))
     return found.with_columns(whole=pl.when("turned").then(1 - pl.col("whole")).otherwise("whole"))
 
 
@@ -304,13 +320,18 @@ def _values() -> list[pl.Expr]:
     return [pl.col("drop").cast(pl.Float64).sum(), after.sum().alias("probability"), ratio.sum().alias("log_odds")]
 
 
-def _cells(rows: pl.LazyFrame) -> pl.DataFrame:
+def _cells(parts: Sequence[pl.LazyFrame]) -> pl.DataFrame:
     """Of each method, direction and share: how many samples, whether its numbers are some, and their range."""
     sound = (pl.col("drop").is_finite() & pl.col("probability").is_finite()).fill_null(False)
     low, high = pl.min_horizontal(_after(), "whole").min(), pl.max_horizontal(_after(), "whole").max()
-    return rows.group_by("method", "direction", "share").agg(
-        pl.len().alias("samples"), low=low, high=high, bad=pl.col("sample").filter(~sound).min()
-    ).collect(engine="streaming")  # fmt: skip
+    keys, bad = ("method", "direction", "share"), pl.col("sample").filter(~sound).min()
+    found = [
+        part.group_by(keys).agg(pl.len().alias("samples"), low=low, high=high, bad=bad).collect(engine="streaming")
+        for part in parts
+    ]
+    return pl.concat(found).group_by(keys).agg(
+        pl.col("samples").sum(), pl.col("low").min(), pl.col("high").max(), pl.col("bad").min()
+    )  # fmt: skip
 
 
 def _check_columns(name: str, frame: pl.LazyFrame, wanted: Sequence[str]) -> None:
@@ -345,13 +366,13 @@ def _check_cells(cells: pl.DataFrame, samples: int, methods: Sequence[str], shar
                     )
 
 
-def _check_samples(rows: pl.LazyFrame, wanted: int) -> None:
+def _check_samples(parts: Sequence[pl.LazyFrame], wanted: int) -> None:
     """With the counts of the cells right, a sample that stands twice in one is one that has another number of rows."""
-    sizes = rows.group_by("sample").len().filter(pl.col("len") != wanted).sort("sample").head(1)
-    found = sizes.collect(engine="streaming")
-    if found.height:
-        number, had = found.row(0)
-        raise ValueError(f"rows must have {wanted} rows per evaluated sample, got {had} of sample {number}")
+    for part in parts:
+        sizes = part.group_by("sample").len().filter(pl.col("len") != wanted).collect(engine="streaming").sort("sample")
+        if sizes.height:
+            number, had = sizes.row(0)
+            raise ValueError(f"rows must have {wanted} rows per evaluated sample, got {had} of sample {number}")
 
 
 def _ordered(found: Sequence[str], told: Mapping[str, Any]) -> list[str]:

@@ -49,6 +49,7 @@ class Sums:
 
     Attributes:
         name: Of the group.
+        patients: [G], their numbers, rising.
         samples: [G], samples of each patient.
         whole: [G], of the whole records' probability.
         rows: [G, M, 2, P, 3], by direction (without, only) and share: drop, probability, ln p(−s) − ln p.
@@ -58,6 +59,7 @@ class Sums:
     """
 
     name: str
+    patients: np.ndarray
     samples: Floats
     whole: Floats
     rows: Floats
@@ -67,29 +69,26 @@ class Sums:
 
     @classmethod
     def of(
-        cls,
-        name: str,
-        rows: pl.DataFrame,
-        whole: pl.DataFrame,
-        scores: pl.DataFrame,
-        methods: Sequence[str],
-        shares: Sequence[float],
+        cls, name: str, whole: pl.DataFrame, scores: pl.DataFrame, methods: Sequence[str], shares: Sequence[float]
     ) -> "Sums":
-        """From frames of one group: every patient has every method, direction and share."""
+        """The group of the patients in `whole` (`patient`, `samples`, `whole`), before any row is added."""
         whole = whole.sort("patient")
-        patients = whole["patient"].to_numpy()
-        method, share = ({one: place for place, one in enumerate(names)} for names in (methods, shares))
+        patients, sizes = whole["patient"].to_numpy(), whole["samples"].to_numpy().astype(np.float64)
+        own = pl.Series("patient", np.searchsorted(patients, scores["patient"].to_numpy()), dtype=pl.Int64)
+        cube, scores = np.zeros((len(patients), len(methods), 2, len(shares), 3)), scores.with_columns(own)
+        return cls(name, patients, sizes, whole["whole"].to_numpy(), cube, np.asarray(shares), scores, methods)
+
+    def add(self, rows: pl.DataFrame) -> None:
+        """Add sums of some samples, a row per patient, method, direction and share."""
+        share = {one: place for place, one in enumerate(self.shares.tolist())}
+        method = {one: place for place, one in enumerate(self.methods)}
         places = (
-            np.searchsorted(patients, rows["patient"].to_numpy()),
+            np.searchsorted(self.patients, rows["patient"].to_numpy()),
             rows["method"].replace_strict(method, return_dtype=pl.Int64).to_numpy(),
             (rows["direction"] == "only").cast(pl.Int64).to_numpy(),
             rows["share"].replace_strict(share, return_dtype=pl.Int64).to_numpy(),
         )
-        cube = np.zeros((len(patients), len(methods), 2, len(shares), 3))
-        cube[places] = rows.select("drop", "probability", "log_odds").to_numpy()
-        own = pl.Series("patient", np.searchsorted(patients, scores["patient"].to_numpy()), dtype=pl.Int64)
-        sizes = whole["samples"].to_numpy().astype(np.float64)
-        return cls(name, sizes, whole["whole"].to_numpy(), cube, np.asarray(shares), scores.with_columns(own), methods)
+        self.rows[places] += rows.select("drop", "probability", "log_odds").to_numpy()
 
     def measure(self, name: str, method: str) -> tuple[Floats, Floats]:
         """A measure's sum [G] over the samples of each patient, and of how many samples [G]."""

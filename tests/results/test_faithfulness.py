@@ -95,6 +95,19 @@ def test_what_the_sums_give_is_what_each_sample_gives() -> None:
         assert (row["samples"], row["patients"]) == (120, 40)
 
 
+def test_parts_are_read_one_after_the_other() -> None:
+    rows, predictions, scores = drawn({"good": 0.1, "random": 0.0}, samples=40, patients=9)
+    parts = [rows.filter(pl.col("sample").is_between(first, first + 6)) for first in range(0, 49, 7)]  # one is empty
+    whole, apart = of((rows, predictions, scores)), of((parts, predictions, scores))
+    for by in (None, "label"):
+        assert close(apart.curves(by), whole.curves(by))
+        assert close(apart.differences(by=by), whole.differences(by=by))
+    with pytest.raises(ValueError, match="got 33 of 40 of method 'good'"):
+        of((parts[1:], predictions))
+    with pytest.raises(ValueError, match="got none of them"):
+        of(([], predictions))
+
+
 def test_differences_are_paired_tested_and_corrected() -> None:
     rows, predictions, scores = drawn({"good": 0.08, "bad": -0.08, "same": 0.0, "random": 0.0})
     table = of((rows, predictions, scores)).differences()
@@ -164,13 +177,12 @@ def test_a_cohort_too_small_says_so() -> None:
 
 def test_the_detectable_difference_is_found_four_times_in_five() -> None:
     """z(1 − α/2) + z(0.8) standard errors, by the formula; shown in simulated cohorts of just that effect."""
-    row = (
-        of(drawn({"same": 0.0, "random": 0.0}, 100, 50), draws=2000)
-        .differences(measures=["sufficiency"])
-        .row(0, named=True)
-    )
+    found = of(drawn({"same": 0.0, "random": 0.0}, 100, 50), draws=2000)
+    row = found.differences(measures=["sufficiency"]).row(0, named=True)
     error = (row["high"] - row["low"]) / (2 * 1.959964)
     assert row["detectable"] == pytest.approx((1.959964 + 0.841621) * error, rel=1e-6)
+    both = found.differences(measures=["sufficiency", "comprehensiveness"]).row(0, named=True)
+    assert both["detectable"] == pytest.approx((2.241403 + 0.841621) * error, rel=1e-6)  # z(1 − 0.05/4)
     rng, shown = np.random.default_rng(0), 0
     for trial in range(200):
         totals = rng.normal(2.801585 / math.sqrt(50), 1, (50, 1))
@@ -313,6 +325,8 @@ FIRST = (
         (change("probability", math.inf, FIRST), "probability and drop must be finite.* of sample 1, method 'good'"),
         (change("probability", None, FIRST), "probability and drop must be finite.* of sample 1, method 'good'"),
         (change("share", 0.0, FIRST), r"share must lie in \(0, 100\]"),
+        (change("share", None, FIRST), "must name method, direction and share"),
+        (change("share", math.nan, FIRST), r"share must lie in \(0, 100\]"),
         (change("share", 101.0, FIRST), r"share must lie in \(0, 100\]"),
         (change("direction", "beside", FIRST), r"direction must be one of .* got \['beside'\]"),
         (change("method", None, FIRST), "must name method, direction and share"),
