@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rollout.cohort import attribute_cohort
     from rollout.cohort.evaluation import evaluate_cohort
     from rollout.results.attributions import CohortAttributions
+    from rollout.results.faithfulness import CohortFaithfulness, open_faithfulness
+    from rollout.results.plot_faithfulness import plot_faithfulness
     from rollout.results.plots import plot_positions, plot_record, plot_top_codes
 
 __version__ = "0.1.0"
@@ -29,6 +31,7 @@ __all__ = [
     "METHODS",
     "CaptureError",
     "CohortAttributions",
+    "CohortFaithfulness",
     "Method",
     "Record",
     "attention_rollout",
@@ -37,6 +40,8 @@ __all__ = [
     "capture",
     "evaluate_cohort",
     "frozen_gradient",
+    "open_faithfulness",
+    "plot_faithfulness",
     "plot_positions",
     "plot_record",
     "plot_top_codes",
@@ -45,8 +50,11 @@ __all__ = [
 
 _FROM_EXTRAS = {
     "CohortAttributions": ("rollout.results.attributions", "polars"),
+    "CohortFaithfulness": ("rollout.results.faithfulness", "polars"),
     "attribute_cohort": ("rollout.cohort", "pyarrow"),
     "evaluate_cohort": ("rollout.cohort.evaluation", "pyarrow"),
+    "open_faithfulness": ("rollout.results.faithfulness", "polars"),
+    "plot_faithfulness": ("rollout.results.plot_faithfulness", "polars"),
     "plot_positions": ("rollout.results.plots", "polars"),
     "plot_record": ("rollout.results.plots", "polars"),
     "plot_top_codes": ("rollout.results.plots", "polars"),

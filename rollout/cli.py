@@ -230,15 +230,17 @@ def report(
     patient: Annotated[str | None, typer.Option(help="One patient instead of the cohort.")] = None,
     output: Annotated[Path | None, typer.Option(help="HTML file; default: report.html in the folder.")] = None,
     names: Annotated[Path | None, typer.Option(help="JSON of further code names: {feature: {code: name}}.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="Folder of an evaluation, to be on the same page.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is no report.")] = False,
 ) -> None:
-    """Write one self-contained HTML page of a cohort run."""
+    """Write one self-contained HTML page of a cohort run: of attributions, of an evaluation, or of both."""
     for module in ("polars", "pyarrow"):
         require(module, "cohort")
     from rollout.report import write_report
 
     path = usable_path(path, "path")
-    typer.echo(str(write_report(path, output, patient=patient, names=names, overwrite=overwrite)))
+    written = write_report(path, output, patient=patient, names=names, evaluation=evaluation, overwrite=overwrite)
+    typer.echo(str(written))
 
 
 @app.command()

@@ -22,8 +22,21 @@ class Bars:
 
 
 @dataclass(frozen=True)
+class Line:
+    """A line of a line chart, with its band where both ends are known, the class of its colour, and its name."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float | None]
+    high: Sequence[float | None]
+    style: str
+    name: str
+
+
+@dataclass(frozen=True)
 class Axes:
-    """Axes of a chart: what they measure, x from `start` to `stop`, and a dashed line across, if any; y includes 0."""
+    """Axes of a chart: what they measure, x from `start` to `stop`, and a dashed line across, if any; y includes 0
+    where there is `zero`."""
 
     x: str
     y: str
@@ -31,6 +44,7 @@ class Axes:
     stop: float
     line: float | None = None
     whole: bool = False
+    zero: bool = True
 
 
 def bar_chart(title: str, series: Sequence[Bars], axes: Axes) -> Markup:
@@ -73,16 +87,41 @@ def stem_chart(
     return frame.drawn(title, pieces)
 
 
+def line_chart(title: str, lines: Sequence[Line], axes: Axes) -> Markup:
+    """Lines with a dot at each value, on their bands."""
+    ends = [end for line in lines for part in (line.y, line.low, line.high) for end in part if end is not None]
+    frame = _Frame(axes, ends)
+    pieces = []
+    for line in lines:
+        band = [
+            (x, a, b) for x, a, b in zip(line.x, line.low, line.high, strict=True) if a is not None and b is not None
+        ]
+        if len(band) > 1:
+            round_it = [(x, b) for x, _, b in band] + [(x, a) for x, a, _ in reversed(band)]
+            pieces.append(f'<path class="band {escape(line.style)}" d="{frame.path(round_it)}Z"/>')
+    for line in lines:
+        points = list(zip(line.x, line.y, strict=True))
+        pieces.append(f'<path class="line {escape(line.style)}" d="{frame.path(points)}"/>')
+        pieces += [
+            f'<circle class="dot {escape(line.style)}" cx="{frame.x(x):.2f}" cy="{frame.y(y):.2f}" r="2.4"/>'
+            for x, y in points
+        ]
+    return frame.drawn(title, pieces)
+
+
 class _Frame:
     """The axes of a chart and the way from values to places in it."""
 
     def __init__(self, axes: Axes, heights: Sequence[float]) -> None:
         self.axes = axes
-        lowest, highest = min([*heights, 0.0]), max([*heights, axes.line or 0.0, 0.0])
+        base = [0.0, axes.line or 0.0] if axes.zero or not heights else []
+        lowest, highest = min([*heights, *base[:1]]), max([*heights, *base])
         if highest - lowest < TINY:
-            highest = TINY
+            highest = lowest + max(TINY, 1e-9 * abs(lowest))
         self.ticks_y = ticks(lowest, highest, 4)
         self.floor, self.top = min(self.ticks_y[0], lowest * 1.04), max(self.ticks_y[-1], highest * 1.04)
+        if not axes.zero:
+            self.floor, self.top = self.ticks_y[0], self.ticks_y[-1]
         half = 0.5 if axes.whole else 0.0
         self.low, self.high = axes.start - half, axes.stop + half
         least = max(TINY, 1e-9 * max(abs(self.low), abs(self.high)))
@@ -96,8 +135,11 @@ class _Frame:
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * ((value - self.floor) / (self.top - self.floor))
 
+    def path(self, points: Sequence[tuple[float, float]]) -> str:
+        return "M" + "L".join(f"{self.x(x):.2f} {self.y(y):.2f}" for x, y in points)
+
     def drawn(self, title: str, pieces: Sequence[str]) -> Markup:
-        axes, floor, zero = self.axes, HEIGHT - BOTTOM, self.y(0.0)
+        axes, floor, zero = self.axes, HEIGHT - BOTTOM, self.y(max(0.0, self.floor))
         parts = [
             f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
             f"<title>{escape(title)}</title>",

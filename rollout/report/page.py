@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from polars.exceptions import PolarsError
@@ -13,12 +14,15 @@ from polars.exceptions import PolarsError
 from rollout.files import usable_path, write_whole
 from rollout.report import scale
 from rollout.report.sections.codes import codes
+from rollout.report.sections.faithfulness import faithfulness
 from rollout.report.sections.patients import patients
 from rollout.report.sections.places import places
 from rollout.report.sections.run import run
 from rollout.report.sections.summary import summary
 from rollout.report.text import FILTERS, in_percent, number, percent, shown
 from rollout.results.attributions import CohortAttributions
+from rollout.results.drawing import GREY, LINES
+from rollout.results.faithfulness import CohortFaithfulness, is_evaluation, open_faithfulness
 
 MARK = b'<meta name="generator" content="attention-rollout report">'
 """By this a report of ours is known, which another may replace."""
@@ -32,35 +36,47 @@ def write_report(
     patient: str | None = None,
     names: str | Path | Mapping[str, Mapping[str, str]] | None = None,
     *,
+    evaluation: str | Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the report of a cohort run as one self-contained HTML file.
+    """Write the report of a cohort run, of attributions or of an evaluation, as one self-contained HTML file.
 
     The page needs no network and no script. Its size is bounded however large the cohort is, and it says what it leaves
     out. It holds patient ids and codes of the samples it shows: it is as confidential as the data.
 
     Args:
-        path: Folder of the run (`out` of `attribute_cohort`); one that is not complete can be reported on.
+        path: Folder of the run (`out` of `attribute_cohort` or of `evaluate_cohort`); one that is not complete can be
+            reported on.
         output: File to write; None: `report.html` in the folder, or `report-<patient>.html` for a patient. An earlier
             report is replaced.
         patient: Show this patient's samples rather than a choice; the tables of the cohort's codes and positions, which
             take a pass over every row, are then left out.
         names: Names of codes, `{feature: {code: name}}` or a JSON file of them, before those of the folder.
+        evaluation: Folder of an evaluation of the same model, to be shown on the page of the attributions.
         overwrite: Replace `output` also if it is no report.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: If the folder is no sound run, holds numbers that are none, no attributed sample is of the patient,
-            or the file cannot be written or is something else than a report.
+        ValueError: If a folder is no sound run, holds numbers that are none, no attributed sample is of the patient,
+            the evaluation is of another model, `patient`, `names` or `evaluation` is given for an evaluation alone, or
+            the file cannot be written or is something else than a report.
     """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is not complete.*")
-            cohort = CohortAttributions(path, names)
-        target = _target(cohort.path, output, patient, overwrite)
-        text = render(cohort, patient)
+            alone = is_evaluation(path)
+            if alone and (patient, names, evaluation) != (None, None, None):
+                raise ValueError(
+                    f"path must be the folder of attributions where patient, names or evaluation is given, got the "
+                    f"evaluation {path}"
+                )
+            cohort = None if alone else CohortAttributions(path, names)
+            tested = path if alone else evaluation
+            found = None if tested is None else open_faithfulness(tested)
+        target = _target(usable_path(path, "path"), output, patient, overwrite)
+        text = render(cohort, patient, found)
     except RecursionError:
         raise ValueError(f"{path}: what its JSON files say is nested too deep for a report") from None
     except (ValueError, PolarsError) as error:  # what it quotes may be of any length, and on any number of lines
@@ -71,16 +87,26 @@ def write_report(
         raise ValueError(f"output must be a file that can be written, got {target}: {error.strerror}") from error
 
 
-def render(cohort: CohortAttributions, patient: str | None = None) -> str:
-    """The page as a string."""
-    samples = patients(cohort, patient)  # first: it refuses an unknown patient
-    return _environment(in_percent(cohort.manifest)).get_template("page.html").render(
-        run=run(cohort),
-        summary=summary(cohort),
-        codes=codes(cohort) if patient is None else None,  # sums over every row of the cohort: minutes, for one patient
-        places=places(cohort) if patient is None else None,
-        patients=samples,
+def render(
+    cohort: CohortAttributions | None, patient: str | None = None, evaluation: CohortFaithfulness | None = None
+) -> str:
+    """The page of attributions, of an evaluation, or of both, as a string."""
+    first = cohort or evaluation
+    if first is None:
+        raise ValueError("render: there must be attributions or an evaluation to show, got neither")
+    shown: dict[str, Any] = dict.fromkeys(("summary", "codes", "places", "patients"))
+    if cohort is not None:
+        shown["patients"] = patients(cohort, patient)  # first: it refuses an unknown patient
+        shown["summary"] = summary(cohort)
+        if patient is None:  # sums over every row of the cohort: minutes, for one patient
+            shown |= {"codes": codes(cohort), "places": places(cohort)}
+    return _environment(in_percent(first.manifest)).get_template("page.html").render(
+        **shown,
+        faithfulness=None if evaluation is None else faithfulness(evaluation, cohort),
+        run=run(first),
         colours=list(zip(scale.COLOURS, scale.INKS, strict=True)),
+        line_colours=LINES,
+        line_grey=GREY,
     )  # fmt: skip
 
 

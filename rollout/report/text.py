@@ -104,6 +104,25 @@ def number(value: float) -> str:
 
 
 @_or_dash
+def decimal(value: float) -> str:
+    """0.12345 → 0.123."""
+    return f"{value:,.3f}".replace("-", "−") if abs(value) < LARGE else f"{value:.3g}"
+
+
+@_or_dash
+def signed(value: float) -> str:
+    """0.12345 → +0.123, and what is less than can be told 0.000."""
+    text = decimal(value)
+    return f"+{text}" if value > 0 and round(value, 3) else text.replace("−0.000", "0.000")
+
+
+@_or_dash
+def small(value: float) -> str:
+    """A p value: <0.001, else three decimals."""
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+@_or_dash
 def seconds(value: float) -> str:
     """A duration in the unit that suits it."""
     if value < 120:
@@ -127,4 +146,6 @@ def moment(value: Any) -> str:
     return f"{when:%Y-%m-%d %H:%M} {when.tzname() or ''}".strip()
 
 
-FILTERS = {f.__name__: f for f in (shown, name, count, percent, times, number, seconds, size, width)}
+FILTERS = {
+    f.__name__: f for f in (shown, name, count, percent, times, number, decimal, signed, small, seconds, size, width)
+}

@@ -14,10 +14,10 @@ import polars as pl
 
 from rollout.errors import require
 from rollout.results.attributions import CohortAttributions
+from rollout.results.drawing import new_figure, plain, saved, tidy, visible
 from rollout.results.places import find_places
 
 PLAIN, PLANTED, READ = "#4878a8", "#d1603d", "#b8b8b8"
-DPI = 150
 ESTIMATES = {
     "effect": "log relevance above the average code of the same records (bars: ± 2 standard errors)",
     "lift": "mean lift (1: an even spread over the record)",
@@ -68,7 +68,7 @@ def plot_top_codes(
     features = table["feature"].unique(maintain_order=True).to_list()
     rows = {f: table.filter(pl.col("feature") == f).head(top) for f in features}
     heights = [max(len(part), 3) for part in rows.values()]
-    figure = _figure((9.5, 0.33 * sum(heights) + 1.0 * len(features) + 0.6))
+    figure = new_figure((9.5, 0.33 * sum(heights) + 1.0 * len(features) + 0.6))
     axes = figure.subplots(
         len(features), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights}
     )  # fmt: skip
@@ -82,16 +82,16 @@ def plot_top_codes(
         labels = [_label(code, called.get(code), code in known) for code in part["code"]]
         axis.set_yticks(place, labels, fontsize=8)
         axis.invert_yaxis()
-        axis.set_title(_plain(feature), loc="left", fontsize=10, fontweight="bold")
+        axis.set_title(plain(feature), loc="left", fontsize=10, fontweight="bold")
         if value == "lift":
             axis.axvline(1, color="#404040", lw=0.7, ls=":")
-        _tidy(axis)
+        tidy(axis)
     axes[-1, 0].set_xlabel(ESTIMATES[value], fontsize=9)
     if any(planted.values()):
         figure.legend(*_keys(PLANTED, PLAIN), loc="outside upper right", ncols=2, fontsize=8)
     what = "Codes that the most samples have" if value == "prevalence" else "Codes that draw the most relevance"
     figure.suptitle(what, x=0.01, ha="left", fontsize=12)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def plot_record(
@@ -130,7 +130,7 @@ def plot_record(
         names, read_position = names or source.names, source.read_position
     planted = planted or {}
     features = rows["feature"].unique(maintain_order=True).to_list()
-    figure = _figure((14, 2.9 * len(features) + 0.7))
+    figure = new_figure((14, 2.9 * len(features) + 0.7))
     axes = figure.subplots(len(features), 2, squeeze=False, gridspec_kw={"width_ratios": [1.5, 1]})
     for (left, right), feature in zip(axes, features, strict=True):
         part = _marked(rows.filter(pl.col("feature") == feature), read_position, set(planted.get(feature, ())))
@@ -141,8 +141,8 @@ def plot_record(
     shown = [PLANTED] if any(planted.values()) else []
     grey = [] if read_position is None else [READ]
     figure.legend(*_keys(*shown, PLAIN, *grey), loc="outside lower left", ncols=3, fontsize=9)
-    figure.suptitle(_plain(title or _title(rows)), x=0.01, ha="left", fontsize=12)
-    return _saved(figure, path)
+    figure.suptitle(plain(title or _title(rows)), x=0.01, ha="left", fontsize=12)
+    return saved(figure, path)
 
 
 def plot_positions(
@@ -181,7 +181,7 @@ def plot_positions(
     features = table["feature"].unique(maintain_order=True).to_list()
     if not features:
         raise ValueError("plot_positions: there are no places to draw")
-    figure = _figure((9.5, 2.6 * len(features) + 0.6))
+    figure = new_figure((9.5, 2.6 * len(features) + 0.6))
     axes = figure.subplots(len(features), 1, squeeze=False)[:, 0]
     for axis, one in zip(axes, features, strict=True):
         part = table.filter(pl.col("feature") == one)
@@ -194,13 +194,13 @@ def plot_positions(
         axis.set_ylabel("mean lift (×)" if value == "lift" else "mean relevance", fontsize=9)
         axis.xaxis.get_major_locator().set_params(integer=True)
         ends = [f"{part['records'][i]:,} records reach {unit} {part['place'][i]}" for i in (0, -1)]
-        axis.set_title(_plain(one), loc="left", fontsize=10, fontweight="bold")
+        axis.set_title(plain(one), loc="left", fontsize=10, fontweight="bold")
         axis.set_title("; ".join(ends), loc="right", fontsize=8, color="#505050")
-        _tidy(axis)
+        tidy(axis)
     figure.suptitle(
         f"{'Lift' if value == 'lift' else 'Relevance'} by place in the record", x=0.01, ha="left", fontsize=12
     )
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def _place_tables(
@@ -262,8 +262,8 @@ def _draw_sequence(axis: Any, part: pl.DataFrame, feature: str) -> None:
     axis.set_ylabel("relevance (%)", fontsize=9)
     kind = "codes" if part["code"].null_count() < count else "steps"
     size = f"{count} {kind} in {part['visit'].n_unique()} visits" if nested else f"{count} {kind}"
-    axis.set_title(_plain(f"{feature} ({size})"), loc="left", fontsize=10, fontweight="bold")
-    _tidy(axis)
+    axis.set_title(plain(f"{feature} ({size})"), loc="left", fontsize=10, fontweight="bold")
+    tidy(axis)
 
 
 def _draw_even(axis: Any, even: float, right: float) -> None:
@@ -291,12 +291,12 @@ def _draw_leaders(axis: Any, part: pl.DataFrame, names: Mapping[str, str], liste
             labels.append(_label(row["code"], names.get(row["code"]), row["planted"], width=44))
     axis.set_yticks(np.arange(len(leaders)), labels, fontsize=7)
     axis.set_ylim(max(len(leaders), 6) - 0.4, -0.6)
-    _tidy(axis)
+    tidy(axis)
 
 
 def _title(rows: pl.DataFrame) -> str:
     first = rows.row(0, named=True)
-    patient, visit = (_visible(first.get(key))[:40] for key in ("patient_id", "visit_id"))
+    patient, visit = (visible(first.get(key))[:40] for key in ("patient_id", "visit_id"))
     at = "" if first.get("visit_id") is None else f", visit {visit}"
     return f"Patient {patient}{at} (sample {first['sample']}): relevance of each entry"
 
@@ -314,17 +314,7 @@ def _names_of(part: pl.DataFrame, feature: str, source: Any, names: Names | None
 def _label(code: str | None, name: str | None, planted: bool, width: int = 58) -> str:
     code = "(empty string)" if code == "" else code
     text = f"{code}  {name}" if name else f"{code}"
-    return ("★ " if planted else "") + _plain(textwrap.shorten(_visible(text), width=width, placeholder=" …"))
-
-
-def _visible(text: Any) -> str:
-    """Without control characters, which no font can draw."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in str(text))
-
-
-def _plain(text: str) -> str:
-    """Not to be read as mathematics."""
-    return text.replace("$", r"\$")
+    return ("★ " if planted else "") + plain(textwrap.shorten(visible(text), width=width, placeholder=" …"))
 
 
 def _keys(*colours: str) -> tuple[list[Any], list[str]]:
@@ -337,24 +327,6 @@ def _keys(*colours: str) -> tuple[list[Any], list[str]]:
     return [patches.Patch(color=colour) for colour in colours], [words[colour] for colour in colours]
 
 
-def _tidy(axis: Any) -> None:
-    axis.tick_params(labelsize=8)
-    axis.grid(axis="both", color="#e6e6e6", lw=0.6)
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-
-
 def _check_top(value: int, name: str = "top") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
-
-
-def _figure(size: tuple[float, float]) -> Any:
-    return require("matplotlib.figure", "plots").Figure(figsize=size, layout="constrained")
-
-
-def _saved(figure: Any, path: str | Path | None) -> Any:
-    if path is not None:
-        figure.savefig(Path(path).expanduser(), dpi=DPI, facecolor="white")
-    return figure

@@ -7,11 +7,12 @@ from typing import Any
 from rollout.report.bounds import MANIFEST, NOTES, SESSIONS
 from rollout.report.text import DASH, count, finite, moment, seconds, size
 from rollout.results.attributions import CohortAttributions
+from rollout.results.faithfulness import CohortFaithfulness
 
 PHASES = ("collate", "forward", "chain", "write")
 
 
-def run(cohort: CohortAttributions) -> dict[str, Any]:
+def run(cohort: CohortAttributions | CohortFaithfulness) -> dict[str, Any]:
     """Facts of the manifest in words, and the manifest itself."""
     manifest = cohort.manifest
     identity = manifest["identity"]
