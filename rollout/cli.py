@@ -184,6 +184,8 @@ def evaluate(
     """
     for module, extra in (("polars", "cohort"), ("pyarrow", "cohort"), ("pyhealth", "pyhealth")):
         require(module, extra)
+    from rollout.results.faithfulness import open_faithfulness
+    from rollout.results.told import told
     from rollout.runfile.evaluate import evaluate_entry, evaluate_run_file, methods_of, planted_of
     from rollout.runfile.start import scheduler_client
 
@@ -210,7 +212,7 @@ def evaluate(
     except KeyboardInterrupt:
         typer.echo("rollout: interrupted; the same command goes on where it stopped", err=True)
         raise typer.Exit(130) from None
-    typer.echo(str(run))
+    typer.echo(f"{run}\n\n{told(open_faithfulness(run.out))}")
     if run.failed:
         raise typer.Exit(1)
 

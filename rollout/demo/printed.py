@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from rollout.results.ranking import planted_found
+from rollout.results.told import told
 from rollout.runfile.file import RUN
 
 if TYPE_CHECKING:
@@ -65,9 +66,10 @@ def _score(demo: "Demo") -> Iterator[str]:
         parts = ", ".join(f"{feature} {hit} of {k}" for feature, (hit, k) in found.items())
         total, places = (sum(column) for column in zip(*found.values(), strict=True))
         yield f"Planted codes in the top k of their feature (k = planted codes there): {total} of {places} ({parts})"
-    if demo.recovered:
-        people = max(area.groups for area in demo.recovered.values())
-        yield f"Planted codes above the others of their record, {people} test patients: area under the ROC curve [95 %]"
-        width = max(map(len, demo.recovered))
-        for name, area in demo.recovered.items():
-            yield f"  {name:<{width}}  {area.estimate:.3f} [{area.low:.3f}, {area.high:.3f}]"
+    yield ""
+    tested = f"{demo.evaluated.samples:,} samples of test patients"
+    yield f"Is it true? {tested}, the codes that a method ranks first taken out, or left alone"
+    if demo.planted:
+        yield "(recall: of a record's planted codes, those among as many top codes)"
+    yield told(demo.evaluated)
+    yield ""

@@ -13,7 +13,6 @@ from torch import Tensor
 from rollout.data.collate import pyhealth_collate
 from rollout.data.quiet import quiet_pyhealth
 from rollout.demo.training import Sample, auroc
-from rollout.intervals import Interval, bootstrap_mean
 from rollout.method import METHODS
 from rollout_kernels import Method
 
@@ -21,8 +20,6 @@ Explainer = Callable[..., Mapping[str, Tensor]]
 Marks = Mapping[str, Mapping[str, set[int]]]
 """What was planted: `risk` or `protective` → feature → ids of the codes in the model's vocabulary."""
 
-COMPARED = ("frozen_gradient", "chefer_normalised", "value_norm", "rollout", "random")
-"""What a demo compares."""
 STEPS = 16  # of integrated gradients
 LEFT_OUT_AT_ONCE = 8192  # tokens of records that each lack one code, in one batch
 
@@ -167,22 +164,6 @@ def planted_records(
     planted = {key: list(set().union(*(of[key] for of in marks.values()))) for key in vocabularies}
     chosen = (samples[number] for number in index)
     return marks, [s for s in chosen if any(np.isin(np.asarray(s[key])[1:], planted[key]).any() for key in planted)]
-
-
-def compare(
-    model: Any, dataset: Any, samples: Sequence[Sample], index: np.ndarray, truth: Mapping[str, Any]
-) -> dict[str, Interval]:
-    """Method → its mean area of risk codes over the other codes of a record, with its interval by patient."""
-    marks, chosen = planted_records(dataset, samples, index, truth)
-    known = explainers(model, costly=False)
-    areas = recovery(model, chosen, marks, {name: known[name] for name in COMPARED}) if chosen else pl.DataFrame()
-    if areas.is_empty() or areas["patient"].n_unique() < 2:
-        return {}
-    found = {}
-    for name in COMPARED:
-        own = areas.filter((pl.col("method") == name) & pl.col("risk").is_not_null())
-        found[name] = bootstrap_mean(own["risk"].to_numpy(), own["patient"].to_list())
-    return found
 
 
 def marks_of(truth: Mapping[str, Any], vocabularies: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, set[int]]]:

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import polars as pl
 import torch
 from tqdm import tqdm
 
-from rollout.cohort.run import CohortRun
+from rollout.cohort.evaluation import evaluate_cohort
+from rollout.cohort.summary import CohortRun
 from rollout.data.collate import pyhealth_collate
 from rollout.data.mimic import check_mimic_root, mimic_source
 from rollout.data.names import names_for
@@ -21,7 +22,6 @@ from rollout.data.quiet import quiet_pyhealth
 from rollout.data.samples import prepare_samples
 from rollout.data.seal import seal_problem, seal_record
 from rollout.data.synthetic import write_synthetic_cohort
-from rollout.demo.recovery import compare
 from rollout.demo.training import (
     Recipe,
     Sample,
@@ -33,18 +33,23 @@ from rollout.demo.training import (
     train_transformer,
 )
 from rollout.files import empty_folder, parse_json, usable_path, write_json
-from rollout.intervals import Interval
+from rollout.report import write_report
+from rollout.results.faithfulness import CohortFaithfulness, open_faithfulness
 from rollout.results.layout import CACHE
+from rollout.results.plot_faithfulness import plot_faithfulness
 from rollout.results.plots import plot_record, plot_top_codes
 from rollout.results.ranking import planted_codes, planted_found, rank_codes
+from rollout.runfile.evaluate import EVALUATED
 from rollout.runfile.file import RUN, VOCABULARY, WEIGHTS, save_model
 from rollout.runfile.settings import check_device
 from rollout.runfile.start import attribute_run_file
 
 DEMO, ATTRIBUTED, WRITER = "demo.json", "attributed", "rollout demo"
-WRITTEN = (ATTRIBUTED, "cohort", CACHE, RUN, WEIGHTS, VOCABULARY, "ranking.csv", "top_codes.png", "record.png",
-           "report.html", DEMO)  # fmt: skip
+WRITTEN = (ATTRIBUTED, EVALUATED, "cohort", CACHE, RUN, WEIGHTS, VOCABULARY, "ranking.csv", "top_codes.png",
+           "record.png", "faithfulness.png", "report.html", DEMO)  # fmt: skip
 """All that a demo writes; what marks a folder as a demo's own comes last."""
+COMPARED = ("rollout", "rollout:own_path=false", "chefer", "frozen_gradient")
+"""What is scored; a random ranking always is."""
 WARM_UP = 2
 TRUTH = "truth.json"
 
@@ -80,7 +85,7 @@ class Demo:
     ranking: pl.DataFrame
     names: dict[str, dict[str, str]]
     planted: dict[str, list[str]]
-    recovered: dict[str, Interval]
+    evaluated: CohortFaithfulness
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -99,9 +104,9 @@ def run_demo(
     """Read a cohort, train PyHealth's Transformer on it, attribute every sample, and write what was found.
 
     `output` gets `run.toml` with its `weights.pt` and `vocabulary.json`, `attributed/` (what
-    `rollout attribute run.toml` writes), `report.html`, `ranking.csv`, `top_codes.png`, `record.png` and
-    `demo.json`; and `cohort/` with the tables when they were made here. The truth of a synthetic cohort is opened
-    after the ranking is made, to mark it.
+    `rollout attribute run.toml` writes), `evaluated/` (methods scored on the test patients), `report.html`,
+    `ranking.csv`, `top_codes.png`, `record.png`, `faithfulness.png` and `demo.json`; and `cohort/` with the tables when
+    they were made here. The truth of a synthetic cohort is opened after the ranking is made, to mark it.
 
     Args:
         output: New or empty folder.
@@ -154,13 +159,11 @@ def run_demo(
     ranking, planted = _rank(root, folder, cohort.out)
     plot_top_codes(ranking, names, planted, folder / "top_codes.png")
     _draw_record(folder / "record.png", cohort.out, samples, probability, labels, split, names, planted)
-    _write_report(cohort.out, folder / "report.html")
-    clock.lap("ranking, pictures and report")
-    truth = root / TRUTH
-    recovered = {}
-    if truth.is_file():
-        recovered = compare(trained.model, dataset, samples, split.test, json.loads(truth.read_text()))
-        clock.lap("comparison of methods")
+    clock.lap("ranking and pictures")
+    evaluated = _evaluate(trained.model, dataset, split.test, planted, folder)
+    clock.lap("evaluation")
+    write_report(cohort.out, folder / "report.html", evaluation=evaluated)
+    clock.lap("report")
     demo = Demo(
         output=folder,
         samples=len(samples),
@@ -174,7 +177,7 @@ def run_demo(
         ranking=ranking,
         names=names,
         planted=planted,
-        recovered=recovered,
+        evaluated=open_faithfulness(evaluated),
         seconds=clock.laps,
     )
     _write_figures(demo, seed, wrote)
@@ -210,6 +213,15 @@ def _draw_record(
     shown = _telling_sample(rows, probability, labels, split)
     caption = _caption(samples[shown], shown, probability, labels)
     plot_record(rows.filter(pl.col("sample") == shown), names, planted, caption, path)
+
+
+def _evaluate(model: Any, dataset: Any, test: np.ndarray, planted: dict[str, list[str]], folder: Path) -> Path:
+    """Score a few methods on the test patients, and draw it."""
+    tested = dataset.subset(test.tolist())
+    run = evaluate_cohort(model, tested, folder / EVALUATED, methods=COMPARED, planted=planted or None)
+    found = open_faithfulness(run.out)
+    plot_faithfulness(found, folder / "faithfulness.png")
+    return run.out
 
 
 def _race(samples: Sequence[Sample], model: Any, batch_size: int) -> Race:
@@ -266,12 +278,6 @@ def _probabilities(attributed: Path, samples: int) -> np.ndarray:
     return result
 
 
-def _write_report(attributed: Path, page: Path) -> None:
-    from rollout.report import write_report
-
-    write_report(attributed, page)
-
-
 def _telling_sample(rows: pl.DataFrame, probability: np.ndarray, labels: np.ndarray, split: Split) -> int:
     """The sample to draw: the test patient with a positive label and the highest prediction, if records are readable.
 
@@ -310,7 +316,7 @@ def _write_figures(demo: Demo, seed: int, wrote: Sequence[str]) -> None:
         "patients_per_second": {"ours": round(ours, 1), "pyhealth": round(stock, 1)},
         "largest_difference": demo.race.difference,
         "planted_in_top_k": {key: {"found": hit, "k": k} for key, (hit, k) in found.items()},
-        "recovered": {name: asdict(area) for name, area in demo.recovered.items()},
+        "evaluated": demo.evaluated.summary().to_dicts(),
         "seconds": demo.seconds,
     }
     _write_mark(demo.output, figures, wrote)

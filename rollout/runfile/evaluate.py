@@ -151,10 +151,11 @@ def planted_of(path: str | Path) -> dict[str, list[str]]:
 
 
 def _codes(rows: Any) -> list[str]:
-    """The codes of a feature; none where they are something else."""
-    codes: list[Any] = (
-        [row.get("code") if isinstance(row, dict) else row for row in rows] if isinstance(rows, list) else []
-    )
+    """The codes of a feature, of those with log odds the ones that raise the risk; none where they are something
+    else."""
+    given = rows if isinstance(rows, list) else []
+    raising = [row for row in given if not isinstance(row, dict) or row.get("log_odds", 1) > 0]
+    codes: list[Any] = [row.get("code") if isinstance(row, dict) else row for row in raising]
     return codes if all(isinstance(code, str) for code in codes) else []
 
 

@@ -153,9 +153,6 @@ def _explained(name: str, explainer: Explainer, model: Any, looked: Looked) -> t
         for number in looked.batch.index[~finite.numpy()].tolist():
             wrong[number] = f"method {name!r}: a score of {key!r} is not finite"
         scores[key] = scores[key].nan_to_num(0.0, 0.0, 0.0)
-        if explainer.signed and looked.single:
-            against = (looked.target == 0).view(-1, *[1] * (each.dim() - 1))
-            scores[key] = torch.where(against, -scores[key], scores[key])
     classes = None if looked.single else explainer.classes(looked.batch)
     if classes is not None:
         for number in looked.batch.index[((classes >= 0) & (classes != looked.target)).numpy()].tolist():
@@ -171,6 +168,7 @@ class _Rows:
     ) -> None:
         self.scoring, self.planted, self.looked, self.scores = evaluation.scoring, evaluation.planted, looked, scores
         self.names = list(scores)
+        self.signed = {name for name in scores if evaluation.methods[name].signed and looked.single}
         self.chosen = looked.evaluated.nonzero()[:, 0]
         self.blocks = 2 * len(self.scoring.shares) * len(self.names)
         kept = {key: self._kept(key) for key in looked.values}
@@ -204,12 +202,20 @@ class _Rows:
             if key not in self.scores[name] or not len(self.chosen):
                 parts.append(torch.ones(2 * len(shares), *values.shape, dtype=torch.bool))
                 continue
-            scores = self.scores[name][key][self.chosen]
+            scores = self._toward_target(name, key)[self.chosen]
             if self.scoring.metric == "pyhealth":
                 parts.append(pyhealth_kept_entries(scores, values, shares).flatten(0, 1))
             else:
                 parts.append(versions(kept_entries(scores, valid, shares), valid)[1:])
         return torch.cat(parts)
+
+    def _toward_target(self, name: str, key: str) -> Tensor:
+        """Scores as they speak for the class followed; as a method gives them, signed ones speak for class 1."""
+        scores = self.scores[name][key]
+        if name not in self.signed:
+            return scores
+        against = (self.looked.target == 0).view(-1, *[1] * (scores.dim() - 1))
+        return torch.where(against, -scores, scores)
 
     def _codes_left(self, kept: Mapping[str, Tensor]) -> Tensor:
         """Real codes of all features that are left, long [M·2·Q, B]."""
@@ -262,7 +268,7 @@ class _Rows:
             agrees = unknown.copy()
             if len(self.after_one):
                 effects = looked.probability[self.chosen] - self.after_one
-                mine = self._of(self.scores[name])
+                mine = {key: self._toward_target(name, key)[self.chosen] for key in self.scores[name]}
                 agrees[self.chosen.numpy()] = agreement(mine, self._of(looked.valid), effects, self.alone)
             found.append(np.stack([recall, area, agrees]))
         columns = np.stack(found).transpose(2, 0, 1).reshape(-1, 3).T

@@ -147,6 +147,33 @@ def test_what_is_resampled_is_the_same_for_every_method(tmp_path: Path) -> None:
     assert len(seen) > 6
 
 
+def test_planted_codes_are_found_by_what_raises_the_risk(tmp_path: Path) -> None:
+    """Whichever class is followed: a signed method's scores for class 1 are what ranks them."""
+    from rollout.cohort.evaluation.truth import recovered
+
+    model, samples = transformer("flat").eval(), dataset("flat")
+    planted = {"conditions": ["c1", "c4"], "drugs": ["m2"]}
+    options = {"methods": ["frozen_gradient", "rollout"], "planted": planted, **SMALL}
+    rollout.evaluate_cohort(model, samples, tmp_path / "out", **options)
+    found = table(tmp_path / "out", "scores")
+    vocabularies = {key: processor.code_vocab for key, processor in samples.input_processors.items()}
+    for name, interpreter in (
+        ("frozen_gradient", FrozenGradient(model)),
+        ("rollout", AttentionRollout(model, method="rollout")),
+    ):
+        for number in range(len(samples)):
+            batch = pyhealth_collate([samples[number]])
+            scores = {key: each.detach() for key, each in interpreter.attribute(**batch).items()}
+            marks = {key: torch.isin(batch[key], torch.tensor([vocabularies[key][code] for code in codes]))
+                     for key, codes in planted.items()}  # fmt: skip
+            recall, area = recovered(scores, {key: batch[key] != 0 for key in scores}, marks)
+            row = found.filter((pl.col("sample") == number) & (pl.col("method") == name)).row(0, named=True)
+            assert (row["recall"] is None) == bool(np.isnan(recall[0]))
+            if row["recall"] is not None:
+                assert row["recall"] == pytest.approx(recall[0])
+                assert row["planted_auc"] == pytest.approx(area[0])
+
+
 # The folder.
 
 
