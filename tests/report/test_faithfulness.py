@@ -9,8 +9,9 @@ from typing import Any
 
 import polars as pl
 import pytest
+from typer.testing import CliRunner
 
-from rollout.report import page as pages
+from rollout.cli import app
 from rollout.report import write_report
 from rollout.report.charts import Axes, Line, line_chart
 from rollout.report.forest import Row, forest_chart
@@ -18,11 +19,13 @@ from rollout.report.page import render
 from rollout.report.sections.faithfulness import faithfulness
 from rollout.report.text import decimal, signed, small
 from rollout.results.attributions import CohortAttributions
-from rollout.results.faithfulness import CohortFaithfulness, is_evaluation
+from rollout.results.faithfulness import CohortFaithfulness, is_evaluation, open_faithfulness
+from tests.support.evaluated import evaluate_toy, table
 from tests.support.evaluations import drawn, written
 from tests.support.hostile_runs import NUMBERS, PAYLOADS
 from tests.support.inert import check
 from tests.support.pages import Parsed, text_of
+from tests.support.toy_cohort import attribute
 from tests.support.written_run import NASTY, Record, write_run
 
 
@@ -197,6 +200,17 @@ def test_many_methods_are_bounded_and_random_stays() -> None:
     assert "Shown: 12 of 31 methods." in text_of(render(None, None, one))
 
 
+def test_ignored_samples_are_told_and_the_metric_of_padding_warned_of() -> None:
+    rows, predictions, scores = drawn({"same": 0.0, "random": 0.0}, samples=12, patients=6)
+    told = manifest()
+    told["identity"]["evaluation"]["metric"] = "pyhealth"
+    text = text_of(
+        render(None, None, of((rows, predictions.with_columns(evaluated=pl.col("sample") > 2), scores), told))
+    )
+    assert "3 samples that the metric's filter ignores are not counted." in text
+    assert "This metric counts padding as codes" in text
+
+
 def test_failures_and_an_evaluation_that_is_not_complete() -> None:
     frames = drawn({"same": 0.0, "random": 0.0}, samples=12, patients=6)
     failures = pl.LazyFrame({"sample": [30, 31], "error": ["ValueError: no"] * 2})
@@ -230,23 +244,55 @@ def test_on_the_page_of_the_attributions(attributed: Path, found: CohortFaithful
     assert 'id="faithfulness"' not in render(cohort)
 
 
-def test_a_folder_is_known_by_its_manifest(
-    attributed: Path, tmp_path: Path, found: CohortFaithfulness, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "evaluation"
-    folder.mkdir()
-    (folder / "manifest.json").write_text('{"identity": {"evaluation": {"metric": "eraser"}}}')
-    assert is_evaluation(folder)
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `rollout.evaluate_cohort` leaves it, by PyHealth's metric."""
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    evaluate_toy(out, 40, metric="pyhealth", threshold=0.5, leave_one_out=12)
+    return out
+
+
+def test_a_folder_as_it_is_written(evaluated: Path, attributed: Path, tmp_path: Path) -> None:
+    assert is_evaluation(evaluated)
     assert not is_evaluation(attributed)
     assert not is_evaluation(tmp_path / "none")
-    opened = []
-    monkeypatch.setattr(pages, "open_faithfulness", lambda path: opened.append(path) or found)
-    assert write_report(folder) == folder / "report.html"
-    assert opened == [folder]
-    check((folder / "report.html").read_text(encoding="utf-8"))
-    for given in ({"patient": "p0"}, {"names": {}}, {"evaluation": folder}):
+    found, rows = open_faithfulness(evaluated), table(evaluated)
+    assert (found.samples, found.methods) == (40, ["rollout", "random"])
+    drops = rows.filter((pl.col("method") == "rollout") & (pl.col("direction") == "only"))["drop"].cast(pl.Float64)
+    own = found.summary().filter((pl.col("method") == "rollout") & (pl.col("measure") == "sufficiency"))
+    assert own["mean"][0] == pytest.approx(drops.mean())
+    page = write_report(evaluated, tmp_path / "alone.html").read_text(encoding="utf-8")
+    check(page)
+    text = text_of(page)
+    assert "This metric counts padding as codes" in text
+    assert re.search("threshold 0.5, seed 0, leave one out 12 ?Batches", text)  # no word of what was not planted
+    assert re.search(r"collate [\d.e-]+ s; attribute [\d.e-]+ s; predict [\d.e-]+ s; write", text)
+    for given in ({"patient": "p0"}, {"names": {}}, {"evaluation": evaluated}):
         with pytest.raises(ValueError, match="must be the folder of attributions where patient, names or evaluation"):
-            write_report(folder, **given)  # type: ignore[arg-type]
+            write_report(evaluated, **given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must be the folder of an evaluation"):
+        write_report(attributed, evaluation=attributed)
+    damaged = next((evaluated / "faithfulness").glob("*.parquet"))
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-9] + b"x" * 9)
+    try:
+        with pytest.raises(ValueError, match=damaged.name):
+            write_report(evaluated, tmp_path / "damaged.html")
+    finally:
+        damaged.write_bytes(content)
+    assert not (tmp_path / "damaged.html").exists()
+
+
+def test_both_folders_from_the_command_line(evaluated: Path, tmp_path: Path) -> None:
+    attribute(tmp_path / "run", 40)
+    out = str(tmp_path / "both.html")
+    arguments = ["report", str(tmp_path / "run"), "--evaluation", str(evaluated), "--output", out]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.output.strip() == out
+    page = Path(out).read_text(encoding="utf-8")
+    check(page)
+    assert re.findall(r'<section id="(summary|faithfulness|codes)"', page) == ["summary", "faithfulness", "codes"]
+    assert "other samples" not in text_of(page)
 
 
 def test_a_line_and_a_forest_by_hand() -> None:

@@ -50,7 +50,7 @@ def faithfulness(found: CohortFaithfulness, beside: CohortAttributions | None = 
         "patients": found.patients,
         "ignored": _ignored(found),
         "failures": _failures(found),
-        "methods": [{"name": name, "style": styles[name], "what": _words(found, name)} for name in methods],
+        "methods": [{"name": name, "style": styles[name]} for name in methods],
         "methods_in_all": len(found.methods),
         "shares": [f"{share:g}" for share in found.shares],
         "metric": told.get("metric"),
@@ -98,12 +98,6 @@ def line_classes(methods: Sequence[str]) -> dict[str, str]:
 def _shown_methods(methods: Sequence[str]) -> list[str]:
     others = [name for name in methods if name != RANDOM][: METHODS - 1]
     return [*others, *(name for name in methods if name == RANDOM)]
-
-
-def _words(found: CohortFaithfulness, name: str) -> str | None:
-    """What the manifest says of a method, where that is a word."""
-    told = found.evaluation_methods.get(name)
-    return told if isinstance(told, str) and told and told != name else None
 
 
 def _ignored(found: CohortFaithfulness) -> int:

@@ -8,8 +8,9 @@ from rollout.report.bounds import MANIFEST, NOTES, SESSIONS
 from rollout.report.text import DASH, count, finite, moment, seconds, size
 from rollout.results.attributions import CohortAttributions
 from rollout.results.faithfulness import CohortFaithfulness
+from rollout.results.layout import EVALUATION_STAGES, STAGES
 
-PHASES = ("collate", "forward", "chain", "write")
+PHASES = tuple(dict.fromkeys((*EVALUATION_STAGES[:-1], *STAGES)))
 
 
 def run(cohort: CohortAttributions | CohortFaithfulness) -> dict[str, Any]:
@@ -105,8 +106,9 @@ def _facts(identity: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "Row read out", identity.get("readout")
     yield "Backend", identity.get("backend")
     yield "Target class", identity.get("target_class")
-    plan = _mapping(identity.get("plan"))
-    yield "Batches", ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in plan.items())
+    for name, key in (("Evaluation", "evaluation"), ("Batches", "plan")):
+        settings = _mapping(identity.get(key)).items()
+        yield name, ", ".join(f"{word.replace('_', ' ')} {value}" for word, value in settings if value is not None)
 
 
 def _session(one: Mapping[str, Any]) -> dict[str, Any]:
