@@ -167,6 +167,9 @@ def evaluate(
     planted: Annotated[
         Path | None, typer.Option(help="Codes known to drive the outcome: truth.json, or {feature: [code, …]}.")
     ] = None,
+    patients: Annotated[
+        Path | None, typer.Option(help="Of a run file: these patients only, ids one a line, such as the test split's.")
+    ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Most tokens in a batch.")] = None,
     batch_samples: Annotated[int | None, typer.Option(help="Most samples in a batch.")] = None,
     device: Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda, …")] = None,
@@ -193,6 +196,8 @@ def evaluate(
         raise ValueError("evaluate needs a run file or --entry, one of them")
     if trust_cache and entry is not None:
         raise ValueError("--trust-cache is for the cache of a run file; --entry has none")
+    if patients is not None and entry is not None:
+        raise ValueError("--patients is for the samples of a run file; let the function of --entry return fewer")
     if scheduler is not None and local_workers is not None:
         raise ValueError("give --local-workers (processes of this machine) or --scheduler (a cluster), not both")
     given = {
@@ -206,7 +211,9 @@ def evaluate(
         with scheduler_client(scheduler) as client:
             options = {"client": client, "resume": not no_resume, "retry_failures": retry_failures}
             if run_file is not None:
-                run = evaluate_run_file(run_file, output, settings, trust_cache=trust_cache, **options)
+                run = evaluate_run_file(
+                    run_file, output, settings, patients=patients, trust_cache=trust_cache, **options
+                )
             else:
                 run = evaluate_entry(str(entry), output, settings, **options)
     except KeyboardInterrupt:

@@ -32,7 +32,7 @@ from rollout.demo.training import (
     split_patients,
     train_transformer,
 )
-from rollout.files import empty_folder, parse_json, usable_path, write_json
+from rollout.files import empty_folder, parse_json, usable_path, write_json, write_whole
 from rollout.report import write_report
 from rollout.results.faithfulness import CohortFaithfulness, open_faithfulness
 from rollout.results.layout import CACHE
@@ -44,9 +44,9 @@ from rollout.runfile.file import RUN, VOCABULARY, WEIGHTS, save_model
 from rollout.runfile.settings import check_device
 from rollout.runfile.start import attribute_run_file
 
-DEMO, ATTRIBUTED, WRITER = "demo.json", "attributed", "rollout demo"
+DEMO, ATTRIBUTED, TESTED, WRITER = "demo.json", "attributed", "test_patients.txt", "rollout demo"
 WRITTEN = (ATTRIBUTED, EVALUATED, "cohort", CACHE, RUN, WEIGHTS, VOCABULARY, "ranking.csv", "top_codes.png",
-           "record.png", "faithfulness.png", "report.html", DEMO)  # fmt: skip
+           "record.png", "faithfulness.png", "report.html", TESTED, DEMO)  # fmt: skip
 """All that a demo writes; what marks a folder as a demo's own comes last."""
 COMPARED = ("rollout", "rollout:own_path=false", "chefer", "frozen_gradient")
 """What is scored; a random ranking always is."""
@@ -105,8 +105,8 @@ def run_demo(
 
     `output` gets `run.toml` with its `weights.pt` and `vocabulary.json`, `attributed/` (what
     `rollout attribute run.toml` writes), `evaluated/` (methods scored on the test patients), `report.html`,
-    `ranking.csv`, `top_codes.png`, `record.png`, `faithfulness.png` and `demo.json`; and `cohort/` with the tables when
-    they were made here. The truth of a synthetic cohort is opened after the ranking is made, to mark it.
+    `test_patients.txt`, `ranking.csv`, `top_codes.png`, `record.png`, `faithfulness.png` and `demo.json`; and `cohort/`
+    with the tables when they were made here. The truth of a synthetic cohort is opened after the ranking is made, to mark it.
 
     Args:
         output: New or empty folder.
@@ -218,6 +218,8 @@ def _draw_record(
 def _evaluate(model: Any, dataset: Any, test: np.ndarray, planted: dict[str, list[str]], folder: Path) -> Path:
     """Score a few methods on the test patients, and draw it."""
     tested = dataset.subset(test.tolist())
+    patients = dict.fromkeys(tested[number]["patient_id"] for number in range(len(tested)))
+    write_whole(folder / TESTED, "\n".join([*patients, ""]).encode())
     run = evaluate_cohort(model, tested, folder / EVALUATED, methods=COMPARED, planted=planted or None)
     found = open_faithfulness(run.out)
     plot_faithfulness(found, folder / "faithfulness.png")

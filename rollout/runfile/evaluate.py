@@ -54,6 +54,7 @@ def evaluate_run_file(
     output: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     *,
+    patients: str | Path | None = None,
     trust_cache: bool = False,
     **options: Any,
 ) -> CohortRun:
@@ -63,6 +64,7 @@ def evaluate_run_file(
         path: The run file.
         output: Folder; None: `evaluated` beside the `[run] output`.
         settings: Further arguments of `evaluate_cohort`; they go before those of `[run]`.
+        patients: A file of patient ids, one a line: of these patients only.
         trust_cache: As in `attribute_run_file`.
         **options: `client`, `resume`, `retry_failures`, `progress`.
 
@@ -79,7 +81,10 @@ def evaluate_run_file(
     folder = output if output is not None else run.output.parent / EVALUATED  # type: ignore[union-attr]
     folder = run_folder(usable_path(folder, "output"))
     prepared = run.output is not None and (run.output / CACHE).is_dir()
+    wanted = None if patients is None else patients_of(patients)
     model, dataset = run.load(run.output if prepared and run.output is not None else folder, trust_cache=trust_cache)
+    if wanted is not None:
+        dataset = _of_patients(dataset, wanted)
     return evaluate_cohort(model, dataset, folder, **chosen, **options)
 
 
@@ -130,6 +135,40 @@ def methods_of(text: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"--methods names {name!r} twice; give one of them another name: NAME=METHOD")
         found[name] = value
     return found
+
+
+def patients_of(path: str | Path) -> list[str]:
+    """Patient ids of a file, one a line.
+
+    Raises:
+        ValueError: it cannot be read, or holds none.
+    """
+    path = usable_path(path, "--patients")
+    try:
+        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--patients must be a text file of ids, one a line, got {path}: {first_line(error)}"
+        ) from error
+    if not found:
+        raise ValueError(f"--patients must hold at least one patient id, got the empty {path}")
+    return found
+
+
+def _of_patients(dataset: Any, wanted: Sequence[str]) -> Any:
+    """The samples of some patients.
+
+    Raises:
+        ValueError: one has none.
+    """
+    by_patient = {str(patient): numbers for patient, numbers in dataset.patient_to_index.items()}
+    lacking = [patient for patient in wanted if patient not in by_patient]
+    if lacking:
+        raise ValueError(
+            f"--patients: {len(lacking):,} of {len(wanted):,} have no samples here, the first {lacking[0]!r}; the run "
+            f"file has samples of {len(by_patient):,} patients, such as {next(iter(by_patient), None)!r}"
+        )
+    return dataset.subset(sorted({number for patient in wanted for number in by_patient[patient]}))
 
 
 def planted_of(path: str | Path) -> dict[str, list[str]]:

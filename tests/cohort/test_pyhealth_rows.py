@@ -229,3 +229,18 @@ def test_a_dataset_on_disk_and_workers(tmp_path) -> None:
         two = rollout.attribute_cohort(model, samples, tmp_path / "two", part_samples=6, progress=False, workers=2)
     assert (one.rows, one.attributed) == (two.rows, two.attributed) == (24 * 25 // 2, 24)
     assert_rows(rows(tmp_path / "one"), rows(tmp_path / "two"))
+
+
+def test_a_name_may_leave_the_own_path_out(tmp_path) -> None:
+    model, samples = transformer("flat"), dataset("flat")
+    rollout.attribute_cohort(model, samples, tmp_path / "named", method="rollout:own_path=false", **SETTINGS)
+    rollout.attribute_cohort(
+        model, samples, tmp_path / "given", method=replace(METHODS["rollout"], own_path=False), **SETTINGS
+    )
+    assert rows(tmp_path / "named").equals(rows(tmp_path / "given"), null_equal=True)
+    told = json.loads((tmp_path / "named" / "manifest.json").read_text())["identity"]["method"]
+    assert (told["name"], told["own_path"]) == ("rollout:own_path=false", False)
+    check_settings({"method": "chefer:own_path=false"}, str)
+    for wrong in ("frozen_gradient:own_path=false", "rolout:own_path=false", "rollout:own_path=true"):
+        with pytest.raises(ValueError, match="method must be one of"):
+            check_settings({"method": wrong}, str)

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from rollout.cli import main
-from rollout.runfile.evaluate import methods_of, planted_of
+from rollout.runfile.evaluate import methods_of, patients_of, planted_of
 
 ENTRY = """
 from tests.support import evaluated, toy_cohort
@@ -124,6 +124,10 @@ def test_failed_samples_end_with_status_1(run: Any) -> None:
             ("--entry", "entries:good", "--output", "out", "--local-workers", "2", "--scheduler", "tcp://x:1"),
             "not both",
         ),
+        (
+            ("--entry", "entries:good", "--output", "out", "--patients", "x.txt"),
+            "--patients is for the samples of a run",
+        ),
         (("nowhere.toml",), "nowhere.toml"),
     ],
 )
@@ -133,6 +137,23 @@ def test_what_is_refused(run: Any, tmp_path: Path, arguments: tuple[str, ...], m
     assert message in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_the_patients_of_a_file(tmp_path: Path) -> None:
+    from rollout.runfile.evaluate import _of_patients
+    from tests.support.pyhealth_models import dataset
+
+    path = tmp_path / "patients.txt"
+    path.write_text("p4\n\n p1 \n")
+    chosen = _of_patients(dataset("flat"), patients_of(path))
+    assert [chosen[number]["patient_id"] for number in range(len(chosen))] == ["p1", "p4"]
+    with pytest.raises(ValueError, match=r"1 of 2 have no samples here, the first 'p9'; .* of 6 patients"):
+        _of_patients(dataset("flat"), ["p1", "p9"])
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="must hold at least one patient id"):
+        patients_of(path)
+    with pytest.raises(ValueError, match="--patients must be a text file"):
+        patients_of(tmp_path / "nowhere.txt")
 
 
 def test_methods_by_name() -> None:
