@@ -106,7 +106,8 @@ def run_demo(
     `output` gets `run.toml` with its `weights.pt` and `vocabulary.json`, `attributed/` (what
     `rollout attribute run.toml` writes), `evaluated/` (methods scored on the test patients), `report.html`,
     `test_patients.txt`, `ranking.csv`, `top_codes.png`, `record.png`, `faithfulness.png` and `demo.json`; and `cohort/`
-    with the tables when they were made here. The truth of a synthetic cohort is opened after the ranking is made, to mark it.
+    with the tables when they were made here. The truth of a synthetic cohort is opened after the ranking is made, to
+    mark it.
 
     Args:
         output: New or empty folder.
