@@ -85,20 +85,24 @@ class Attention:
             parts: queries, keys and values [3, H, b, n, D + 1]: with a last column of 1 in the queries and of anything
                 in the others. That of the keys is made the bias here, so that a product adds it.
         """
+        self.add_bias(parts)
         query, key, value = parts
         heads, batch, rows, dim = value[..., :-1].shape
-        key[..., -1] = self.keys.bias * math.sqrt(dim)
         value, mixed = value[..., :-1], value.new_empty(heads, batch, rows, dim)
         fused = query.new_empty(batch, rows, rows) if self.keep else None
-        for h, r in _tiles(heads, batch, rows, query.itemsize):
-            maps = self._maps(query, key, h, r)
+        for h, r in tiles(heads, batch, rows, query.itemsize):
+            maps = self.maps(query, key, h, r)
             if r.stop - r.start == rows:
                 torch.bmm(maps.flatten(0, 1), value[h].flatten(0, 1), out=mixed[h].flatten(0, 1))
             else:
                 mixed[h, :, r] = torch.matmul(maps, value[h])
             if fused is not None:
-                self._fuse(layer, maps, h, fused[:, r])
+                self.fuse(layer, maps, h, fused[:, r])
         return mixed.permute(1, 2, 0, 3).reshape(batch, rows, heads * dim), Kept(layer, fused, query, key)
+
+    def add_bias(self, parts: Tensor) -> None:
+        """Make the last column of the keys what the product with a 1 adds to the scores, before they are scaled."""
+        parts[1, ..., -1] = self.keys.bias * math.sqrt(parts.shape[-1] - 1)
 
     def fused(self, kept: Kept) -> Iterator[tuple[slice, Tensor]]:
         """F_l of the group, [b, r, n], all of it or by slices of rows. The mean is left as a sum."""
@@ -107,15 +111,15 @@ class Attention:
             return
         heads, batch, rows, _ = kept.query.shape
         part = kept.query.new_empty(0)
-        for h, r in _tiles(heads, batch, rows, kept.query.itemsize):
-            maps = self._maps(kept.query, kept.key, h, r)
+        for h, r in tiles(heads, batch, rows, kept.query.itemsize):
+            maps = self.maps(kept.query, kept.key, h, r)
             if h.start == 0:
                 part = maps.new_empty(maps.shape[1:])
-            self._fuse(kept.layer, maps, h, part)
+            self.fuse(kept.layer, maps, h, part)
             if h.stop == heads:
                 yield r, part
 
-    def _maps(self, query: Tensor, key: Tensor, h: slice, r: slice) -> Tensor:
+    def maps(self, query: Tensor, key: Tensor, h: slice, r: slice) -> Tensor:
         """The softmax [h, b, r, n] of some heads and rows."""
         queries, keys = query[h, :, r].flatten(0, 1), key[h].flatten(0, 1).transpose(1, 2)
         scale = 1 / math.sqrt(query.shape[3] - 1)
@@ -130,10 +134,10 @@ class Attention:
     def fuse_top(self, maps: Tensor) -> Tensor:
         """Row 0 of F_L [b, n] from that of every head; the mean is left as a sum."""
         row = torch.empty_like(maps[:, 0])
-        self._fuse(-1, maps.transpose(0, 1), slice(0, maps.shape[1]), row)
+        self.fuse(-1, maps.transpose(0, 1), slice(0, maps.shape[1]), row)
         return row
 
-    def _fuse(self, layer: int, maps: Tensor, h: slice, fused: Tensor) -> None:
+    def fuse(self, layer: int, maps: Tensor, h: slice, fused: Tensor) -> None:
         weights = None if self.weights is None else self.weights[layer, h]
         fuse_heads(maps, self.method, weights, fused, first=h.start == 0)
 
@@ -162,7 +166,7 @@ def keeps_maps(counts: Tensor, layers: int) -> bool:
     return layers * counts.numel() * counts.shape[1] * counts.itemsize <= KEPT_BYTES
 
 
-def _tiles(heads: int, batch: int, rows: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
+def tiles(heads: int, batch: int, rows: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
     """(heads, rows) of tiles of scores: all rows of as many heads as fit, else rows of one head."""
     entries = max(1, TILE_BYTES // itemsize)
     step = max(1, min(heads, entries // max(1, batch * rows * rows)))
