@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from rollout.pyhealth.merged.blocks import Block
 from rollout_kernels import Method
 
 # A tile of scores stays in the second-level cache between the products and the softmax.
@@ -77,6 +79,14 @@ class Attention:
     def __init__(self, keys: Keys, method: Method, weights: Tensor | None, *, keep: bool) -> None:
         self.keys, self.method, self.weights, self.keep = keys, method, weights, keep
 
+    @staticmethod
+    def project(block: Block, x: Tensor) -> Tensor:
+        """Queries, keys and values of rows [N, E], head by head and with a column of 1 after each: [3H, N, D + 1]."""
+        flat = flat_projections(block, x)
+        parts = flat.new_ones(*flat.shape[:2], flat.shape[2] + 1)
+        parts[..., :-1] = flat
+        return parts
+
     def attend(self, layer: int, parts: Tensor) -> tuple[Tensor, Kept]:
         """softmax(QKᵀ/√D + bias)·V as [b, n, H·D], and what the chain needs of the layer.
 
@@ -85,9 +95,9 @@ class Attention:
             parts: queries, keys and values [3, H, b, n, D + 1]: with a last column of 1 in the queries and of anything
                 in the others. That of the keys is made the bias here, so that a product adds it.
         """
-        self.add_bias(parts)
         query, key, value = parts
         heads, batch, rows, dim = value[..., :-1].shape
+        self.add_bias(key)
         value, mixed = value[..., :-1], value.new_empty(heads, batch, rows, dim)
         fused = query.new_empty(batch, rows, rows) if self.keep else None
         for h, r in tiles(heads, batch, rows, query.itemsize):
@@ -100,9 +110,9 @@ class Attention:
                 self.fuse(layer, maps, h, fused[:, r])
         return mixed.permute(1, 2, 0, 3).reshape(batch, rows, heads * dim), Kept(layer, fused, query, key)
 
-    def add_bias(self, parts: Tensor) -> None:
-        """Make the last column of the keys what the product with a 1 adds to the scores, before they are scaled."""
-        parts[1, ..., -1] = self.keys.bias * math.sqrt(parts.shape[-1] - 1)
+    def add_bias(self, key: Tensor) -> None:
+        """Make the last column of keys [H, b, n, D + 1] what the product with a 1 adds to the scores before scaling."""
+        key[..., -1] = self.keys.bias * math.sqrt(key.shape[-1] - 1)
 
     def fused(self, kept: Kept) -> Iterator[tuple[slice, Tensor]]:
         """F_l of the group, [b, r, n], all of it or by slices of rows. The mean is left as a sum."""
@@ -140,6 +150,11 @@ class Attention:
     def fuse(self, layer: int, maps: Tensor, h: slice, fused: Tensor) -> None:
         weights = None if self.weights is None else self.weights[layer, h]
         fuse_heads(maps, self.method, weights, fused, first=h.start == 0)
+
+
+def flat_projections(block: Block, x: Tensor) -> Tensor:
+    """Queries, keys and values of rows [N, E], head by head: [3H, N, D]."""
+    return functional.linear(block.norm(x), block.projections).view(len(x), 3 * block.heads, -1).transpose(0, 1)
 
 
 def fuse_heads(maps: Tensor, method: Method, weights: Tensor | None, fused: Tensor, *, first: bool) -> None:

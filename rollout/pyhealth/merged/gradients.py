@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rollout.pyhealth.merged.attend import Attention, Kept, keys_of, tiles
+from rollout.pyhealth.merged.attend import Attention, Kept, flat_projections, keys_of, tiles
 from rollout.pyhealth.merged.blocks import Block
 from rollout.pyhealth.merged.encode import Run, head_weights
 from rollout.pyhealth.merged.rows import Group, Merged, Rows
@@ -76,9 +76,12 @@ class _GradientAttention(Attention):
         self._values: dict[int, Tensor] = {}
         self._counts = group.counts.clamp(min=1).unsqueeze(2)
 
+    @staticmethod
+    def project(block: Block, x: Tensor) -> Tensor:
+        return flat_projections(block, x)
+
     def attend(self, layer: int, parts: Tensor) -> tuple[Tensor, Kept]:
-        self.add_bias(parts.detach())  # a column that autograd is not asked about
-        query, key, value = parts[..., :-1].transpose(1, 2)
+        query, key, value = parts.transpose(1, 2)
         output = functional.scaled_dot_product_attention(query, key, value, attn_mask=self.keys.bias[:, None, None])
         if self.keys.uniform is not None and self.keys.shares is not None:
             output = torch.where(self.keys.uniform.unsqueeze(1), self.keys.shares.unsqueeze(1) @ value, output)
@@ -88,12 +91,13 @@ class _GradientAttention(Attention):
         return output.transpose(1, 2).flatten(2), Kept(layer, None, kept_query, kept_key)
 
     def fused(self, kept: Kept) -> Iterator[tuple[slice, Tensor]]:
-        value = self._values[kept.layer][..., :-1]
-        slopes = self.gradients[self.outputs[kept.layer]].transpose(0, 1)
+        query, key = functional.pad(kept.query, (0, 1), value=1.0), functional.pad(kept.key, (0, 1))
+        self.add_bias(key)
+        value, slopes = self._values[kept.layer], self.gradients[self.outputs[kept.layer]].transpose(0, 1)
         heads, batch, rows, _ = value.shape
         part = value.new_empty(0)
-        for h, r in tiles(heads, batch, rows, 2 * value.itemsize):
-            maps = self.maps(kept.query, kept.key, h, r)
+        for h, r in tiles(heads, batch, rows, value.itemsize):
+            maps = self.maps(query, key, h, r)
             if h.start == 0:
                 part = maps.new_empty(maps.shape[1:])
             self.fuse(kept.layer, self._weigh(maps, slopes[h, :, r] @ value[h].mT), h, part)
