@@ -25,7 +25,6 @@ from bench.providers.chains import (
 )  # fmt: skip
 
 DIM = 64
-TILE_BYTES = 4 * 2**20  # as the engine's tiles on a CPU
 WARM = (64, 128)  # S below the size of most last-level caches
 
 
@@ -125,27 +124,3 @@ def test_memory_against_layers(layers: int, measure: Callable[..., None], quick:
     maps = (make_maps(seq) * 2)[:layers]
     given = MAPS[OURS].on(shape_of(seq, layers), maps)
     measure(**given, reference=oracle.from_maps(maps), suite="memory against layers", provider=OURS)
-
-
-@pytest.mark.parametrize("provider", ["head by head", "sum(1)"])
-@pytest.mark.parametrize("seq", SEQUENCES)
-def test_head_sum(seq: int, provider: str, measure: Callable[..., None], quick: bool) -> None:
-    """Why heads are added one by one: the first step of a tile alone, over a batch in tiles of the engine's size."""
-    skip_large(quick, seq)
-    values = make_maps(seq)[0]
-    tiles = values.split(max(1, TILE_BYTES // (4 * seq * seq)))
-    buffer = values.new_empty(len(tiles[0]), seq, seq)
-
-    def run() -> Tensor:
-        for tile in tiles:
-            out = buffer[: len(tile)]
-            if provider == "sum(1)":
-                torch.sum(tile, 1, out=out)
-                continue
-            torch.add(tile[:, 0], tile[:, 1], out=out)
-            for head in range(2, tile.shape[1]):
-                out.add_(tile[:, head])
-        return out
-
-    given = {"bytes": values.nbytes, "shape": shape_of(seq, layers=0).sizes, "dtype": "float32", "tolerance": 1e-6}
-    measure(run, reference=tiles[-1].double().sum(1), suite="head sum", provider=provider, **given)

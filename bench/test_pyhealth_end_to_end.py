@@ -1,5 +1,6 @@
 """PyHealth's Transformer from batch to attributions: PyHealth's interpreter, ours, and the model's forward alone."""
 
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache, partial
@@ -18,8 +19,10 @@ from rollout.bench.measure import OURS
 pytest.importorskip("pyhealth", reason="PyHealth is not installed: pip install 'attention-rollout[pyhealth]'")
 
 from pyhealth.interpret.methods import AttentionRollout as PyHealthRollout
+from pyhealth.interpret.methods import CheferRelevance as PyHealthChefer
 
-from rollout.pyhealth import AttentionRollout
+import rollout
+from rollout.pyhealth import AttentionRollout, CheferRelevance
 from rollout.pyhealth.merged import attend
 
 BATCH, HEADS, LAYERS = 32, 8, 4
@@ -28,6 +31,9 @@ SIZES = {"E64 H2 L2": (64, 2, 2), "E128 H8 L4": (128, 8, 4)}
 WIDTHS, QUICK_WIDTH = (64, 128, 256, 512, 1024, 2048, 4096), 64
 MOST_EXACT = 1024  # wider, PyHealth's own in float64 takes gigabytes
 ROWS = 1024  # in a batch of records of different codes
+DIFFERENT, REPEATED = "different codes", "codes as often as 1 over their rank"
+CLASS_BATCH, OFTEN = 16, 1 / torch.arange(1.0, 1001.0)
+CLASS_CASES = [*((DIFFERENT, seq) for seq in (64, 128, 256, 512, 1024)), (REPEATED, 512)]
 QUICK, QUICK_BATCH = ("S=64", "log-normal, unsorted"), 8
 FORWARDS = {FUSED: end_to_end.fused_forward, "plain forward": end_to_end.plain_forward}
 
@@ -113,6 +119,58 @@ def wide_model() -> Any:
     return subject
 
 
+def make_records(case: str, seq: int, batch: int) -> end_to_end.Batches:
+    """One batch of records of S codes for `wide_model`."""
+    generator = torch.Generator().manual_seed(0)
+    if case == REPEATED:
+        ids = 2 + torch.multinomial(OFTEN.expand(batch, -1), seq, replacement=True, generator=generator)
+    else:
+        ids = torch.stack([2 + torch.randperm(max(WIDTHS), generator=generator)[:seq] for _ in range(batch)])
+    return [{"codes": ids.to(host.DEVICE), "label": torch.zeros(batch, 1, device=host.DEVICE)}]
+
+
+@cache
+def exact_class(case: str, seq: int) -> Tensor:
+    """By the formula in float64, record by record, from the maps and gradients that PyHealth's hooks keep."""
+    subject, found = copy.deepcopy(wide_model()).double(), []
+    subject.set_attention_hooks(True)
+    (data,) = make_records(case, seq, CLASS_BATCH)
+    with torch.inference_mode(False), torch.enable_grad():
+        for ids in data["codes"].split(1):
+            subject(codes=ids, label=data["label"][:1].double())["logit"].sum().backward()
+            maps, gradients = zip(*subject.get_attention_layers()["codes"], strict=True)
+            call = partial(rollout.attention_rollout, maps, gradients=gradients, method="chefer", backend="reference")
+            found.append(call(query=0)[0])
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("provider", [STOCK, OURS])
+@pytest.mark.parametrize(("case", "seq"), CLASS_CASES)
+def test_class_specific(case: str, seq: int, provider: str, measure: Callable[..., None], quick: bool) -> None:
+    """Chefer's relevance; what PyHealth leaves on the model is dropped, or the next call would start with it."""
+    if quick != (seq == CLASS_CASES[0][1]):
+        pytest.skip("64 codes are for the quick run")
+    interpreter = (PyHealthChefer if provider == STOCK else CheferRelevance)(wide_model())
+    data = make_records(case, seq, CLASS_BATCH)
+
+    def run() -> Tensor:
+        result = end_to_end.attribute(interpreter, data)
+        end_to_end.drop_maps(wide_model())
+        return result
+
+    measure(
+        run,
+        reference=exact_class(case, seq),
+        tolerance=1e-5,
+        suite="class-specific relevance",
+        provider=provider,
+        case=case,
+        samples=CLASS_BATCH,
+        shape={"B": CLASS_BATCH, "H": HEADS, "S": seq, "L": LAYERS, "E": EMBEDDING},
+        dtype="float32",
+    )
+
+
 @pytest.mark.skipif(host.DEVICE.type != "cpu", reason="rows are merged on a CPU")
 @pytest.mark.parametrize("provider", ["F kept", "F made again", "fused attention, Q and K again"])
 @pytest.mark.parametrize("width", WIDTHS)
@@ -122,10 +180,8 @@ def test_visits(
     """Where `KEPT_BYTES` of `rollout.pyhealth.merged.attend` comes from: is there a width at which F is not kept?"""
     if quick and width > QUICK_WIDTH:
         pytest.skip("left out of the quick run")
-    generator = torch.Generator().manual_seed(0)
     batch = max(1, ROWS // width)
-    ids = torch.stack([2 + torch.randperm(max(WIDTHS), generator=generator)[:width] for _ in range(batch)])
-    data: end_to_end.Batches = [{"codes": ids, "label": torch.zeros(batch, 1)}]
+    data = make_records(DIFFERENT, width, batch)
     monkeypatch.setattr(attend, "KEPT_BYTES", 0 if provider == "F made again" else 1 << 40)
     interpreter = AttentionRollout(wide_model())
     layer = interpreter.model.transformer["codes"]

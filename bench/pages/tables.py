@@ -13,7 +13,7 @@ from rollout.bench.end_to_end import FUSED, STOCK
 from rollout.bench.measure import Ceilings
 
 # Who the others are measured against, the first that a group has; and the work that none can leave out.
-BASELINES = (NAIVE, STOCK, GILDENBLAT, CHEFER, "one worker", "fused forward", "plain forward", "sum(1)")
+BASELINES = (NAIVE, STOCK, GILDENBLAT, CHEFER, "one worker", "fused forward", "plain forward")
 FLOORS = (READ, PRODUCTS, FUSED)
 TAIL = 4  # points of a curve that an exponent is fitted to
 NONE = "–"

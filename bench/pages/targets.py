@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from bench.machine.record import Record, Suite, find, seconds
 from bench.providers.chains import NAIVE, NATIVE, PRODUCTS, READ, SEQUENCES
-from rollout.bench.end_to_end import FUSED
+from rollout.bench.end_to_end import FUSED, STOCK
 from rollout.bench.measure import OURS
 
 MET, MISSED, NO_GPU, NO_RUN = "met", "missed", "not yet run on a GPU", "not in the record"
@@ -118,6 +118,12 @@ def memory_exponent(case: str) -> Value:
     return value
 
 
+def memory_share(of: str, **which: Any) -> Value:
+    """The extra memory of ours over that of another, in percent."""
+    name = "peak_extra_bytes"
+    return lambda suite: 100 * field(suite, name, **which) / field(suite, name, of, **which)
+
+
 def largest_error(suite: Suite) -> float:
     return max(each["error"] for each in suite["results"] if each["provider"] == OURS)
 
@@ -174,8 +180,9 @@ TARGETS = (
       for suite, most in (("rows from maps", 1e-6), ("full matrix", 1e-6), ("rows from Q,K", 3e-6))),
     *(Target(CAPTURE, f"{case}, of its forward", slower("capture", "plain forward", case=case), most=1.4, unit="×")
       for case in ("BERT-base", "PyHealth Transformer")),
-    Target("BERT-base from tokens", "extra memory, of that of stored maps",
-           lambda suite: 100 * field(suite, "peak_extra_bytes") / field(suite, "peak_extra_bytes", NAIVE), most=25),
+    Target("BERT-base from tokens", "extra memory, of that of stored maps", memory_share(NAIVE), most=25),
+    Target("class-specific relevance", "S=512, different codes, extra memory, of PyHealth's",
+           memory_share(STOCK, S=512), most=25),
     _kernel("maps-fp32-c1", "rows from maps, ≥ 1 GB, of copy bandwidth", of_copy, 95),
     _kernel("full-fp32-c1", "full matrix from fp32 maps, S=512, products as bf16x6, of copy bandwidth", of_copy, 36,
             precision="bf16x6"),

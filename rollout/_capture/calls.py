@@ -185,6 +185,8 @@ class Watch(TorchFunctionMode):
                 maps=held.values,
                 broken=broken,
                 heads=heads,
+                given=output,
+                rows=rows,
             )
         )
 

@@ -37,7 +37,12 @@ ADAPTERS = {
 
 
 def capture(
-    model: nn.Module, *, shared_layers: bool = False, allow: str | None = None, cross_attention: bool = False
+    model: nn.Module,
+    *,
+    shared_layers: bool = False,
+    allow: str | None = None,
+    cross_attention: bool = False,
+    gradients: bool = False,
 ) -> "Capture":
     """Record what rollout needs of a forward pass, while the model keeps its fast attention.
 
@@ -70,6 +75,9 @@ def capture(
             positions in between, or layers do not stand on each other; `Tape.notes` then says what.
         cross_attention: record that, too, of a stream over the last state of another, for
             `Tape.encoder_decoder_rollout`.
+        gradients: record what `Tape.take_gradients` goes back to: of each layer also the values [B, H_v, S, D_v], and
+            its place in autograd's graph, which the tape then keeps. The model must be called with autograd on, and
+            something that it embeds must require gradients.
 
     Returns:
         A context manager that gives the `rollout.tape.Tape`.
@@ -85,6 +93,7 @@ def capture(
     if allow not in (None, ATTENTION_LAYERS_ONLY):
         raise ValueError(f"capture: allow must be None or {ATTENTION_LAYERS_ONLY!r}, got {allow!r}")
     options = {"shared_layers": shared_layers, "allowed": allow is not None, "cross_attention": cross_attention}
+    options["gradients"] = gradients
     return Capture(model, **options)
 
 

@@ -8,6 +8,7 @@ and are taken to be as the first one was.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +25,7 @@ from rollout._capture.seen import Heads, Seen, batched, check, make_record
 from rollout._capture.streams import stream_names
 from rollout.errors import CaptureError
 from rollout.tape import Record, Tape
+from rollout.tape.handed import Handed, Slope
 
 __all__ = [
     "ATTENTION_LAYERS_ONLY",
@@ -50,11 +52,13 @@ class Recording:
         shared_layers: bool,
         allowed: bool,
         cross_attention: bool,
+        gradients: bool,
     ) -> None:
         self.model = model
         self.tape = Tape(type(model).__name__)
         self.paths = {module: path for path, module in model.named_modules()}
         self.shared_layers, self.allowed, self.cross_attention = shared_layers, allowed, cross_attention
+        self.gradients = gradients
         self._watched, self._looked_at = watched, looked_at
         self.depth, self.muted = 0, 0
         self.memo: dict[Any, tuple[Any, Any]] = {}
@@ -160,7 +164,7 @@ class Recording:
                 check(seen, entry, where)
             return entry
 
-        self.attended(module, states, batched(seen.output, seen.heads), make)
+        self.attended(module, states, batched(seen.output, seen.heads), make, handed=seen.handed)
 
     def _refuse_shape(self, where: str, queries: Tensor, heads: Heads | None) -> None:
         if queries.dim() > 4:
@@ -186,6 +190,7 @@ class Recording:
         stream: str | None = None,
         crossing: bool = False,
         standing: bool = False,
+        handed: Handed | None = None,
     ) -> None:
         """A module attended: judge it, and record it when it is the self-attention of a stream, or cross-attention
         that is asked for.
@@ -198,10 +203,11 @@ class Recording:
             stream: what the tape calls its stream; by default the path of the module up to the layer index.
             crossing: it is known to attend over another sequence.
             standing: it is known to stand on the one before, of a stack that ran as one operation.
+            handed: what gradients are taken of; None where that is not known.
         """
         if self.depth:
             with torch._C.DisableTorchFunction():
-                self._attended(module, states, output, make, stream, crossing, standing)
+                self._attended(module, states, output, make, stream, crossing, standing, handed)
 
     def _attended(
         self,
@@ -212,6 +218,7 @@ class Recording:
         stream: str | None,
         crossing: bool,
         standing: bool,
+        handed: Handed | None,
     ) -> None:
         path, name = self.paths[module], stream
         stream = self.streams[path][0]
@@ -230,7 +237,23 @@ class Recording:
             self.tape.left_out += (path,)
         else:
             self._ran.add((stream, module, crosses))
-            self.tape.add(stream if name is None else name, path, entry, site.source)
+            slope = None
+            if self.gradients and not crosses:
+                entry, slope = self._with_gradients(module, entry, handed)
+            self.tape.add(stream if name is None else name, path, entry, site.source, slope)
+
+    def _with_gradients(self, module: nn.Module, entry: Record, handed: Handed | None) -> tuple[Record, Slope]:
+        """The record with its values, and where the gradient of the output arrives."""
+        where = self.name(module)
+        if handed is None:
+            raise CaptureError(
+                f"capture: gradients are taken at the output of an attention, and what {where} hands on is not known, "
+                f"as of a function of one's own, or of torch's fast path of an encoder layer that is frozen: leave "
+                f"gradients=True out, or call requires_grad_() on the model"
+            )
+        slope = handed.slope(where)
+        with torch.no_grad():
+            return replace(entry, values=handed.values()), slope
 
     def _site(self, site: Site, states: Sequence[Tensor], crossing: bool, standing: bool) -> Site:
         if self.study is None:

@@ -12,6 +12,7 @@ from rollout._capture.masks import structure
 from rollout._capture.scores import Scores, additive_mask, reshaped, scaled_queries
 from rollout.errors import CaptureError
 from rollout.tape import Record
+from rollout.tape.handed import Handed
 
 __all__ = ["Heads", "Seen", "batched", "check", "make_record"]
 
@@ -35,6 +36,7 @@ class Seen:
         mask, causal, scale: of a fused call.
         scores, maps, broken: of one written out; `broken` names an operation on the scores that is not known.
         heads: where a batch of matrices was seen to be made of B and H.
+        given, rows: the output as the model goes on with it, and which of its dimensions is S.
     """
 
     queries: Tensor
@@ -48,6 +50,17 @@ class Seen:
     maps: Tensor | None = None
     broken: str | None = None
     heads: Heads | None = None
+    given: Tensor | None = None
+    rows: int = -2
+
+    @property
+    def handed(self) -> Handed:
+        """What gradients are taken of."""
+        return Handed(
+            self.output if self.given is None else self.given,
+            lambda each: batched(each.movedim(self.rows, -2), self.heads),
+            lambda: batched(self.values, self.heads),
+        )
 
 
 def batched(tensor: Tensor, heads: Heads | None) -> Tensor:

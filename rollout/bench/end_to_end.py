@@ -126,10 +126,11 @@ def attribute(interpreter: Any, batches: Batches) -> Tensor:
 
 
 def drop_maps(model: Any) -> None:
-    """PyHealth's interpreter leaves its maps behind."""
+    """PyHealth's interpreters leave maps behind, and gradients of them and of the parameters."""
     for module in model.modules():
         if hasattr(module, "attn_map"):
-            module.attn_map = None
+            module.attn_map = module.attn_gradients = None
+    model.zero_grad(set_to_none=True)
 
 
 def plain_forward(model: Any, batches: Batches) -> Tensor:

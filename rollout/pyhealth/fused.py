@@ -66,8 +66,8 @@ class Attended:
             self.mask, self.valid = mask, valid_positions(mask)
         elif not _same_memory(mask, self.mask) and not _equal(valid_positions(mask), self.valid):
             raise CannotFuseError
-        self.queries.append(query)
-        self.keys.append(key)
+        self.queries.append(query.detach())
+        self.keys.append(key.detach())
 
     def measure(self, value: Tensor, x: Tensor) -> None:
         """A layer's values, and what the residual adds.

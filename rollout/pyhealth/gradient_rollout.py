@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from rollout.api import attention_rollout
 from rollout.method import get_method
-from rollout.pyhealth.fused import CannotFuseError, can_fuse
+from rollout.pyhealth.fused import Attended, CannotFuseError, FusedCapture, can_fuse
 from rollout.pyhealth.interpreter import RowInterpreter
 from rollout.pyhealth.merged import CannotMergeError, MergedGradientCapture
 from rollout.pyhealth.protocol import Target, protocol_gradients, usable
@@ -19,6 +19,8 @@ from rollout_kernels import Method
 
 __all__ = ["CheferRelevance", "GradientRollout"]
 
+FROM_OUTPUTS = ("auto", "torch", "reference")  # backends that weight maps from Q, K, V and the output's gradient
+
 
 class GradientRollout(RowInterpreter):
     """Class-specific relevance of a PyHealth model by a method that weights attention with its gradient.
@@ -26,13 +28,14 @@ class GradientRollout(RowInterpreter):
     R = M_L · … · M_1, M_l made of A_l ∘ ∂y/∂A_l as the method says, y the logit of the class; of R the row the model
     reads, per feature.
 
-    One forward and one backward pass, the latter to the attention maps only: no parameter's `.grad` is touched, and
-    nothing is left on the model, also after an exception. Frozen parameters, `torch.no_grad()` and
-    `torch.inference_mode()` make no difference. `model.eval()` is called once, here.
+    One forward and one backward pass, the latter to the attention alone: no parameter's `.grad` is touched, and nothing
+    is left on the model, also after an exception. Frozen parameters, `torch.no_grad()` and `torch.inference_mode()`
+    make no difference. `model.eval()` is called once, here.
 
     For PyHealth's own Transformer and StageAttentionNet only the row read is computed, as in `AttentionRollout`, and a
-    Transformer is run, forward and back, on the distinct rows of each record where that is so there. Other models are
-    run by PyHealth's protocol, their own hooks included, and handed the full R [B, S, S].
+    Transformer is run, forward and back, on the distinct rows of each record where that is so there. In float32 and
+    float64 no map is stored: ∂y/∂A = ∂y/∂O·Vᵀ of the attention's output O = A·V, tile by tile. Other models are run by
+    PyHealth's protocol, their own hooks included, and handed the full R [B, S, S]. Not yet run on a GPU.
 
     Args:
         model: implements PyHealth's `CheferInterpretable`.
@@ -72,7 +75,9 @@ class GradientRollout(RowInterpreter):
 
     def _by_protocol(self, data: dict[str, Any], target_class_idx: int | None) -> Relevance:
         maps, gradients = protocol_gradients(self.model, data, self._target(target_class_idx))
-        matrices = {key: self._chain(maps.pop(key), gradients.pop(key), None) for key in list(maps)}
+        matrices = {
+            key: chain(maps.pop(key), gradients.pop(key), None, self.method, self.backend) for key in list(maps)
+        }
         return self._read_matrices(matrices, data)
 
     def _by_capture(self, sites: Sites, data: dict[str, Any], target_class_idx: int | None) -> Relevance:
@@ -83,10 +88,17 @@ class GradientRollout(RowInterpreter):
                 found = self._by_merged(merged, data)
                 if found is not None:
                     return found
-        captured = GradientCapture(self.model, sites, target)
+            if self.backend in FROM_OUTPUTS:
+                with suppress(CannotFuseError):
+                    return self._by_rows(
+                        FusedGradientCapture(self.model, sites, self.method, self.backend, target), data
+                    )
+        return self._by_rows(GradientCapture(self.model, sites, self.method, self.backend, target), data)
+
+    def _by_rows(self, captured: "GradientCapture | FusedGradientCapture", data: dict[str, Any]) -> Relevance:
         captured.run(data)
         rows = self._rows(captured, data)
-        relevance = {key: self._chain(*captured.take_both(key), None if rows is None else rows[key]) for key in sites}
+        relevance = {key: captured.rollout(key, None if rows is None else rows[key]) for key in captured.sites}
         return self._read_matrices(relevance, data) if rows is None else relevance
 
     def _target(self, target_class_idx: int | None) -> Target:
@@ -97,12 +109,6 @@ class GradientRollout(RowInterpreter):
             return (functional.one_hot(classes, logits.shape[1]).to(logits) * logits).sum()
 
         return target
-
-    def _chain(self, maps: list[Tensor], gradients: list[Tensor], rows: Tensor | None) -> Tensor:
-        """Rows [B, S] of the relevance, or all of it [B, S, S]; a NaN stays in its sample."""
-        return attention_rollout(
-            maps, query=rows, gradients=gradients, method=self.method, backend=self.backend, validate=False
-        )
 
 
 class CheferRelevance(GradientRollout):
@@ -130,8 +136,9 @@ class CheferRelevance(GradientRollout):
 class GradientCapture(MapCapture):
     """The maps of one forward pass, and the gradients of its target to them."""
 
-    def __init__(self, model: Any, sites: Sites, target: Target) -> None:
+    def __init__(self, model: Any, sites: Sites, method: Method, backend: str, target: Target) -> None:
         super().__init__(model, sites)
+        self.method, self.backend = method, backend
         self._target = target
         self._gradients: dict[nn.Module, Tensor] = {}
 
@@ -140,9 +147,7 @@ class GradientCapture(MapCapture):
         with torch.inference_mode(False), torch.enable_grad():
             logits = self.forward(usable(data))["logit"]
             self.shapes()
-            sites = list(self._maps)
-            gradients = torch.autograd.grad(self._target(logits), list(self._maps.values()), materialize_grads=True)
-        self._gradients = dict(zip(sites, gradients, strict=True))
+            self._gradients = _gradients_of(self._target(logits), self._maps)
         self._maps = {site: attention.detach() for site, attention in self._maps.items()}
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], mixed: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,6 +157,54 @@ class GradientCapture(MapCapture):
         self._maps[module] = attention
         return mixed, attention
 
-    def take_both(self, key: str) -> tuple[list[Tensor], list[Tensor]]:
-        """The maps of one feature key and their gradients, input side first; they are dropped here."""
-        return self.take(key), [self._gradients.pop(site) for site in self.sites[key]]
+    def rollout(self, key: str, rows: Tensor | None) -> Tensor:
+        """Rows [B, S] of the relevance of a feature key, or all of it [B, S, S]; what was recorded is dropped here."""
+        maps, gradients = self.take(key), [self._gradients.pop(site) for site in self.sites[key]]
+        return chain(maps, gradients, rows, self.method, self.backend)
+
+
+class FusedGradientCapture(FusedCapture):
+    """Queries, keys and values of one forward pass, and the gradients of its target to the output of each attention.
+
+    Its `run` raises CannotFuseError as that of `FusedCapture`.
+    """
+
+    def __init__(self, model: Any, sites: Sites, method: Method, backend: str, target: Target) -> None:
+        super().__init__(model, sites, method, backend)
+        self._target = target
+        self._outputs: dict[nn.Module, Tensor] = {}
+        self._gradients: dict[nn.Module, Tensor] = {}
+
+    def run(self, data: Any) -> None:
+        """Run the model forward, its own hooks off, and backward as far as the lowest attention."""
+        with torch.inference_mode(False), torch.enable_grad():
+            logits = self.forward(usable(data))["logit"]
+            self.shapes()
+            self._gradients = _gradients_of(self._target(logits), self._outputs)
+        self._outputs.clear()
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        mixed, no_map = super().attend(module, query, key, value, mask)
+        self._attended[self.key_of[module]].values.append(value.detach())
+        if module is self.sites[self.key_of[module]][0]:  # nothing is asked of what lies below
+            mixed = mixed.detach()
+        if not mixed.requires_grad:
+            mixed.requires_grad_()
+        self._outputs[module] = mixed
+        return mixed, no_map
+
+    def _measured(self, key: str, attended: Attended) -> dict[str, Any]:
+        gradients = [self._gradients.pop(site) for site in self.sites[key]]
+        return {"values": attended.values, "output_gradients": gradients}
+
+
+def _gradients_of(target: Tensor, recorded: dict[nn.Module, Tensor]) -> dict[nn.Module, Tensor]:
+    gradients = torch.autograd.grad(target, list(recorded.values()), materialize_grads=True)
+    return dict(zip(recorded, gradients, strict=True))
+
+
+def chain(maps: list[Tensor], gradients: list[Tensor], rows: Tensor | None, method: Method, backend: str) -> Tensor:
+    """Rows [B, S] of the relevance, or all of it [B, S, S]; a NaN stays in its sample."""
+    return attention_rollout(maps, query=rows, gradients=gradients, method=method, backend=backend, validate=False)

@@ -30,6 +30,7 @@ class Record:
         softcap: c of cap(s) = c·tanh(s/c); None leaves scores as they are.
         sinks: [H], scores of one more column of each head's softmax, that is no key: the rows of a map sum to less
             than 1.
+        values: [B, H_v, S', D_v], H a multiple of H_v; only of a capture that asks for gradients.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or shape; the message names it.
@@ -45,9 +46,10 @@ class Record:
     scale: float | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    values: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("queries", "keys", *MASKS, "bias", "sinks"):
+        for name in ("queries", "keys", *MASKS, "bias", "sinks", "values"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Tensor):
                 raise TypeError(f"Record: {name} must be a tensor, got {type(value).__name__}")
@@ -63,6 +65,9 @@ class Record:
             raise ValueError(f"Record: H must be a multiple of H_kv, got {q.shape[1]} and {k.shape[1]}")
         if self.sinks is not None and self.sinks.shape != (q.shape[1],):
             raise ValueError(f"Record: sinks must be [H] = [{q.shape[1]}], got {list(self.sinks.shape)}")
+        v = self.values
+        if v is not None and (v.dim() != 4 or (v.shape[0], v.shape[2]) != (k.shape[0], k.shape[2])):
+            raise ValueError(f"Record: values must be [B, H_v, S', D_v] of the keys' B and S', got {list(v.shape)}")
         for name, positions, letter in (("key_mask", self.key_seq, "S'"), ("query_mask", self.seq, "S")):
             mask = getattr(self, name)
             if mask is not None and (mask.dtype != torch.bool or mask.shape != (q.shape[0], positions)):

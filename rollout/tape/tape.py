@@ -18,6 +18,7 @@ from torch import Tensor
 from rollout.api import attention_rollout_qk
 from rollout.method import get_method
 from rollout.tape.call import call_arguments, meant_rows
+from rollout.tape.handed import Slope, gradients_of
 from rollout.tape.record import Layer, Record
 from rollout.tape.through import roll_through
 from rollout_kernels import Method
@@ -46,6 +47,8 @@ class Tape:
         self.left_out: tuple[str, ...] = ()
         self._versions: dict[int, tuple[Tensor, int]] = {}
         self._layers: dict[str, list[Layer]] = {}
+        self._slopes: dict[str, list[Slope]] = {}
+        self._gradients: dict[str, list[Tensor]] = {}
 
     def __repr__(self) -> str:
         held = ", ".join(f"{stream}: {len(self._stack(stream))} layers" for stream in self._layers)
@@ -66,7 +69,7 @@ class Tape:
 
     def clear(self) -> None:
         """Drop everything recorded."""
-        self._layers = {}
+        self._layers, self._slopes, self._gradients = {}, {}, {}
         self._versions = {}
         self.notes, self.left_out = (), ()
 
@@ -126,6 +129,33 @@ class Tape:
         with torch.no_grad():
             return records[layer].maps()
 
+    def take_gradients(self, target: Tensor, *, retain_graph: bool = False) -> None:
+        """Go back from a number as far as the recorded attentions, for the gradient-weighted methods of `rollout`.
+
+            with rollout.capture(model, gradients=True) as tape:
+                logits = model(**batch).logits
+            tape.take_gradients(logits[:, 1].sum())
+            tape.rollout(query=0, method="chefer")
+
+        Of each attention the gradient of its output is kept, [B, H, S, D_v]; no `.grad` is touched.
+
+        Args:
+            target: one number made of the model's output: of a class the sum of its logits over the samples.
+            retain_graph: keep autograd's graph, for another target after this one.
+
+        Raises:
+            TypeError, ValueError: it is no such number; nothing was recorded, or without gradients=True.
+        """
+        name = "Tape.take_gradients"
+        self._stream(next(iter(self._layers), None), "take_gradients")
+        if not self._slopes:
+            raise ValueError(f"{name}: the tape must be that of a capture(model, gradients=True)")
+        slopes = [slope for held in self._slopes.values() for slope in held]
+        found = gradients_of(target, slopes, name, retain_graph=retain_graph)
+        records = [layer.record for stream in self._slopes for layer in self._stack(stream)]
+        taken = iter([_nothing(record) if each is None else each for each, record in zip(found, records, strict=True)])
+        self._gradients = {stream: [next(taken) for _ in held] for stream, held in self._slopes.items()}
+
     def rollout(
         self,
         query: int | Tensor | Mapping[str, Any] | None = None,
@@ -144,7 +174,8 @@ class Tape:
                 padded on the left, and −1 its last (where `query_mask` says what the other rows are, as in PyHealth's
                 models, 0 is position 0). A long [B] names positions of the padded batch; a negative one counts from
                 the sample's own end.
-            method: a name in `rollout.METHODS`, or a `rollout.Method`, without gradients or supplied matrices.
+            method: a name in `rollout.METHODS`, or a `rollout.Method`, without values or supplied matrices; one that
+                weights maps by gradients after `take_gradients`.
             lengths: long [B], the valid prefix of each sample, or a mapping from stream to it. The recorded key masks
                 apply in any case; lengths also make rows beyond them 0.
             backend, validate: as in `attention_rollout`.
@@ -156,7 +187,15 @@ class Tape:
             ValueError: nothing was recorded; the method needs maps or gradients; as `attention_rollout_qk`.
             KeyError: `query` or `lengths` names a stream that is not there.
         """
-        chosen = _method_of_maps(method, "Tape.rollout")
+        chosen = get_method(method, "Tape.rollout")
+        if chosen.gradients is None:
+            chosen = _method_of_maps(method, "Tape.rollout")
+        elif not self._gradients:
+            raise ValueError(
+                f"Tape.rollout: method must form M_l from Q and K alone; {method!r} needs gradients: record by "
+                f"rollout.capture(model, gradients=True) and call Tape.take_gradients first, or run the model with its "
+                f"maps and call rollout.attention_rollout"
+            )
         self._stream(next(iter(self._layers), None), "rollout")
         for name, value in (("query", query), ("lengths", lengths)):
             for stream in value if isinstance(value, Mapping) else ():
@@ -175,6 +214,7 @@ class Tape:
                 backend=backend,
                 validate=validate,
                 **call_arguments(self.layers(stream)),
+                **self._handed_on(stream, chosen),
             )
             for stream in wanted
         }
@@ -227,7 +267,15 @@ class Tape:
         held = {at: self._sound(layers) for at, layers in self._layers.items()}
         return roll_through(held, top, query, chosen, name, backend=backend, validate=validate)
 
-    def add(self, stream: str, path: str, record: Record, source: str | None = None) -> None:
+    def _handed_on(self, stream: str, method: Method) -> dict[str, Any]:
+        """Values and gradients, for a method that needs them."""
+        if method.gradients is None:
+            return {}
+        return {"values": [each.values for each in self.layers(stream)], "output_gradients": self._gradients[stream]}
+
+    def add(
+        self, stream: str, path: str, record: Record, source: str | None = None, slope: Slope | None = None
+    ) -> None:
         """Append a layer; `rollout.capture` does this as the model runs.
 
         Args:
@@ -235,6 +283,7 @@ class Tape:
             path: of the module.
             record: what it attended with.
             source: the stream it attended over, when that is another.
+            slope: where the gradient of its output arrives, when that is asked for.
 
         Raises:
             ValueError: the layer's B or S is not that of its stream, or its stream has been attended over already; its
@@ -259,6 +308,8 @@ class Tape:
                 f"{over.path} had attended over that"
             )
         layers.append(Layer(path, record, source))
+        if slope is not None:
+            self._slopes.setdefault(stream, []).append(slope)
         self._watch(record)
 
     def _stack(self, stream: str) -> list[Layer]:
@@ -294,6 +345,13 @@ class Tape:
     def _known(self, stream: str, caller: str, argument: str) -> None:
         if stream not in self._layers:
             raise KeyError(f"Tape.{caller}: {argument} must name one of the streams {list(self._layers)}: {stream!r}")
+
+
+def _nothing(record: Record) -> Tensor:
+    """The gradient of an output that the number does not depend on."""
+    assert record.values is not None
+    shape = (*record.queries.shape[:3], record.values.shape[3])
+    return record.values.new_zeros(shape)
 
 
 def _method_of_maps(method: str | Method, caller: str) -> Method:

@@ -315,14 +315,14 @@ def test_markers_are_asked_for(tmp_path: Path) -> None:
 
 def test_suites_from_pytest_benchmark() -> None:
     stats = {"min": 1.0, "median": 2.0, "max": 3.0, "q1": 1.5, "q3": 2.5, "rounds": 9, "mean": 2.0}
-    info = {"suite": "head sum", "provider": "ours", "ceilings": CEILINGS, "threads": 2, "shape": {"S": 64}}
+    info = {"suite": "full matrix", "provider": "ours", "ceilings": CEILINGS, "threads": 2, "shape": {"S": 64}}
     child = {"suite": "cohort run", "provider": "ours", "threads": 1, "elapsed": 7.0, "samples_per_second": 3.0}
     found = record.by_suite({"benchmarks": [
         {"name": "a", "stats": stats, "extra_info": info}, {"name": "b", "stats": stats, "extra_info": child},
     ]})  # fmt: skip
-    assert list(found) == ["head sum", "cohort run"]
-    assert (found["head sum"]["threads"], found["head sum"]["ceilings"]) == (2, CEILINGS)
-    assert found["head sum"]["results"] == [
+    assert list(found) == ["full matrix", "cohort run"]
+    assert (found["full matrix"]["threads"], found["full matrix"]["ceilings"]) == (2, CEILINGS)
+    assert found["full matrix"]["results"] == [
         {"seconds": {key: stats[key] for key in record.KEPT}, "provider": "ours", "shape": {"S": 64}}
     ]
     assert found["cohort run"]["results"][0]["seconds"] == {"median": 7.0, "rounds": 1}

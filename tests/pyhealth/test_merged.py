@@ -277,7 +277,7 @@ def test_fused_maps_are_kept_where_they_find_room() -> None:
 @given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 2000))
 def test_tiles_cover_every_score_once_and_fit(heads: int, samples: int, width: int) -> None:
     seen = torch.zeros(heads, width, dtype=torch.long)
-    for h, r in attend._tiles(heads, samples, width, 4):
+    for h, r in attend.tiles(heads, samples, width, 4):
         seen[h, r] += 1
         entries = (h.stop - h.start) * samples * (r.stop - r.start) * width
         assert 4 * entries <= attend.TILE_BYTES or (h.stop - h.start, r.stop - r.start) == (1, 1)

@@ -73,13 +73,44 @@ METHODS = st.builds(
 )
 
 
+def with_a_hook() -> Any:
+    """`model`, whose rows are not merged because someone looks into a layer."""
+    subject = copy.deepcopy(model())
+    for layer in subject.transformer.values():
+        layer.register_forward_hook(lambda *args: None)
+    return subject
+
+
+@pytest.mark.parametrize("make", [model, with_a_hook], ids=["merged", "every position"])
 @settings(deadline=None)
 @given(batches(), METHODS)
-def test_every_gradient_weighted_method(data: dict[str, Any], method: rollout.Method) -> None:
-    ours = without_maps(GradientRollout(model(), method), data)
+def test_every_gradient_weighted_method(make: Any, data: dict[str, Any], method: rollout.Method) -> None:
+    subject = make()
+    ours = without_maps(GradientRollout(subject, method), data)
+    assert all(p.grad is None for p in subject.parameters())
     for key, (maps, gradients) in maps_and_gradients(model(), data).items():
         wanted = rollout.attention_rollout(maps, query=0, gradients=gradients, method=method, backend="reference")
         torch.testing.assert_close(ours[key], wanted, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("make", [model, with_a_hook], ids=["merged", "every position"])
+def test_no_map_is_stored(make: Any) -> None:
+    """Of what autograd keeps nothing grows with the square of the length: [B, H, S, S] would be 2^17 numbers."""
+    size, seq = 2, 128
+    subject, kept = copy.deepcopy(make()), []
+    ids = torch.arange(2, 2 + seq).repeat(size, 1)
+    for key in ("conditions", "drugs"):
+        subject.embedding_model.embedding_layers[key] = torch.nn.Embedding(2 + seq, 16, padding_idx=0).double()
+    data = {"conditions": ids, "drugs": ids, "label": torch.ones(size, 1, dtype=torch.float64)}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        CheferRelevance(subject).attribute(**data)
+    assert len(kept) > 10
+    assert max(kept) < size * HEADS * seq**2 / 4
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
@@ -130,8 +161,11 @@ def test_the_class_asked_for(target: int | None) -> None:
 
 
 @pytest.mark.parametrize("way", ["hook", "stage net", "training"])
-def test_stored_maps_where_rows_are_not_merged(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_rows_are_not_merged(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fused attention, and on stored maps where that may not stand in."""
     monkeypatch.setattr("rollout.pyhealth.gradient_rollout.MergedGradientCapture", None)
+    other = "FusedGradientCapture" if way == "training" else "GradientCapture"
+    monkeypatch.setattr(f"rollout.pyhealth.gradient_rollout.{other}", None)
     subject, data = (
         (stage_net("stagenet"), batch("stagenet")) if way == "stage net" else (transformer("flat"), repeated())
     )

@@ -1,7 +1,6 @@
 """F_l from the heads of a block of maps, in pure torch: one pass over the heads, into a buffer that stays in cache.
 
-Adding head by head reads each map once, in order; `sum(1)` reads H streams at once and is slower for all but short
-sequences (`test_head_sum` in `bench/test_chains.py` times the two).
+Adding head by head reads each map once, in order; `sum(1)` reads H streams at once.
 """
 
 import math

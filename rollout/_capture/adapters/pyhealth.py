@@ -21,6 +21,7 @@ from rollout._capture.readers import registered
 from rollout._capture.recording import memo, whole
 from rollout.errors import CaptureError
 from rollout.tape import Record
+from rollout.tape.handed import Handed
 
 __all__ = ["CannotFuseError", "adapter", "fused_attention", "valid_positions"]
 
@@ -104,8 +105,9 @@ def _through_attention(
             masks = memo(shared if same else mask, "pyhealth", lambda: _masks(mask))  # type: ignore[arg-type]
         return Record(queries=query, keys=key, **masks)
 
+    handed = Handed(output[0], lambda each: each, lambda: value)
     for recording in found:
-        recording.attended(module, (query, key, value), output[0], make, _streams.get(module))
+        recording.attended(module, (query, key, value), output[0], make, _streams.get(module), handed=handed)
         recording.give(output)
     return output
 

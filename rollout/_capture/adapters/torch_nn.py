@@ -21,6 +21,7 @@ from rollout._capture.readers import registered
 from rollout._capture.recording import Recording, memo, name_of, recordings_of, whole
 from rollout.errors import CaptureError
 from rollout.tape import Record
+from rollout.tape.handed import Handed
 
 __all__ = ["adapter"]
 
@@ -87,7 +88,7 @@ class _Inside:
     """An encoder or a layer of one that runs as one operation: the records of its layers, in order."""
 
     def __init__(self) -> None:
-        self.made: list[tuple[nn.MultiheadAttention, Record | None]] = []
+        self.made: list[tuple[nn.MultiheadAttention, Record | None, Handed | None]] = []
 
 
 def _through_attention(module: nn.Module, call: Forward, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +107,9 @@ def _attend(module: nn.Module, call: Forward, args: Any, kwargs: Any, crossing: 
         inside = _inside.get()
         if inside is not None:
             if found:
-                inside.made.append((module, _record_of(module, *args, **kwargs)))
+                inside.made.append(
+                    (module, _record_of(module, *args, **kwargs), _handed(module, output[0], args, kwargs))
+                )
             return output
         states = [_by_position(module, state) for state in _call(*args, **kwargs)] if found else []
         result = _by_position(module, output[0])
@@ -117,9 +120,29 @@ def _attend(module: nn.Module, call: Forward, args: Any, kwargs: Any, crossing: 
             result,
             partial(_record_crossing if crossing else _record_of, module, *args, **kwargs),
             crossing=crossing,
+            handed=_handed(module, output[0], args, kwargs),
         )
         recording.give(output)
     return output
+
+
+def _handed(module: nn.MultiheadAttention, output: Tensor, args: Any, kwargs: Any) -> Handed:
+    """What a module handed on: its output is that of its heads, times W_O."""
+
+    def by_heads(gradient: Tensor) -> Tensor:
+        return _heads(module, _by_position(module, gradient).squeeze(1) @ module.out_proj.weight)
+
+    def values() -> Tensor:
+        at, bias = 2 * module.embed_dim, module.in_proj_bias
+        state = _by_position(module, _call(*args, **kwargs)[2]).squeeze(1)
+        return _heads(module, functional.linear(state, module.in_proj_weight[at:], None if bias is None else bias[at:]))
+
+    return Handed(output, by_heads, values)
+
+
+def _heads(module: nn.MultiheadAttention, state: Tensor) -> Tensor:
+    """[B, S, E] by heads, [B, H, S, D]."""
+    return state.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2)
 
 
 def _by_position(module: nn.MultiheadAttention, state: Tensor) -> Tensor:
@@ -146,12 +169,12 @@ def _through_layer(module: nn.Module, call: Forward, *args: Any, **kwargs: Any) 
         ran = len(inside.made)
         output = call(*args, **kwargs)
         if len(inside.made) == ran and recordings_of(module):
-            inside.made.append((module.self_attn, _record_fused_layer(module, *args, **kwargs)))
+            inside.made.append((module.self_attn, _record_fused_layer(module, *args, **kwargs), None))
         return output
     with whole(module) as found, _running_inside() as inside:
         output = call(*args, **kwargs)
         if not inside.made and found:
-            inside.made.append((module.self_attn, _record_fused_layer(module, *args, **kwargs)))
+            inside.made.append((module.self_attn, _record_fused_layer(module, *args, **kwargs), None))
     _tell(found, module.self_attn, inside, _source(*args, **kwargs), output)
     return output
 
@@ -191,9 +214,9 @@ def _tell(found: list[Recording], first: nn.MultiheadAttention, inside: _Inside,
         states = [_by_position(first, src)] * 3
         result = None if output.is_nested else _by_position(first, output)
     for recording in found:
-        for at, (module, entry) in enumerate(inside.made):
+        for at, (module, entry, handed) in enumerate(inside.made):
             given = result if at == len(inside.made) - 1 else None
-            recording.attended(module, states, given, partial(_given, entry), standing=at > 0)
+            recording.attended(module, states, given, partial(_given, entry), standing=at > 0, handed=handed)
 
 
 def _given(entry: Record | None) -> Record | None:
@@ -274,7 +297,7 @@ def _project(module: nn.MultiheadAttention, query: Tensor, key: Tensor) -> tuple
             functional.linear(state, module.in_proj_weight[at], None if bias is None else bias[at])
             for state, at in ((query, slice(width)), (key, slice(width, 2 * width)))
         ]
-    first, second = (part.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2) for part in parts)
+    first, second = (_heads(module, part) for part in parts)
     return first, second
 
 

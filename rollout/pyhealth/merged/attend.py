@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from rollout.pyhealth.merged.blocks import Block
 from rollout_kernels import Method
 
 # A tile of scores stays in the second-level cache between the products and the softmax.
@@ -77,6 +79,14 @@ class Attention:
     def __init__(self, keys: Keys, method: Method, weights: Tensor | None, *, keep: bool) -> None:
         self.keys, self.method, self.weights, self.keep = keys, method, weights, keep
 
+    @staticmethod
+    def project(block: Block, x: Tensor) -> Tensor:
+        """Queries, keys and values of rows [N, E], head by head and with a column of 1 after each: [3H, N, D + 1]."""
+        flat = flat_projections(block, x)
+        parts = flat.new_ones(*flat.shape[:2], flat.shape[2] + 1)
+        parts[..., :-1] = flat
+        return parts
+
     def attend(self, layer: int, parts: Tensor) -> tuple[Tensor, Kept]:
         """softmax(QKᵀ/√D + bias)·V as [b, n, H·D], and what the chain needs of the layer.
 
@@ -87,18 +97,22 @@ class Attention:
         """
         query, key, value = parts
         heads, batch, rows, dim = value[..., :-1].shape
-        key[..., -1] = self.keys.bias * math.sqrt(dim)
+        self.add_bias(key)
         value, mixed = value[..., :-1], value.new_empty(heads, batch, rows, dim)
         fused = query.new_empty(batch, rows, rows) if self.keep else None
-        for h, r in _tiles(heads, batch, rows, query.itemsize):
-            maps = self._maps(query, key, h, r)
+        for h, r in tiles(heads, batch, rows, query.itemsize):
+            maps = self.maps(query, key, h, r)
             if r.stop - r.start == rows:
                 torch.bmm(maps.flatten(0, 1), value[h].flatten(0, 1), out=mixed[h].flatten(0, 1))
             else:
                 mixed[h, :, r] = torch.matmul(maps, value[h])
             if fused is not None:
-                self._fuse(layer, maps, h, fused[:, r])
+                self.fuse(layer, maps, h, fused[:, r])
         return mixed.permute(1, 2, 0, 3).reshape(batch, rows, heads * dim), Kept(layer, fused, query, key)
+
+    def add_bias(self, key: Tensor) -> None:
+        """Make the last column of keys [H, b, n, D + 1] what the product with a 1 adds to the scores before scaling."""
+        key[..., -1] = self.keys.bias * math.sqrt(key.shape[-1] - 1)
 
     def fused(self, kept: Kept) -> Iterator[tuple[slice, Tensor]]:
         """F_l of the group, [b, r, n], all of it or by slices of rows. The mean is left as a sum."""
@@ -107,15 +121,15 @@ class Attention:
             return
         heads, batch, rows, _ = kept.query.shape
         part = kept.query.new_empty(0)
-        for h, r in _tiles(heads, batch, rows, kept.query.itemsize):
-            maps = self._maps(kept.query, kept.key, h, r)
+        for h, r in tiles(heads, batch, rows, kept.query.itemsize):
+            maps = self.maps(kept.query, kept.key, h, r)
             if h.start == 0:
                 part = maps.new_empty(maps.shape[1:])
-            self._fuse(kept.layer, maps, h, part)
+            self.fuse(kept.layer, maps, h, part)
             if h.stop == heads:
                 yield r, part
 
-    def _maps(self, query: Tensor, key: Tensor, h: slice, r: slice) -> Tensor:
+    def maps(self, query: Tensor, key: Tensor, h: slice, r: slice) -> Tensor:
         """The softmax [h, b, r, n] of some heads and rows."""
         queries, keys = query[h, :, r].flatten(0, 1), key[h].flatten(0, 1).transpose(1, 2)
         scale = 1 / math.sqrt(query.shape[3] - 1)
@@ -130,12 +144,17 @@ class Attention:
     def fuse_top(self, maps: Tensor) -> Tensor:
         """Row 0 of F_L [b, n] from that of every head; the mean is left as a sum."""
         row = torch.empty_like(maps[:, 0])
-        self._fuse(-1, maps.transpose(0, 1), slice(0, maps.shape[1]), row)
+        self.fuse(-1, maps.transpose(0, 1), slice(0, maps.shape[1]), row)
         return row
 
-    def _fuse(self, layer: int, maps: Tensor, h: slice, fused: Tensor) -> None:
+    def fuse(self, layer: int, maps: Tensor, h: slice, fused: Tensor) -> None:
         weights = None if self.weights is None else self.weights[layer, h]
         fuse_heads(maps, self.method, weights, fused, first=h.start == 0)
+
+
+def flat_projections(block: Block, x: Tensor) -> Tensor:
+    """Queries, keys and values of rows [N, E], head by head: [3H, N, D]."""
+    return functional.linear(block.norm(x), block.projections).view(len(x), 3 * block.heads, -1).transpose(0, 1)
 
 
 def fuse_heads(maps: Tensor, method: Method, weights: Tensor | None, fused: Tensor, *, first: bool) -> None:
@@ -162,7 +181,7 @@ def keeps_maps(counts: Tensor, layers: int) -> bool:
     return layers * counts.numel() * counts.shape[1] * counts.itemsize <= KEPT_BYTES
 
 
-def _tiles(heads: int, batch: int, rows: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
+def tiles(heads: int, batch: int, rows: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
     """(heads, rows) of tiles of scores: all rows of as many heads as fit, else rows of one head."""
     entries = max(1, TILE_BYTES // itemsize)
     step = max(1, min(heads, entries // max(1, batch * rows * rows)))

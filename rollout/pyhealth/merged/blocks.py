@@ -14,6 +14,7 @@ from pyhealth.models.transformer import (
     TransformerLayer,
 )
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rollout._capture.patch import foreign_forward
 
@@ -91,18 +92,31 @@ def _without_bias(layer: Any) -> Iterator[nn.Linear]:
 
 
 def _block(part: Any) -> Block:
-    attention, norm, feed_forward = part.attention, part.output_sublayer.norm, part.feed_forward
-    inner, outer, activation = feed_forward.w_1, feed_forward.w_2, feed_forward.activation
+    """The block with its numbers detached: in autograd nothing is kept for gradients that nobody asks for."""
+    attention, feed_forward, activation = part.attention, part.feed_forward, part.feed_forward.activation
+    inner, outer = _affine(feed_forward.w_1), _affine(feed_forward.w_2)
+    norm = _norm(part.output_sublayer.norm)
 
     def feed(x: Tensor, out: Tensor) -> None:
-        out.addmm_(activation(inner(norm(x))), outer.weight.T)
-        if outer.bias is not None:
-            out += outer.bias
+        out.addmm_(activation(functional.linear(norm(x), *inner)), outer[0].T)
+        if outer[1] is not None:
+            out += outer[1]
 
     return Block(
         attention.h,
-        part.input_sublayer.norm,
+        _norm(part.input_sublayer.norm),
         torch.cat([linear.weight.detach() for linear in attention.linear_layers]),
         attention.output_linear.weight.detach(),
         feed,
     )
+
+
+def _affine(part: Any) -> tuple[Any, Any]:
+    """Weight and bias of a linear layer or a norm, each a tensor or None."""
+    weight, bias = (each if each is None else each.detach() for each in (part.weight, part.bias))
+    return weight, bias
+
+
+def _norm(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+    weight, bias = _affine(norm)
+    return lambda x: functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)

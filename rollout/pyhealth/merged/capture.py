@@ -158,15 +158,15 @@ class MergedGradientCapture(MergedCapture):
         self._encodings: dict[str, GradientEncoding] = {}
 
     def run(self, data: Batch) -> None:
-        """Run the model forward, its own hooks off, and backward as far as the maps."""
+        """Run the model forward, its own hooks off, and backward as far as the lowest attention."""
         with torch.inference_mode(False), torch.enable_grad():
             logits = self.forward(usable(data))["logit"]
-            maps = [each for encoding in self._encodings.values() for each in encoding.maps]
-            gradients = torch.autograd.grad(self._target(logits), maps, materialize_grads=True)
-        by_map = dict(zip(maps, gradients, strict=True))
+            wanted = [each for encoding in self._encodings.values() for each in encoding.wanted]
+            gradients = torch.autograd.grad(self._target(logits), wanted, materialize_grads=True)
+        found = dict(zip(wanted, gradients, strict=True))
         with torch.no_grad():
             for key, encoding in self._encodings.items():
-                self._first_rows[key] = encoding.relevance(by_map)
+                self._first_rows[key] = encoding.relevance(found)
         self._encodings.clear()
 
     def _encode(self, key: str, rows: Rows) -> Tensor:

@@ -1,14 +1,11 @@
 """An encoder's row 0 and its relevance, from the distinct rows of a batch, group by group."""
 
 import math
-from collections.abc import Iterator
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from rollout.pyhealth.merged.attend import Attention, keeps_maps, keys_of
+from rollout.pyhealth.merged.attend import Attention, Kept, keeps_maps, keys_of
 from rollout.pyhealth.merged.blocks import Block
 from rollout.pyhealth.merged.rows import Group, Merged, Rows
 from rollout_kernels import Method
@@ -31,7 +28,7 @@ def encode(blocks: list[Block], rows: Rows, method: Method) -> tuple[Tensor, Ten
     merged = Merged(rows)
     output = torch.empty_like(rows.table[rows.index[:, 0]])
     relevance = output.new_zeros(len(output), merged.width)
-    first = project(blocks[0], rows.table) if len(blocks) > 1 else None
+    first = Attention.project(blocks[0], rows.table) if len(blocks) > 1 else None
     for group in merged.groups:
         keep = keeps_maps(group.counts, len(blocks) - 1 - method.start_layer)
         run = Run(blocks, method, group, Attention(keys_of(group.counts, group.valid), method, weights, keep=keep))
@@ -44,7 +41,7 @@ def encode(blocks: list[Block], rows: Rows, method: Method) -> tuple[Tensor, Ten
 def first_rows(blocks: list[Block], rows: Rows) -> Tensor:
     """Row 0 of what the top block gives, [B, E], and no relevance; as `encode` otherwise."""
     output = torch.empty_like(rows.table[rows.index[:, 0]])
-    first = project(blocks[0], rows.table) if len(blocks) > 1 else None
+    first = Attention.project(blocks[0], rows.table) if len(blocks) > 1 else None
     for group in Merged(rows).groups:
         attention = Attention(keys_of(group.counts, group.valid), _PLAIN, None, keep=False)
         output[group.samples], _ = Run(blocks, _PLAIN, group, attention).forward(rows.table, first)
@@ -65,43 +62,19 @@ def serves(method: Method) -> bool:
     return not (method.needs_whole_map or method.matrices or method.values)
 
 
-def project(block: Block, x: Tensor) -> Tensor:
-    """Queries, keys and values of rows [N, E], head by head and with a column of 1 after each: [3H, N, D + 1]."""
-    flat = functional.linear(block.norm(x), block.projections).view(len(x), 3 * block.heads, -1)
-    parts = flat.new_ones(flat.shape[1], len(x), flat.shape[2] + 1)
-    parts[..., :-1] = flat.transpose(0, 1)
-    return parts
-
-
-class Attends(Protocol):
-    """The attention of a group's layers, and F_l of them."""
-
-    def attend(self, layer: int, parts: Tensor) -> tuple[Tensor, Any]:
-        """What a layer's rows get, [b, n, E], of `project`ed ones [3, H, b, n, D + 1]; and what `fused` needs of it."""
-
-    def fused(self, kept: Any) -> Iterator[tuple[slice, Tensor]]:
-        """F_l of the group, [b, r, n], all of it or by slices of rows. The mean is left as a sum."""
-
-    def attend_top(self, scores: Tensor) -> Tensor:
-        """Row 0 of the top block's maps, [b, H, n], from its scores."""
-
-    def fuse_top(self, maps: Tensor) -> Tensor:
-        """Row 0 of F_L [b, n] from that of every head; the mean is left as a sum."""
-
-
 class Run:
     """One group on its way up through the blocks, and down the chain."""
 
-    def __init__(self, blocks: list[Block], method: Method, group: Group, attention: Attends) -> None:
+    def __init__(self, blocks: list[Block], method: Method, group: Group, attention: Attention) -> None:
         self.blocks, self.method, self.group, self.attention = blocks, method, group, attention
-        self._kept: list[Any] = []
+        self._kept: list[Kept] = []
 
     def forward(self, table: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
         """Row 0 of the top block's output, [b, E], and of its maps, [b, H, n]; `first` holds block 0's projections."""
         index, size = self.group.rows.flatten(), self.group.rows.shape
         x = table.index_select(0, index)
         for layer, block in enumerate(self.blocks[:-1]):
-            parts = project(block, x) if layer or first is None else first.index_select(1, index)
+            parts = self.attention.project(block, x) if layer or first is None else first.index_select(1, index)
             mixed, kept = self.attention.attend(layer, parts.view(3, block.heads, *size, -1))
             if layer >= self.method.start_layer:
                 self._kept.append(kept)
