@@ -51,8 +51,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, home: Path) -> dict[str, Any]:
 
 def test_the_folder_holds_the_results_and_the_home_no_cache(run: dict[str, Any], home: Path) -> None:
     names = {path.name for path in run["output"].iterdir()}
-    assert names == {"attributed", "cohort", ".pyhealth-cache", "run.toml", "weights.pt", "vocabulary.json",
-                     "ranking.csv", "top_codes.png", "record.png", "report.html", "demo.json"}  # fmt: skip
+    assert names == {"attributed", "evaluated", "cohort", ".pyhealth-cache", "run.toml", "weights.pt",
+                     "vocabulary.json", "test_patients.txt", "ranking.csv", "top_codes.png", "record.png",
+                     "faithfulness.png", "report.html", "demo.json"}  # fmt: skip
     assert names == set(rollout.demo.run.WRITTEN)
     assert not [path for path in home.rglob("*") if path.is_file() and path.suffix in (".bin", ".parquet")]
 
@@ -160,6 +161,33 @@ def test_planted_codes_are_marked_and_counted(run: dict[str, Any]) -> None:
     assert f"k = planted codes there): {total} of 11" in run["printed"]
 
 
+def test_methods_are_scored_on_the_test_patients(run: dict[str, Any], tmp_path: Path) -> None:
+    """And the same patients by the run file are scored the same; the report shows it."""
+    output, printed = run["output"], run["printed"]
+    patients = (output / "test_patients.txt").read_text().split()
+    predictions = pl.read_parquet(output / "evaluated" / "predictions" / "*.parquet")
+    assert predictions["patient_id"].unique(maintain_order=True).to_list() == patients
+    assert 0 < len(patients) < 0.4 * len({sample["patient_id"] for sample in run["samples"]})
+    rows = pl.read_parquet(output / "evaluated" / "faithfulness" / "*.parquet")
+    assert rows["method"].unique(maintain_order=True).to_list() == [*rollout.demo.run.COMPARED, "random"]
+    scores = pl.read_parquet(output / "evaluated" / "scores" / "*.parquet")
+    for method in ("rollout", "random"):
+        mine = pl.col("method") == method
+        line = next(line for line in printed.splitlines() if line.startswith(f"{method} "))
+        drop = rows.filter(mine & (pl.col("direction") == "without"))["drop"].mean()
+        assert f"{drop:.3f}" in line
+        assert f"{scores.filter(mine)['recall'].mean():.3f}" in line
+    truth, again = output / "cohort" / "truth.json", tmp_path / "again"
+    arguments = ["evaluate", output / "run.toml", "--output", again, "--methods", ",".join(rollout.demo.run.COMPARED),
+                 "--patients", output / "test_patients.txt", "--planted", truth]  # fmt: skip
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    for kind in ("faithfulness", "scores", "predictions"):
+        one, other = (pl.read_parquet(out / kind / "*.parquet") for out in (output / "evaluated", again))
+        assert one.equals(other, null_equal=True), kind
+    assert "Is it true?" in (output / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_report_is_one_page_with_the_names_of_the_codes(run: dict[str, Any]) -> None:
     page = (run["output"] / "report.html").read_text(encoding="utf-8")
     names = json.loads((run["output"] / "attributed" / "code_names.json").read_text(encoding="utf-8"))
@@ -184,7 +212,7 @@ def test_an_unfinished_demo_can_be_overwritten(tmp_path: Path, monkeypatch: pyte
 
 
 def test_pictures_are_large_enough_to_read_and_not_blank(run: dict[str, Any]) -> None:
-    for name in ("top_codes.png", "record.png"):
+    for name in ("top_codes.png", "record.png", "faithfulness.png"):
         with Image.open(run["output"] / name) as image:
             pixels = np.asarray(image.convert("RGB"))
         assert pixels.shape[0] >= 700

@@ -89,7 +89,7 @@ def test_a_stream_that_keeps_all_is_run_once(monkeypatch: pytest.MonkeyPatch) ->
     kept = {"conditions": torch.ones(4, *data["conditions"].shape, dtype=torch.bool)}
     kept["conditions"][2, :, 1] = False
     Ablation(model()).predict(data, kept, Removal("pad"))
-    assert sorted(counted) == [samples, 2 * samples]
+    assert counted == [samples, samples, samples]  # both whole once, and the one version that lacks something
 
 
 def test_an_empty_record_and_one_that_lost_all() -> None:

@@ -67,7 +67,7 @@ def evaluate_cohort(
     stands beside the methods, as "random".
 
     The folder gets `faithfulness/` (a row per sample, method, direction and share), `scores/` (a row per sample and
-    method), `predictions/`, `failures/` where there are any, and `manifest.json`; `rollout.CohortFaithfulness` reads
+    method), `predictions/`, `failures/` where there are any, and `manifest.json`; `rollout.open_faithfulness` reads
     it. It keeps every promise of `attribute_cohort`: killed at any moment, the same call goes on and ends with the rows
     of an unbroken run; another model, method or dataset is refused by name of what differs; memory does not grow with
     the cohort. A sample on which one method fails is a failure of that sample, for all methods: what is compared is
