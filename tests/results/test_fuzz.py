@@ -159,13 +159,23 @@ def told(folder: Path) -> dict[str, Any]:
         tables[kind] = [tuple(row.values()) for path in known for row in pq.read_table(path).to_pylist()]
     read_position = READ_POSITION.get(manifest["identity"]["model"]["class"].rpartition(".")[2])
     samples = len(tables["predictions"])
+    rows = in_one_place(tables["attributions"], manifest["granularity"])
     return {
         "manifest": manifest,
         "names": names,
         **tables,
-        "codes": code_sums(tables["attributions"], read_position, samples, names),
-        "positions": position_means(tables["attributions"]),
+        "codes": code_sums(rows, read_position, samples, names),
+        "positions": position_means(rows),
     }
+
+
+def in_one_place(rows: Rows, granularity: dict[str, str]) -> Rows:
+    """A record of a feature that has one score is one place."""
+    scores: dict[tuple[int, str], set[float]] = defaultdict(set)
+    for row in rows:
+        scores[row[0], row[3]].add(row[8])
+    one = {record for record, found in scores.items() if granularity.get(record[1]) == "feature" and len(found) == 1}
+    return [(*row[:4], row[4] and 0, 0, *row[6:]) if (row[0], row[3]) in one else row for row in rows]
 
 
 def record_places(rows: Rows) -> dict[tuple[int, str], dict[int, list[tuple[str | None, float]]]]:
