@@ -115,8 +115,8 @@ def _feature(cohort: CohortAttributions, rows: pl.DataFrame, name: str) -> dict[
     if coded and not nested:
         view["chips"] = _chips(rows.head(CHIPS), names)
         view["leaders"] = _chips(others.sort("relevance", descending=True, maintain_order=True).head(LEADERS), names)
-    if not nested and (timed or not coded) and others.height > 1:
-        view["chart"] = _chart(cohort, others, name, timed)
+    if not nested and (timed or not coded):
+        view["chart"] = _chart(cohort, others, name, timed) if others.height > coded else None
         view["held"] = read["relevance"].first() if read.height else None
     return view
 
