@@ -221,6 +221,8 @@ def _sample_rows(source: CohortAttributions | pl.DataFrame, sample: int | None) 
         if sample is None:
             raise ValueError("plot_record: sample must say which sample of the cohort to draw, got None")
         rows = source.sample(sample)
+        if rows.is_empty():
+            raise ValueError(f"plot_record: sample {sample} has no entries to draw")
     else:
         rows = source if sample is None else source.filter(pl.col("sample") == sample)
     if rows["sample"].n_unique() != 1:

@@ -89,7 +89,10 @@ def test_any_finite_time_is_drawn_and_no_other(tmp_path: Path) -> None:
 def test_one_or_two_measurements_are_shown_too(tmp_path: Path) -> None:
     """Of two, the model reads the first; before, the page then had a heading with nothing under it."""
     found = [Record(f"p{n}", {"age": [(None, 1.0)], "labs": [(None, 0.7, 1.0), (None, 0.3, 4.0)]}) for n in range(4)]
-    page = render(CohortAttributions(write_run(tmp_path, found)), "p1")
+    page = render(CohortAttributions(write_run(tmp_path / "run", found)), "p1")
+    assert "4 samples of 4 patients" in text_of(page)
+    one = write_run(tmp_path / "one", [Record("p", {"drugs": [("a", 1.0)]})])
+    assert "1 sample of 1 patient, read by" in text_of(render(CohortAttributions(one)))
     assert "age 1 entry The model reads at its only place, with 100.0 %." in " ".join(text_of(page).split())
     chart = figure_of(page, "relevance over time, 1 of 1 entries")
     assert len(re.findall(r"<circle", chart)) == 1
