@@ -16,7 +16,7 @@ import pytest
 
 from rollout.report import write_report
 from rollout.results.attributions import READ_POSITION, CohortAttributions
-from rollout.results.layout import KINDS
+from rollout.results.layout import SCHEMAS
 from rollout.results.manifest import signed
 from rollout.results.ranking import rank_codes
 from rollout.results.verify import verify_folder
@@ -26,6 +26,7 @@ from tests.support.written_run import Record, Run, write_run
 
 PARTS, SEEDS = 7, 100
 """Parts, the first of which always runs, and the folders in each."""
+KINDS = tuple(SCHEMAS)
 Rows = list[tuple[Any, ...]]
 
 
