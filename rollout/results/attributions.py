@@ -50,6 +50,11 @@ class CohortAttributions:
 
     def __init__(self, path: str | Path, names: str | Path | Mapping[str, Mapping[str, str]] | None = None) -> None:
         self._folder = RunFolder(path, names)
+        if "attributions" not in self._folder.kinds:
+            raise ValueError(
+                f"path must be the folder of a run that attributes, got {self._folder.path}, written by "
+                f"{self._folder.manifest.written_by}"
+            )
         if not self.complete:
             warnings.warn(
                 f"the run in {self.path} is not complete: {self.samples:,} of {self.planned:,} samples can "

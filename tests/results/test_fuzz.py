@@ -1,27 +1,28 @@
 """Mutated folders of a run, signed again so that what lies behind the digests is reached: read right, or one line."""
 
-import hashlib
 import json
 import math
 import random
+import shutil
 import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from rollout.report import write_report
 from rollout.results.attributions import READ_POSITION, CohortAttributions
+from rollout.results.folder import RunFolder
 from rollout.results.layout import SCHEMAS
-from rollout.results.manifest import signed
 from rollout.results.ranking import rank_codes
 from rollout.results.verify import verify_folder
 from tests.support.bounds import bounded, refused
-from tests.support.mutations import json_of, mutate_json, mutate_parquet, mutate_text
+from tests.support.evaluated import evaluate_toy
+from tests.support.mutated_runs import mutated
+from tests.support.toy_cohort import Records
 from tests.support.written_run import Record, Run, write_run
 
 PARTS, SEEDS = 7, 100
@@ -47,72 +48,6 @@ def base_run(folder: Path) -> Path:
     failures = {5: "it could not be read"}
     run = Run("complete with failures", failures=failures, names=names, time={"labs": "hours"}, notes=["a note"])
     return write_run(folder, records, run, part_samples=3)
-
-
-def mutated(draw: random.Random, folder: Path) -> str:
-    """Change one file of a folder, and sign it and what names it again."""
-    kind = draw.choice(("manifest", "manifest", "record", "names", *KINDS[:2], *KINDS))
-    if kind in KINDS:
-        path = draw.choice(sorted((folder / kind).iterdir()))
-        path.write_bytes(mutate_parquet(draw, path.read_bytes()))
-        _record_file(folder, kind, path)
-        return f"{kind}/{path.name}"
-    path = folder / "code_names.json" if kind == "names" else folder / "manifest.json"
-    path = draw.choice(sorted((folder / "parts").iterdir())) if kind == "record" else path
-    _change_json(draw, path)
-    if kind == "names":
-        _edited(folder / "manifest.json", names=hashlib.sha256(path.read_bytes()).hexdigest())
-    elif kind == "manifest" and draw.random() < 0.6:
-        _name_run_again(folder)
-    return path.name
-
-
-def _change_json(draw: random.Random, path: Path) -> None:
-    if draw.random() < 0.2:
-        path.write_bytes(mutate_text(draw, path.read_bytes()))
-        return
-    value = json.loads(path.read_bytes())
-    told = value.pop("sha256", None)
-    for _ in range(draw.choice((1, 1, 1, 2, 3))):
-        value = mutate_json(draw, value)
-    path.write_bytes(json_of(value) if told is None or not isinstance(value, dict) else signed(value))
-
-
-def _edited(path: Path, **fields: Any) -> None:
-    value = json.loads(path.read_bytes())
-    value.pop("sha256", None)
-    path.write_bytes(signed({**value, **fields}))
-
-
-def _record_file(folder: Path, kind: str, path: Path) -> None:
-    """The commit record of a part says what its file holds now; its number of rows too, where that fits."""
-    record = folder / "parts" / f"{path.stem}.json"
-    content = path.read_bytes()
-    files = json.loads(record.read_bytes())["files"]
-    files[kind] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    more = {}
-    try:
-        rows = pq.read_metadata(path).num_rows
-    except (pa.ArrowException, OSError):
-        rows = files[kind]["rows"]
-    if kind == "attributions" and 0 <= rows < 2**53 and rows != files[kind]["rows"]:
-        files[kind]["rows"] = more["rows"] = rows
-        counts = json.loads((folder / "manifest.json").read_bytes())["counts"]
-        counts["rows"] += rows - json.loads(record.read_bytes())["rows"]
-        _edited(folder / "manifest.json", counts=counts)
-    _edited(record, files=files, **more)
-
-
-def _name_run_again(folder: Path) -> None:
-    """The commit records are of the run that the manifest is of now."""
-    try:
-        identity = json.loads((folder / "manifest.json").read_bytes())["identity"]
-        identity["dataset"].pop("content", None)
-        run = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return
-    for path in (folder / "parts").iterdir():
-        _edited(path, run=run)
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -274,6 +209,46 @@ def end(folder: Path, seed: int, report: bool) -> str:
 @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))])
 def test_a_mutated_folder_is_read_right_or_refused_in_one_line(tmp_path: Path, part: int) -> None:
     ends = [end(tmp_path / str(seed), seed, seed % 4 == 0) for seed in range(part * SEEDS, (part + 1) * SEEDS)]
+    assert ends.count("read") >= SEEDS // 8
+    assert ends.count("refused") >= SEEDS // 3
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three parts, some samples failed."""
+    out = tmp_path_factory.mktemp("evaluation") / "run"
+    evaluate_toy(out, dataset=Records(24, {3: "unreadable"}), part_samples=8)
+    return out
+
+
+def end_of_evaluation(folder: Path, seed: int) -> str:
+    what = mutated(random.Random(seed), folder)
+    try:
+        with bounded():
+            findings = verify_folder(folder)
+            try:
+                run = RunFolder(folder)
+                found = {kind: run.scan(kind).collect().rows() for kind in run.kinds}
+            except ValueError as error:
+                refused(error)
+                assert findings
+                return "refused"
+        for kind, rows in found.items():
+            files = [folder / kind / f"{record.name}.parquet" for record in run.of(kind)]
+            assert repr(rows) == repr(
+                [tuple(row.values()) for path in files for row in pq.read_table(path).to_pylist()]
+            )
+        with pytest.raises(ValueError, match="must be the folder of a run that attributes"):
+            CohortAttributions(folder)
+        return "read"
+    except BaseException as error:
+        error.add_note(f"seed {seed}: {what} in {folder}")
+        raise
+
+
+def test_a_mutated_evaluation_is_read_right_or_refused_in_one_line(evaluation: Path, tmp_path: Path) -> None:
+    copies = [(Path(shutil.copytree(evaluation, tmp_path / str(seed))), seed) for seed in range(SEEDS)]
+    ends = [end_of_evaluation(folder, seed) for folder, seed in copies]
     assert ends.count("read") >= SEEDS // 8
     assert ends.count("refused") >= SEEDS // 3
 
