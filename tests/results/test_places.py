@@ -61,6 +61,9 @@ def test_a_feature_of_one_score_is_one_place_which_the_model_reads(tmp_path: Pat
     )
     assert code_sums(hot, None, None, ["flags"]).sort("code").select("code", "relevance", "lift", "records").rows() == [
         ("a", 6.0, 6.0, 6), ("c", 6.0, 6.0, 6)]  # fmt: skip
+    assert rank_codes(hot, 0.0)["code"].to_list() == ["c"]
+    assert rank_codes(hot, 0.0, 0, ["flags"]).is_empty()
+    assert rank_codes(hot, 0.0, None, ["flags"])["records"].to_list() == [6, 6]
     each = hot.with_columns(attribution=pl.when(pl.col("code") == "a").then(0.75).otherwise(0.25))
     assert by_place(find_places(each, None, ["flags"]).filter(sample=0).collect(), "relevance") == [0.75, 0.25]
     records = [Record(f"p{n}", {"flags": [("a", 1.0), ("c", 1.0)], "f": FLAT}) for n in range(6)]
