@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 from polars.exceptions import PanicException, PolarsError
 
 from rollout.files import first_line
@@ -26,15 +28,27 @@ def check_rows(path: Path, kind: str, record: PartRecord) -> None:
             names the file.
     """
     try:
+        said = _decode(path)
         rows = pl.read_parquet(path.absolute(), glob=False)
-    except (PolarsError, PanicException, OSError) as error:
+    except (pa.ArrowException, PolarsError, PanicException, OSError) as error:
         raise ValueError(f"{file_name(path)} cannot be read as Parquet: {first_line(error)}") from None
+    if rows.schema != pl.DataFrame(pl.from_arrow(said.empty_table())).schema:
+        raise ValueError(f"{file_name(path)} cannot be read as Parquet: it says of its columns one thing and another")
     _check_samples(path, rows["sample"], record)
     if kind == "attributions":
         _check_places(path, rows)
     elif kind in ONE_PER_SAMPLE and rows["sample"].is_duplicated().any():
         twice = rows["sample"].filter(rows["sample"].is_duplicated())[0]
         raise ValueError(f"{file_name(path)} must have one row for each sample, got several of sample {twice}")
+
+
+def _decode(path: Path) -> pa.Schema:
+    """Read it by Arrow, which refuses pages that polars panics on, or reads as other values; return its columns."""
+    found = pq.read_schema(path)
+    text = [name for name, kind in zip(found.names, found.types, strict=True) if pa.types.is_string(kind)]
+    with pq.ParquetFile(path, read_dictionary=text) as file:  # as codes of a dictionary: quicker, and small
+        file.read()
+    return found
 
 
 def _check_samples(path: Path, sample: pl.Series, record: PartRecord) -> None:

@@ -207,10 +207,13 @@ def end(folder: Path, seed: int, report: bool) -> str:
 
 
 @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))])
-def test_a_mutated_folder_is_read_right_or_refused_in_one_line(tmp_path: Path, part: int) -> None:
+def test_a_mutated_folder_is_read_right_or_refused_in_one_line(
+    tmp_path: Path, part: int, capfd: pytest.CaptureFixture
+) -> None:
     ends = [end(tmp_path / str(seed), seed, seed % 4 == 0) for seed in range(part * SEEDS, (part + 1) * SEEDS)]
     assert ends.count("read") >= SEEDS // 8
     assert ends.count("refused") >= SEEDS // 3
+    assert capfd.readouterr().err == ""  # nor does a reader below ours panic
 
 
 @pytest.fixture(scope="module")

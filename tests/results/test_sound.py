@@ -1,5 +1,6 @@
 """Folders that are no sound run: damaged, edited, or of other columns, each refused by name."""
 
+import base64
 import hashlib
 import json
 import re
@@ -142,9 +143,8 @@ def test_a_huge_number_in_a_session_is_refused(tmp_path: Path) -> None:
         CohortAttributions(tmp_path)
 
 
-def put(folder: Path, kind: str, table: pa.Table) -> None:
-    """A table in place of a file of part 1, whose commit record agrees with it, as in a folder that somebody made."""
-    content = parquet_bytes(table)
+def put(folder: Path, kind: str, content: bytes) -> None:
+    """A file of part 1, whose commit record agrees with it, as in a folder that somebody made."""
     (folder / kind / "part-00001.parquet").write_bytes(content)
     record = json.loads((folder / "parts" / "part-00001.json").read_bytes())
     record["files"][kind] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -162,7 +162,7 @@ def test_a_part_of_other_columns_is_refused_when_it_is_read(tmp_path: Path, wron
         "rows": table.slice(1),
         "order": table.select([*table.column_names[1:], "sample"]),
     }[wrong]
-    put(folder, "attributions", changed)
+    put(folder, "attributions", parquet_bytes(changed))
     cohort = CohortAttributions(folder)
     assert cohort.sample(1).height == 3
     match = {
@@ -200,10 +200,22 @@ def test_rows_that_no_run_writes_are_refused(tmp_path: Path, kind: str, column: 
     at = table.column_names.index(column)
     first = value if isinstance(value, pa.Array) else pa.array([value], table.schema.types[at])
     whole = pa.chunked_array([first, *table.column(at).slice(1).chunks])
-    put(folder, kind, table.set_column(at, table.field(at), whole))
+    put(folder, kind, parquet_bytes(table.set_column(at, table.field(at), whole)))
     cohort, match = CohortAttributions(folder), rf"^{kind}/part-00001\.parquet in [^\n]*{match}"
     for read in (lambda: getattr(cohort, kind), lambda: cohort.sample(2), lambda: cohort.patient("p0")):
         with pytest.raises(ValueError, match=match):
             read()
     assert len(verify_folder(folder)) == 1
     assert re.search(match, verify_folder(folder)[0])
+
+
+def test_a_file_that_says_two_things_of_its_columns_is_refused(tmp_path: Path) -> None:
+    """Readers differ in which of its two schemas they go by; before, polars' own error was all that came."""
+    folder = write_run(tmp_path, RECORDS, part_samples=2)
+    path = folder / "predictions" / "part-00001.parquet"
+    said = pq.read_metadata(path).metadata[b"ARROW:schema"]
+    other = base64.b64encode(base64.b64decode(said).replace(b"sample", b"tample"))
+    assert len(said) == len(other)
+    put(folder, "predictions", path.read_bytes().replace(said, other))
+    with pytest.raises(ValueError, match="it says of its columns one thing and another"):
+        CohortAttributions(folder).sample(2)
