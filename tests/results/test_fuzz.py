@@ -6,6 +6,7 @@ import random
 import shutil
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from rollout.report import write_report
 from rollout.results.attributions import READ_POSITION, CohortAttributions
+from rollout.results.faithfulness import open_faithfulness
 from rollout.results.folder import RunFolder
 from rollout.results.layout import SCHEMAS
 from rollout.results.ranking import rank_codes
@@ -178,6 +180,13 @@ def close(one: Any, other: Any) -> bool:
     return one == other
 
 
+def one_line_at_most(read: Callable[[], Any]) -> None:
+    try:
+        read()
+    except ValueError as error:
+        refused(error)
+
+
 def end(folder: Path, seed: int, report: bool) -> str:
     """What comes of the folder of a seed: `read` or `refused`."""
     draw = random.Random(seed)
@@ -191,10 +200,8 @@ def end(folder: Path, seed: int, report: bool) -> str:
                 refused(error)
                 found = None
             if report:
-                try:
-                    write_report(folder, folder.parent / f"{seed}.html", draw.choice((None, None, "p1")))
-                except ValueError as error:
-                    refused(error)
+                patient = draw.choice((None, None, "p1"))
+                one_line_at_most(lambda: write_report(folder, folder.parent / f"{seed}.html", patient))
         assert all(len(finding.splitlines()) == 1 for finding in findings), findings
         if found is None:
             assert findings, "it was refused, and verifying found nothing"
@@ -236,6 +243,9 @@ def end_of_evaluation(folder: Path, seed: int) -> str:
                 refused(error)
                 assert findings
                 return "refused"
+            one_line_at_most(lambda: open_faithfulness(folder).differences())
+            if seed % 4 == 0:
+                one_line_at_most(lambda: write_report(folder, folder.parent / f"{seed}.html"))
         for kind, rows in found.items():
             files = [folder / kind / f"{record.name}.parquet" for record in run.of(kind)]
             assert repr(rows) == repr(

@@ -186,6 +186,8 @@ def _value(draw: Draw, kind: pa.DataType) -> Any:
     if pa.types.is_list(kind):
         few = [draw.choice(FLOATS) for _ in range(draw.choice((0, 1, 2, 3, 1000)))]
         return draw.choice((None, few, few))
+    if pa.types.is_boolean(kind):
+        return draw.choice((True, False, None))
     return draw.choice(FLOATS if pa.types.is_floating(kind) else WHOLE)
 
 
