@@ -268,7 +268,7 @@ def verify(
 
     findings = verify_run(path, run_file, entry)
     for finding in findings:
-        typer.echo(finding)
+        typer.echo(one_line(finding))
     if findings:
         raise typer.Exit(2)
     typer.echo(f"{path}: as it was written")

@@ -35,6 +35,30 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
+WITHOUT = """
+class Finder:
+    def find_spec(name, path, target=None):
+        if name in {lacking!r}:
+            raise ModuleNotFoundError("No module named " + name, name=name)
+sys.meta_path.insert(0, Finder)
+for statement in sys.stdin:
+    try:
+        exec(statement)
+    except ImportError as error:
+        print(f"{{type(error).__name__}}: {{error}}")
+"""
+BY_EXTRA = {
+    "from rollout.pyhealth import AttentionRollout": "pyhealth",
+    "from rollout.report import write_report": "cohort",
+    "from rollout.runfile import save_model": "cohort",
+    "from rollout.cohort.explain import Explained": "cohort",
+    "import rollout.cli": "cohort",
+    "import rollout; rollout.attribute_cohort": "cohort",
+    "import rollout; rollout.CohortAttributions": "cohort",
+}
+"""What a user may begin with, and the extra that it needs."""
+
+
 def loaded_by(package: str) -> set[str]:
     """Every module that importing `package` in a new process brings in."""
     paths = [str(ROOT), str(ROOT / "kernels")]
@@ -49,6 +73,16 @@ def test_import_rollout_loads_no_optional_package():
     assert not {name.partition(".")[0] for name in modules} & set(OPTIONAL)
     assert "rollout.pyhealth" not in modules
     assert not any(name.startswith("rollout_kernels._triton") for name in modules)
+
+
+def test_what_an_extra_brings_is_asked_for_by_its_name():
+    """Without any of them: before, these were a bare `No module named …`."""
+    paths, lines = [str(ROOT), str(ROOT / "kernels")], "\n".join(BY_EXTRA)
+    script = f"import sys; sys.path[:0] = {paths!r}\n{WITHOUT.format(lacking=OPTIONAL)}"
+    done = subprocess.run([sys.executable, "-c", script], input=lines, capture_output=True, text=True, check=True)
+    said = [line.split(" is not installed; it comes with an extra: ") for line in done.stdout.splitlines()]
+    assert [how for _, how in said] == [f"pip install 'attention-rollout[{extra}]'" for extra in BY_EXTRA.values()]
+    assert {lacking for lacking, _ in said} <= {f"ImportError: {name}" for name in OPTIONAL}
 
 
 def test_kernels_load_without_the_engine():

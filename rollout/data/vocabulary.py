@@ -8,6 +8,7 @@ of its own content and of the weights: one that was permuted, or belongs to anot
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,6 +21,10 @@ from rollout.files import parse_json, write_json
 
 SCHEMA_VERSION = 1
 PADDING = ["<pad>", "<unk>"]
+MOST_CELLS = 2**20
+"""Codes, or numbers, that a step of a nested feature is padded to."""
+LEAST_SECONDS, MOST_SECONDS = 1e-3, 1e9
+"""Between two samples of a time series: what is measured is laid out in these steps."""
 OWN, WEIGHTS = "sha256", "weights_sha256"
 """Keys of the digests of a vocabulary's own content, and of the weights it was written with."""
 
@@ -178,7 +183,7 @@ def _read_processor(where: str, entry: Any) -> SavedProcessor:
     if not isinstance(entry, dict) or set(entry) != {"processor", "state"} or not isinstance(entry["state"], dict):
         raise ValueError(f"{where} must be an object with processor and state")
     name, state = entry["processor"], entry["state"]
-    if name not in _STATES:
+    if not isinstance(name, str) or name not in _STATES:
         raise ValueError(f"{where} has the processor {name!r}; it must be one of {', '.join(_STATES)}")
     kinds = _STATES[name]
     if set(state) != set(kinds):
@@ -189,6 +194,9 @@ def _read_processor(where: str, entry: Any) -> SavedProcessor:
             decoded[attribute] = kind.decode(state[attribute])
         except ValueError as error:
             raise ValueError(f"{where}.state.{attribute}: {error}") from error
+    cells = math.prod(value for attribute, value in decoded.items() if attribute.startswith("_max") and value)
+    if cells > MOST_CELLS:
+        raise ValueError(f"{where}.state must pad a step to at most {MOST_CELLS:,} codes, got {cells:,}")
     return SavedProcessor(name, decoded)
 
 
@@ -251,6 +259,17 @@ def _same(*kinds: type | None) -> _Kind:
     return _Kind(_exactly(*kinds), _exactly(*kinds))
 
 
+def _count(*kinds: type | None) -> _Kind:
+    """A whole number from 0 on, or None if that is among the kinds."""
+
+    def checked(value: Any) -> Any:
+        if _exactly(*kinds)(value) is not None and not 0 <= value < 2**31:
+            raise ValueError(f"must be from 0 to {2**31 - 1}, got {value}")
+        return value
+
+    return _Kind(checked, checked)
+
+
 def _no_mapping(value: Any) -> None:
     if value is not None:
         raise ValueError("a code_mapping is loaded from PyHealth's own tables, not from the vocabulary")
@@ -263,8 +282,8 @@ def _seconds(value: Any) -> float:
 
 
 def _interval(value: Any) -> timedelta:
-    if type(value) not in (int, float) or not 0 < value < float("inf"):
-        raise ValueError(f"must be a number of seconds above 0, got {value!r}")
+    if type(value) not in (int, float) or not LEAST_SECONDS <= value <= MOST_SECONDS:
+        raise ValueError(f"must be a number of seconds from {LEAST_SECONDS} to {MOST_SECONDS:.0e}, got {value!r}")
     return timedelta(seconds=value)
 
 
@@ -287,7 +306,7 @@ def _flags(value: Any) -> tuple[bool, ...] | None:
 
 _CODES = _Kind(_codes_of, _padded(_vocabulary_from))
 _LABELS = _Kind(_codes_of, _vocabulary_from)
-_COUNT, _COUNT_OR_NULL = _same(int), _same(int, None)
+_COUNT, _COUNT_OR_NULL = _count(int), _count(int, None)
 _FLAG, _FLAG_OR_NULL = _same(bool), _same(bool, None)
 _TEXT, _NOTHING = _same(str), _Kind(_no_mapping, _no_mapping)
 _INTERVAL = _Kind(_seconds, _interval)

@@ -7,11 +7,14 @@ The same numbers, shapes, device and dtype. They also run where PyHealth's canno
 and for a StageAttentionNet of flat features. `FrozenGradient` is signed and class-specific, and no chain.
 """
 
-from rollout.pyhealth.attention_rollout import AttentionRollout
-from rollout.pyhealth.evaluation import evaluate_attribution
-from rollout.pyhealth.frozen_gradient import FrozenGradient
-from rollout.pyhealth.gradient_rollout import CheferRelevance, GradientRollout
-from rollout.pyhealth.readout import MissingFeatureError
+from rollout.errors import brought_by
+
+with brought_by("pyhealth"):
+    from rollout.pyhealth.attention_rollout import AttentionRollout
+    from rollout.pyhealth.evaluation import evaluate_attribution
+    from rollout.pyhealth.frozen_gradient import FrozenGradient
+    from rollout.pyhealth.gradient_rollout import CheferRelevance, GradientRollout
+    from rollout.pyhealth.readout import MissingFeatureError
 
 __all__ = [
     "AttentionRollout",

@@ -5,6 +5,9 @@
 PosixPath('run/report.html')
 """
 
-from rollout.report.page import write_report
+from rollout.errors import brought_by
+
+with brought_by("cohort"):
+    from rollout.report.page import write_report
 
 __all__ = ["write_report"]

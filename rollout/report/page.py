@@ -1,5 +1,6 @@
 """The page: its sections put into the templates, and written whole or not at all."""
 
+import hashlib
 import os
 import re
 import warnings
@@ -47,8 +48,8 @@ def write_report(
     Args:
         path: Folder of the run (`out` of `attribute_cohort` or of `evaluate_cohort`); one that is not complete can be
             reported on.
-        output: File to write; None: `report.html` in the folder, or `report-<patient>.html` for a patient. An earlier
-            report is replaced.
+        output: File to write; None: `report.html` in the folder, or `report-<patient>.html` for a patient, with a
+            digest of the id where it is no file name. An earlier report is replaced.
         patient: Show this patient's samples rather than a choice; the tables of the cohort's codes and positions, which
             take a pass over every row, are then left out.
         names: Names of codes, `{feature: {code: name}}` or a JSON file of them, before those of the folder.
@@ -123,8 +124,7 @@ def _environment(relevance_in_percent: bool) -> Environment:
 
 
 def _target(folder: Path, output: str | Path | None, patient: str | None, overwrite: bool) -> Path:
-    tail = "" if patient is None else "-" + re.sub(r"[^A-Za-z0-9_-]+", "_", str(patient))[:60]
-    target = folder / f"report{tail}.html" if output is None else usable_path(output, "output")
+    target = folder / _default_name(patient) if output is None else usable_path(output, "output")
     if target.is_dir():
         raise ValueError(f"output must be a file to write, got the folder {target}; give a name in it")
     if not target.parent.is_dir():
@@ -135,6 +135,15 @@ def _target(folder: Path, output: str | Path | None, patient: str | None, overwr
             "overwrite (--overwrite)"
         )
     return target
+
+
+def _default_name(patient: str | None) -> str:
+    """Of the file: two patients share none, also where their ids differ only in signs that a file name cannot have."""
+    if patient is None:
+        return "report.html"
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", patient := str(patient))[:60]
+    digest = "" if name == patient else "." + hashlib.sha256(patient.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"report-{name}{digest}.html"
 
 
 def _is_report(path: Path) -> bool:

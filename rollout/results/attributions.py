@@ -50,6 +50,11 @@ class CohortAttributions:
 
     def __init__(self, path: str | Path, names: str | Path | Mapping[str, Mapping[str, str]] | None = None) -> None:
         self._folder = RunFolder(path, names)
+        if "attributions" not in self._folder.kinds:
+            raise ValueError(
+                f"path must be the folder of a run that attributes, got {self._folder.path}, written by "
+                f"{self._folder.manifest.written_by}"
+            )
         if not self.complete:
             warnings.warn(
                 f"the run in {self.path} is not complete: {self.samples:,} of {self.planned:,} samples can "
@@ -114,6 +119,11 @@ class CohortAttributions:
     def granularity(self) -> dict[str, str]:
         """Feature → what has a score of its own in it: a `code`, a `visit`, the `feature`, a `step`."""
         return dict(self._folder.manifest.granularity)
+
+    @property
+    def whole_features(self) -> list[str]:
+        """The features that have one score for all their codes, such as multi-hot ones: one place in a record."""
+        return [name for name, scored in self.granularity.items() if scored == "feature"]
 
     @property
     def time_units(self) -> dict[str, str | None]:
@@ -209,7 +219,7 @@ class CohortAttributions:
         self, part: PartRecord, feature: str | None, read: int | None, wanted: Sequence[int] | None, per_label: bool
     ) -> pl.DataFrame:
         labels = None if wanted is None else self._labels_of(part, wanted, per_label)
-        return code_sums(self._rows(part, feature), read, labels)
+        return code_sums(self._rows(part, feature), read, labels, self.whole_features)
 
     def _ranked(self, sums: pl.DataFrame, groups: list[str], by: str, minimum: int, k: int | None) -> pl.DataFrame:
         means = sums.filter(pl.col("records") >= minimum).select(
@@ -251,7 +261,8 @@ class CohortAttributions:
     def _by_place(self, name: str, feature: str | None, from_end: bool, read: int | None) -> pl.DataFrame:
         self._check_feature(feature)
         nested = name == "visit"
-        partials = (place_sums(self._rows(part, feature), nested, from_end, read) for part in self._folder.records)
+        whole, parts = self.whole_features, self._folder.records
+        partials = (place_sums(self._rows(part, feature), nested, from_end, read, whole) for part in parts)
         sums = merged(partials, ["feature", "place"])
         if sums is None:
             sums = place_sums(ATTRIBUTIONS, nested, from_end, read)

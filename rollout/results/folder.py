@@ -19,6 +19,7 @@ from rollout.results.layout import (
 )
 from rollout.results.manifest import Manifest, OtherVersionError, PartRecord, check_names, read_manifest, totals
 from rollout.results.parts import check_bytes, check_size, check_table
+from rollout.results.values import check_rows
 
 ATTRIBUTIONS = pl.DataFrame(pl.from_arrow(ATTRIBUTION_SCHEMA.empty_table()))
 _RECORD = re.compile(r"part-\d{5,}\.json")
@@ -31,8 +32,8 @@ class RunFolder:
     """A folder of `rollout attribute` or `rollout evaluate`, opened for reading; its rows stay on disk.
 
     Manifest and commit records are read and checked on opening. A file of rows is checked when it is first read: its
-    bytes against the SHA-256 of its commit record, its columns, its number of rows. It is not checked again until its
-    size or its times change.
+    bytes against the SHA-256 of its commit record, its columns, its number of rows, the values in them. It is not
+    checked again until its size or its times change.
 
     Attributes:
         path: The folder.
@@ -126,6 +127,7 @@ class RunFolder:
         if self._sound.get(path) != seen:
             _or_again(check_bytes, path, recorded)
             check_table(path, self.manifest.schemas[kind], recorded.rows)
+            check_rows(path, kind, record)
             self._sound[path] = seen
 
 

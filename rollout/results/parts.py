@@ -4,11 +4,13 @@ import hashlib
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rollout.files import first_line
-from rollout.results.manifest import PartFile, PartRecord
+from rollout.results.manifest import PartFile
+
+SHOWN = 8
+"""Columns that an error lists."""
 
 
 def check_size(path: Path, wanted: PartFile) -> None:
@@ -20,9 +22,9 @@ def check_size(path: Path, wanted: PartFile) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise ValueError(f"{_name(path)} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{file_name(path)} cannot be read: {error.strerror}") from None
     if size != wanted.bytes:
-        raise ValueError(f"{_name(path)} must have {wanted.bytes:,} bytes, as its commit record says, got {size:,}")
+        raise ValueError(f"{file_name(path)} must have {wanted.bytes:,} bytes, as its commit record says, got {size:,}")
 
 
 def check_bytes(path: Path, wanted: PartFile) -> None:
@@ -36,11 +38,11 @@ def check_bytes(path: Path, wanted: PartFile) -> None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ValueError(f"{_name(path)} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{file_name(path)} cannot be read: {error.strerror}") from None
     if found != wanted.sha256:
         raise ValueError(
-            f"{_name(path)} does not hold the bytes that were written: its SHA-256 is {found[:12]}…, its commit record "
-            f"says {wanted.sha256[:12]}…"
+            f"{file_name(path)} does not hold the bytes that were written: its SHA-256 is {found[:12]}…, its commit "
+            f"record says {wanted.sha256[:12]}…"
         )
 
 
@@ -54,36 +56,24 @@ def check_table(path: Path, schema: pa.Schema, rows: int) -> None:
         with pq.ParquetFile(path) as file:
             found, count = file.schema_arrow, file.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{_name(path)} cannot be read as Parquet: {first_line(error)}") from None
+        raise ValueError(f"{file_name(path)} cannot be read as Parquet: {first_line(error)}") from None
     if not found.equals(schema, check_metadata=False):
+        types = dict(zip(found.names, found.types, strict=True))
         differ = [
-            f"{name} {found.field(name).type if name in found.names else 'missing'}"
+            f"{name} {types.get(name, 'missing')}"
             for name, kind in zip(schema.names, schema.types, strict=True)
-            if name not in found.names or found.field(name).type != kind
+            if types.get(name) != kind
         ]
-        differ += [f"{name} unknown" for name in found.names if name not in schema.names]
+        differ += [f"{name[:40]!r} unknown" for name in found.names if name not in schema.names]
+        differ += [f"{name[:40]!r} {found.names.count(name)} times" for name in types if found.names.count(name) > 1]
         raise ValueError(
-            f"{_name(path)} must have the columns {', '.join(schema.names)} as a cohort run writes them; wrong: "
-            f"{', '.join(differ) or 'their order'}"
+            f"{file_name(path)} must have the columns {', '.join(schema.names)} as a cohort run writes them; wrong: "
+            f"{', '.join(differ[:SHOWN]) or 'their order'}"
         )
     if count != rows:
-        raise ValueError(f"{_name(path)} must have {rows:,} rows, as its commit record says, got {count:,}")
+        raise ValueError(f"{file_name(path)} must have {rows:,} rows, as its commit record says, got {count:,}")
 
 
-def check_samples(path: Path, record: PartRecord) -> None:
-    """Refuse a Parquet file with rows of samples that are not of its part.
-
-    Raises:
-        ValueError: naming it.
-    """
-    column = pq.read_table(path, columns=["sample"]).column("sample")
-    ends = pc.min_max(column).as_py()
-    if column.null_count or (len(column) and not record.start <= ends["min"] <= ends["max"] < record.stop):
-        raise ValueError(
-            f"{_name(path)} must have rows of the samples {record.start} … {record.stop - 1} only, got "
-            f"{ends['min']} … {ends['max']}"
-        )
-
-
-def _name(path: Path) -> str:
+def file_name(path: Path) -> str:
+    """What to call a part's file in an error."""
     return f"{path.parent.name}/{path.name} in {path.parent.parent}"

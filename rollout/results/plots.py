@@ -15,7 +15,7 @@ import polars as pl
 from rollout.errors import require
 from rollout.results.attributions import CohortAttributions
 from rollout.results.drawing import new_figure, plain, saved, tidy, visible
-from rollout.results.places import find_places
+from rollout.results.places import find_places, place_of
 
 PLAIN, PLANTED, READ = "#4878a8", "#d1603d", "#b8b8b8"
 ESTIMATES = {
@@ -126,14 +126,15 @@ def plot_record(
     """
     _check_top(listed, "listed")
     rows = _sample_rows(source, sample)
+    whole: Collection[str] = ()
     if isinstance(source, CohortAttributions):
-        names, read_position = names or source.names, source.read_position
+        names, read_position, whole = names or source.names, source.read_position, source.whole_features
     planted = planted or {}
     features = rows["feature"].unique(maintain_order=True).to_list()
     figure = new_figure((14, 2.9 * len(features) + 0.7))
     axes = figure.subplots(len(features), 2, squeeze=False, gridspec_kw={"width_ratios": [1.5, 1]})
     for (left, right), feature in zip(axes, features, strict=True):
-        part = _marked(rows.filter(pl.col("feature") == feature), read_position, set(planted.get(feature, ())))
+        part = _marked(rows.filter(pl.col("feature") == feature), read_position, whole, set(planted.get(feature, ())))
         _draw_sequence(left, part, feature)
         _draw_leaders(right, part, (names or {}).get(feature, {}), listed)
     axes[-1, 0].set_xlabel("place in the record", fontsize=9)
@@ -220,6 +221,8 @@ def _sample_rows(source: CohortAttributions | pl.DataFrame, sample: int | None) 
         if sample is None:
             raise ValueError("plot_record: sample must say which sample of the cohort to draw, got None")
         rows = source.sample(sample)
+        if rows.is_empty():
+            raise ValueError(f"plot_record: sample {sample} has no entries to draw")
     else:
         rows = source if sample is None else source.filter(pl.col("sample") == sample)
     if rows["sample"].n_unique() != 1:
@@ -229,12 +232,10 @@ def _sample_rows(source: CohortAttributions | pl.DataFrame, sample: int | None) 
     return rows
 
 
-def _marked(rows: pl.DataFrame, read: int | None, planted: set[str]) -> pl.DataFrame:
+def _marked(rows: pl.DataFrame, read: int | None, whole: Collection[str], planted: set[str]) -> pl.DataFrame:
     """Rows in record order with their `colour`, whether the model reads at their place, and what `even` there is."""
-    places = find_places(rows, read).select("place", "read", "even").collect()
-    ordered = rows.with_columns(pl.coalesce("visit", "position").cast(pl.Int64).alias("place")).sort(
-        "place", "position"
-    )
+    places = find_places(rows, read, whole).select("place", "read", "even").collect()
+    ordered = rows.with_columns(place_of(whole)).sort("place", "position")
     flagged = ordered.join(places, on="place", how="left", maintain_order="left")
     plain = pl.when("read").then(pl.lit(READ)).otherwise(pl.lit(PLAIN))
     hit = pl.col("code").is_in(list(planted)).fill_null(False)

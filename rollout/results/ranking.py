@@ -15,7 +15,7 @@ when the codes beside it happen to be dull. So, per feature:
 5. features are ranked apart: each has attention of its own that sums to 1, so their sizes do not compare.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,12 @@ FLOOR = 1e-4
 """Lift below which an entry counts as drawing nothing: keeps the logarithm finite."""
 
 
-def rank_codes(rows: pl.DataFrame, minimum_share: float = 0.01, read_position: int | None = 0) -> pl.DataFrame:
+def rank_codes(
+    rows: pl.DataFrame,
+    minimum_share: float = 0.01,
+    read_position: int | None = 0,
+    whole_features: Collection[str] = (),
+) -> pl.DataFrame:
     """Rank the codes of each feature by the relevance they draw, net of the record they stand in.
 
     Args:
@@ -35,6 +40,7 @@ def rank_codes(rows: pl.DataFrame, minimum_share: float = 0.01, read_position: i
         minimum_share: Codes in fewer than this share of the records of their feature, or in fewer than 5, are left
             out.
         read_position: The place left out of every record; negative: counted from its end; None: none.
+        whole_features: Of the cohort: those that have one score for all their codes, which is one place.
 
     Returns:
         One row per code, best first within its feature: `feature`, `rank` (from 1), `code`, `score`,
@@ -43,7 +49,9 @@ def rank_codes(rows: pl.DataFrame, minimum_share: float = 0.01, read_position: i
     Raises:
         ValueError: If a row has no feature, no place from 0 on, or no finite attribution.
     """
-    entries = find_cells(rows, read_position).drop_nulls("lift").sort(*RECORD, "place", "code").collect()
+    entries = (
+        find_cells(rows, read_position, whole_features).drop_nulls("lift").sort(*RECORD, "place", "code").collect()
+    )
     of_feature = entries.partition_by("feature", as_dict=True)
     features = rows["feature"].unique(maintain_order=True)
     parts = [_rank_feature(of_feature[feature,], minimum_share) for feature in features if (feature,) in of_feature]

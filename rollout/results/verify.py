@@ -9,7 +9,8 @@ from rollout.files import usable_path
 from rollout.results.folder import disagreements, own_names, read_record, record_files
 from rollout.results.layout import KINDS, MANIFEST, RECORDS, RUNNING
 from rollout.results.manifest import Manifest, PartFile, PartRecord, read_manifest
-from rollout.results.parts import check_bytes, check_samples, check_table
+from rollout.results.parts import check_bytes, check_table
+from rollout.results.values import check_rows
 
 _PART = re.compile(r"(part-\d{5,})\.(parquet|json)")
 
@@ -19,8 +20,8 @@ def verify_folder(path: str | Path) -> list[str]:
 
     Checked are the manifest and the commit records, field by field and against each other; that the parts are of one
     run and, where it is complete, hold every sample once; every file of a part: its bytes against the SHA-256 of its
-    commit record, columns, number of rows, and that they are of the part's samples; the names of codes; and that there
-    is no part without a commit record.
+    commit record, columns, number of rows, that they are of the part's samples and hold what a run writes; the names of
+    codes; and that there is no part without a commit record.
 
     Args:
         path: The folder.
@@ -69,7 +70,7 @@ def _check_file(folder: Path, kind: str, file: PartFile, record: PartRecord, man
     check_bytes(path, file)
     if manifest is not None:
         check_table(path, manifest.schemas[kind], file.rows)
-        check_samples(path, record)
+        check_rows(path, kind, record)
 
 
 def _gaps(folder: Path, manifest: Manifest, records: Sequence[PartRecord]) -> Iterator[str]:

@@ -37,6 +37,7 @@ from typing import Any
 from rollout.data.classes import did_you_mean
 from rollout.data.samples import SampleSource, prepare_samples
 from rollout.data.vocabulary import Vocabulary, read_vocabulary, vocabulary_of, write_vocabulary
+from rollout.errors import one_line
 from rollout.files import parse_json, usable_path
 from rollout.results.layout import CACHE
 from rollout.runfile.settings import SETTINGS, check_settings
@@ -127,9 +128,15 @@ def read_run_file(path: str | Path) -> RunFile:
     """Read and check a run file, `.json` or TOML; no table is read and no weight loaded.
 
     Raises:
-        ValueError: naming the first thing that is wrong, and what it should be.
+        ValueError: naming, in one line, the first thing that is wrong, and what it should be.
     """
-    path = usable_path(path, "a run file")
+    try:
+        return _read(usable_path(path, "a run file"))
+    except ValueError as error:  # a path of the file's may have line ends
+        raise ValueError(one_line(error)) from error
+
+
+def _read(path: Path) -> RunFile:
     tables = _checked_tables(path, _parsed(path))
     model, dataset, task, run = (tables[name] for name in _KEYS)
     folder = path.parent

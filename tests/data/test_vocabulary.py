@@ -3,54 +3,15 @@
 import json
 import subprocess
 import sys
-from datetime import datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from pyhealth import processors
 
 from rollout.data.vocabulary import read_vocabulary, vocabulary_of, write_vocabulary
-
-ODD = ["é", "数", 'a"b', "<b>", "two\nlines", "tab\t", "\ud800", " ", "x" * 500]
-HOURS = [datetime(2020, 1, 1, k) for k in (0, 2, 5)]
-SERIES = (HOURS, np.array([[1.0, 2.0], [3.0, np.nan], [5.0, 6.0]]))
-CASES: dict[str, tuple[Any, list[Any], Any]] = {
-    "sequence": (processors.SequenceProcessor(), [["a", "b"], ODD], ["b", "new", *ODD]),
-    "nested": (processors.NestedSequenceProcessor(padding=2), [[["a"], ["b", "c", "a"]]], [["c"], [], ["new", "a"]]),
-    "nested_multihot": (processors.NestedMultiHotProcessor(), [[["a"], ["b", "c"]]], [["c", "a"], ["new"]]),
-    "nested_floats": (processors.NestedFloatsProcessor(False, 1), [[[1.0], [2.0, 3.0]]], [[4.0, 5.0], [None]]),
-    "deep": (processors.DeepNestedSequenceProcessor(), [[[["a", "b"], ["c"]], [["d"]]]], [[["d"]], [["a"], ["new"]]]),
-    "deep_floats": (processors.DeepNestedFloatsProcessor(), [[[[1.0, 2.0], [3.0]]]], [[[4.0]], [[5.0, 6.0], []]]),
-    "stagenet": (processors.StageNetProcessor(3), [([0.0, 1.5], [["a"], ["b", "c"]])], ([2.0], [["b", "new"]])),
-    "stagenet_flat": (processors.StageNetProcessor(), [([0.0], ["a"])], (None, ["a", "new"])),
-    "stagenet_tensor": (processors.StageNetTensorProcessor(), [([0.0], [[1.0, 2.0]])], ([0.5], [[None, 7.0]])),
-    "timeseries": (processors.TimeseriesProcessor(timedelta(minutes=90), "zero"), [SERIES], SERIES),
-    "temporal": (processors.TemporalTimeseriesProcessor(timedelta(hours=2)), [SERIES], SERIES),
-    "tensor": (processors.TensorProcessor(torch.float64, (True, False)), [[[1.0, 2.0]]], [[3.0, 4.0]]),
-    "multi_hot": (processors.MultiHotProcessor(), [["red", "blue"], ["green"]], ["green", "red"]),
-    "raw": (processors.RawProcessor(), ["text"], "other text"),
-    "binary": (processors.BinaryLabelProcessor(), [False, True], True),
-    "multiclass": (processors.MultiClassLabelProcessor(), ["b", "c", "a"], "c"),
-    "multiclass_numbers": (processors.MultiClassLabelProcessor(), [7, np.int64(3), 5], 7),
-    "multilabel": (processors.MultiLabelProcessor(), [["u", "v"], ["w"]], ["w", "u"]),
-    "regression": (processors.RegressionLabelProcessor(), [1.0], 2.5),
-}
-
-
-def dataset(**features: Any) -> Any:
-    return SimpleNamespace(input_processors=features, output_processors={"label": fitted("binary")})
-
-
-def fitted(case: str) -> Any:
-    processor, values, _ = CASES[case]
-    processor = type(processor).__new__(type(processor))
-    vars(processor).update({k: dict(v) if isinstance(v, dict) else v for k, v in vars(CASES[case][0]).items()})
-    processor.fit([{"x": value} for value in values], "x")
-    return processor
+from tests.support.processors import CASES, ODD, dataset, fitted
 
 
 def same(left: Any, right: Any) -> bool:
@@ -183,7 +144,17 @@ STATE = "inputs/codes/state"
         (f"{STATE}/code_vocab", ["<pad>", "<unk>", ["a"]], "a code must be a string or a number"),
         (f"{STATE}/_next_index", "4", "_next_index: must be int, got '4'"),
         (f"{STATE}/_mapper", "ICD9CM", "_mapper: a code_mapping is loaded"),
-        ("inputs/series/state/sampling_rate", -1, "sampling_rate: must be a number of seconds above 0, got -1"),
+        (
+            "inputs/series/state/sampling_rate",
+            -1,
+            "sampling_rate: must be a number of seconds from 0.001 to 1e.09, got -1",
+        ),
+        ("inputs/series/state/sampling_rate", 1e-9, "sampling_rate: must be a number of seconds from 0.001"),
+        ("inputs/series/state/sampling_rate", 1e300, "sampling_rate: must be a number of seconds from 0.001"),
+        ("inputs/codes/processor", ["SequenceProcessor"], r"has the processor \['SequenceProcessor'\]; it must be"),
+        ("inputs/deep/state/_max_inner_len", -1, "_max_inner_len: must be from 0 to 2147483647, got -1"),
+        ("inputs/deep/state/_max_inner_len", 10**30, "_max_inner_len: must be from 0 to 2147483647"),
+        ("inputs/deep/state/_max_inner_len", 2**20, "deep.state must pad a step to at most 1,048,576 codes, got 2,097"),
         ("inputs/vector/state/dtype", "load", "dtype: must be the name of a torch dtype, got 'load'"),
         ("inputs/vector/state/_spatial_dims", [1], r"_spatial_dims: must be a list of true and false, or null, got"),
     ],
@@ -192,7 +163,7 @@ def test_a_damaged_vocabulary_is_refused_where_it_is_damaged(
     keys: str, value: Any, message: str, tmp_path: Path
 ) -> None:
     content = vocabulary_of(
-        dataset(codes=fitted("sequence"), series=fitted("timeseries"), vector=fitted("tensor"))
+        dataset(codes=fitted("sequence"), series=fitted("timeseries"), vector=fitted("tensor"), deep=fitted("deep"))
     ).described()
     path = tmp_path / "vocabulary.json"
     path.write_text(json.dumps(damaged(content, keys, value)))

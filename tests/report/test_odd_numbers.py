@@ -86,6 +86,19 @@ def test_any_finite_time_is_drawn_and_no_other(tmp_path: Path) -> None:
         assert all(46 <= x <= 392 for x in places)
 
 
+def test_one_or_two_measurements_are_shown_too(tmp_path: Path) -> None:
+    """Of two, the model reads the first; before, the page then had a heading with nothing under it."""
+    found = [Record(f"p{n}", {"age": [(None, 1.0)], "labs": [(None, 0.7, 1.0), (None, 0.3, 4.0)]}) for n in range(4)]
+    page = render(CohortAttributions(write_run(tmp_path / "run", found)), "p1")
+    assert "4 samples of 4 patients" in text_of(page)
+    one = write_run(tmp_path / "one", [Record("p", {"drugs": [("a", 1.0)]})])
+    assert "1 sample of 1 patient, read by" in text_of(render(CohortAttributions(one)))
+    assert "age 1 entry The model reads at its only place, with 100.0 %." in " ".join(text_of(page).split())
+    chart = figure_of(page, "relevance over time, 1 of 1 entries")
+    assert len(re.findall(r"<circle", chart)) == 1
+    assert "Not drawn: the place the model reads, with 70.0 %." in " ".join(text_of(chart).split())
+
+
 def test_negative_relevance_goes_down_from_the_line_of_0(tmp_path: Path) -> None:
     flat, timed = [("a", 0.5), ("b", -0.6), ("c", 0.2)], [(None, 0.1, 1.0), (None, -0.2, 2.0), (None, 0.3, 3.0)]
     found = [Record(f"p{i}", {"f": flat, "labs": timed}) for i in range(6)]

@@ -151,11 +151,21 @@ def test_a_patient_asked_for(folder: Path, tmp_path: Path) -> None:
     assert 'id="codes"' not in page
     nasty = write_report(folder, patient=NASTY[1])
     assert nasty.parent == folder
-    assert re.fullmatch(r"report-[A-Za-z0-9_-]+\.html", nasty.name)
+    assert re.fullmatch(r"report-[A-Za-z0-9_-]+\.[0-9a-f]{12}\.html", nasty.name)
     output = tmp_path / "none.html"
     with pytest.raises(ValueError, match="no attributed sample is of patient 'nobody'"):
         write_report(folder, output, patient="nobody")
     assert not output.exists()
+
+
+def test_no_two_patients_share_a_file(tmp_path: Path) -> None:
+    ids = ["7/1", "7:1", "7_1", "7?1", "é", "è", "", "_", "x" * 70, "x" * 71, "7-1"]
+    folder = write_run(tmp_path, [Record(one, {"f": [("a", 0.5), ("b", 0.5)]}) for one in ids])
+    pages = {one: write_report(folder, patient=one) for one in ids}
+    assert len(set(pages.values())) == len(ids)
+    assert [pages[one].name for one in ("7_1", "7-1")] == ["report-7_1.html", "report-7-1.html"]
+    for one in ids[:4]:
+        assert f"patient {one}" in text_of(pages[one].read_text(encoding="utf-8")).replace("Patient", "patient")
 
 
 def test_both_titles_of_an_ambiguous_code_are_seen(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from rollout.report.sections.patients import patients
 from rollout.results.attributions import READ_POSITION
 from rollout.results.places import code_sums, find_places, place_sums
 from rollout.results.ranking import rank_codes
-from tests.support.written_run import Record, Run, write_run
+from tests.support.pages import text_of
+from tests.support.written_run import Record, Run, edit, write_run
 
 SCHEMA = {
     "sample": pl.Int64, "feature": pl.String, "visit": pl.Int32, "position": pl.Int32, "code": pl.String,
@@ -49,6 +50,31 @@ def test_a_visit_counts_once_however_many_codes_stand_in_it() -> None:
     found = find_places(nested, None).collect()
     assert by_place(found, "relevance") == pytest.approx([0.6, 0.4])
     assert by_place(found, "lift") == pytest.approx([1.2, 0.8])
+
+
+def test_a_feature_of_one_score_is_one_place_which_the_model_reads(tmp_path: Path) -> None:
+    """A multi-hot feature: before, each code was a place, and the first one the place that is read."""
+    hot = rows([(n, "flags", None, at, code, 1.0) for n in range(6) for at, code in ((0, "a"), (2, "c"))])
+    assert (
+        find_places(hot, 0, ["flags"]).sort("sample").collect().select("place", "relevance", "read", "lift").rows()
+        == [(0, 1.0, True, None)] * 6
+    )
+    assert code_sums(hot, None, None, ["flags"]).sort("code").select("code", "relevance", "lift", "records").rows() == [
+        ("a", 6.0, 6.0, 6), ("c", 6.0, 6.0, 6)]  # fmt: skip
+    assert rank_codes(hot, 0.0)["code"].to_list() == ["c"]
+    assert rank_codes(hot, 0.0, 0, ["flags"]).is_empty()
+    assert rank_codes(hot, 0.0, None, ["flags"])["records"].to_list() == [6, 6]
+    each = hot.with_columns(attribution=pl.when(pl.col("code") == "a").then(0.75).otherwise(0.25))
+    assert by_place(find_places(each, None, ["flags"]).filter(sample=0).collect(), "relevance") == [0.75, 0.25]
+    records = [Record(f"p{n}", {"flags": [("a", 1.0), ("c", 1.0)], "f": FLAT}) for n in range(6)]
+    edit(write_run(tmp_path, records) / "manifest.json", granularity={"flags": "feature", "f": "code"})
+    cohort = CohortAttributions(tmp_path)
+    assert cohort.by_position("flags").rows() == [("flags", 0, 1.0, 1.0, 6)]
+    assert cohort.top_codes("flags", read_position=None)["relevance"].to_list() == [1.0, 1.0]
+    assert cohort.top_codes("flags").is_empty()
+    shown = patients(cohort, "p1")["samples"][0]["features"][0]
+    assert [(one["code"], one["level"]) for one in shown["chips"]] == [("a", "read"), ("c", "read")]
+    assert "All codes of a sample share one score, so that none stands above another: flags." in text_of(render(cohort))
 
 
 def test_signed_relevance_has_signed_lift_against_its_size() -> None:

@@ -150,6 +150,12 @@ def test_what_cannot_be_drawn_is_refused(cohort: CohortAttributions) -> None:
             call()
 
 
+def test_a_sample_without_entries_is_said_to_have_none(tmp_path: Path) -> None:
+    cohort = CohortAttributions(write_run(tmp_path, [Record("p", {"drugs": []})]))
+    with pytest.raises(ValueError, match="plot_record: sample 0 has no entries to draw"):
+        plot_record(cohort, sample=0)
+
+
 def test_negative_relevance_and_a_far_position_are_drawn(tmp_path: Path) -> None:
     def moved(rows: list[tuple]) -> list[tuple]:
         return [(*row[:5], 2**31 - 1, *row[6:]) if row[5] == 2 else row for row in rows]

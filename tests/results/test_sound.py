@@ -1,7 +1,9 @@
 """Folders that are no sound run: damaged, edited, or of other columns, each refused by name."""
 
+import base64
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +13,7 @@ import pytest
 from rollout.cohort.rows import parquet_bytes
 from rollout.results.attributions import CohortAttributions
 from rollout.results.manifest import signed
+from rollout.results.verify import verify_folder
 from tests.support.written_run import Record, edit, write_run
 
 RECORDS = [
@@ -140,30 +143,79 @@ def test_a_huge_number_in_a_session_is_refused(tmp_path: Path) -> None:
         CohortAttributions(tmp_path)
 
 
-@pytest.mark.parametrize("wrong", ["extra", "type", "rows", "order"])
+def put(folder: Path, kind: str, content: bytes) -> None:
+    """A file of part 1, whose commit record agrees with it, as in a folder that somebody made."""
+    (folder / kind / "part-00001.parquet").write_bytes(content)
+    record = json.loads((folder / "parts" / "part-00001.json").read_bytes())
+    record["files"][kind] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    edit(folder / "parts" / "part-00001.json", files=record["files"])
+
+
+@pytest.mark.parametrize("wrong", ["extra", "twice", "type", "rows", "order"])
 def test_a_part_of_other_columns_is_refused_when_it_is_read(tmp_path: Path, wrong: str) -> None:
-    """Its commit record agrees with its bytes, as in a folder that somebody made."""
     folder = write_run(tmp_path, RECORDS, part_samples=2)
-    path = folder / "attributions" / "part-00001.parquet"
-    table = pq.read_table(path)
+    table = pq.read_table(folder / "attributions" / "part-00001.parquet")
     changed = {
         "extra": table.append_column("age", pa.nulls(table.num_rows, pa.int32())),
+        "twice": table.append_column("sample", table["sample"]),
         "type": table.set_column(5, "position", table["position"].cast(pa.int64())),
         "rows": table.slice(1),
         "order": table.select([*table.column_names[1:], "sample"]),
     }[wrong]
-    content = parquet_bytes(changed)
-    path.write_bytes(content)
-    record = json.loads((folder / "parts" / "part-00001.json").read_bytes())
-    digest = hashlib.sha256(content).hexdigest()
-    record["files"]["attributions"] |= {"bytes": len(content), "sha256": digest}
-    edit(folder / "parts" / "part-00001.json", files=record["files"])
+    put(folder, "attributions", parquet_bytes(changed))
     cohort = CohortAttributions(folder)
     assert cohort.sample(1).height == 3
     match = {
-        "extra": "wrong: age unknown", "type": "wrong: position int64", "rows": "must have 5 rows, .*got 4",
-        "order": "wrong: their order",
+        "extra": "wrong: 'age' unknown", "type": "wrong: position int64", "rows": "must have 5 rows, .*got 4",
+        "order": "wrong: their order", "twice": "wrong: 'sample' 2 times",
     }[wrong]  # fmt: skip
     for read in (lambda: cohort.attributions, lambda: cohort.sample(2), cohort.top_codes):
         with pytest.raises(ValueError, match=rf"attributions/part-00001\.parquet in .*{match}"):
             read()
+
+
+NOT_UTF8 = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "value", "match"),
+    [
+        ("attributions", "sample", None, "must have rows of the samples 2 … 3 only, got a row without one"),
+        ("attributions", "sample", 1, "must have rows of the samples 2 … 3 only, got 1 … 3"),
+        ("attributions", "feature", None, "must have a feature, .*got feature None, .* of sample 2"),
+        ("attributions", "position", -1, "a place from 0 on .*position -1, .* of sample 2"),
+        ("attributions", "position", None, "a place from 0 on .*position None, .* of sample 2"),
+        ("attributions", "visit", -3, "a place from 0 on .*visit -3, .* of sample 2"),
+        ("attributions", "attribution", float("nan"), "a finite attribution .*attribution nan of sample 2"),
+        ("attributions", "attribution", float("inf"), "a finite attribution .*attribution inf of sample 2"),
+        ("attributions", "attribution", None, "a finite attribution .*attribution None of sample 2"),
+        ("attributions", "code", NOT_UTF8, "cannot be read as Parquet: .*UTF-8"),
+        ("predictions", "patient_id", NOT_UTF8, "cannot be read as Parquet: .*UTF-8"),
+        ("predictions", "sample", 3, "must have one row for each sample, got several of sample 3"),
+    ],
+)
+def test_rows_that_no_run_writes_are_refused(tmp_path: Path, kind: str, column: str, value: object, match: str) -> None:
+    folder = write_run(tmp_path, RECORDS, part_samples=2)
+    table = pq.read_table(folder / kind / "part-00001.parquet")
+    at = table.column_names.index(column)
+    first = value if isinstance(value, pa.Array) else pa.array([value], table.schema.types[at])
+    whole = pa.chunked_array([first, *table.column(at).slice(1).chunks])
+    put(folder, kind, parquet_bytes(table.set_column(at, table.field(at), whole)))
+    cohort, match = CohortAttributions(folder), rf"^{kind}/part-00001\.parquet in [^\n]*{match}"
+    for read in (lambda: getattr(cohort, kind), lambda: cohort.sample(2), lambda: cohort.patient("p0")):
+        with pytest.raises(ValueError, match=match):
+            read()
+    assert len(verify_folder(folder)) == 1
+    assert re.search(match, verify_folder(folder)[0])
+
+
+def test_a_file_that_says_two_things_of_its_columns_is_refused(tmp_path: Path) -> None:
+    """Readers differ in which of its two schemas they go by; before, polars' own error was all that came."""
+    folder = write_run(tmp_path, RECORDS, part_samples=2)
+    path = folder / "predictions" / "part-00001.parquet"
+    said = pq.read_metadata(path).metadata[b"ARROW:schema"]
+    other = base64.b64encode(base64.b64decode(said).replace(b"sample", b"tample"))
+    assert len(said) == len(other)
+    put(folder, "predictions", path.read_bytes().replace(said, other))
+    with pytest.raises(ValueError, match="it says of its columns one thing and another"):
+        CohortAttributions(folder).sample(2)

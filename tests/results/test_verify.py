@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from rollout.cli import main
 from rollout.results.attributions import CohortAttributions
 from rollout.results.verify import verify_folder
 from rollout.runfile.verify import verify_run
@@ -213,6 +214,21 @@ def test_an_entry_point_that_raises_is_named(whole: Path) -> None:
         verify_run(whole, entry=f"{__name__}:raising")
     with pytest.raises(ValueError, match="a run file or --entry, not both"):
         verify_run(whole, "run.toml", f"{__name__}:same")
+
+
+def test_a_finding_is_a_line_whatever_the_folder_is_called(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "a 'run'\nof \"two\" lines\x1b[31m")
+    (folder / "manifest.json").unlink()
+    (folder / "attributions" / "part-00001.parquet").unlink()
+    monkeypatch.setattr("sys.argv", ["rollout", "verify", str(folder)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 2
+    assert len(lines) == len(verify_folder(folder)) == 2
+    assert all(line.isprintable() and "a 'run' of \"two\" lines" in line for line in lines)
 
 
 def test_a_manifest_of_another_run_is_found(whole: Path, tmp_path: Path) -> None:

@@ -211,6 +211,16 @@ def windows(tables: dict[str, Any], path: Path) -> Path:
     return path
 
 
+def test_a_path_of_two_lines_is_refused_in_one(tables: dict[str, Any], bundle: Path) -> None:
+    path = bundle / "hostile.toml"
+    write_toml(changed(tables, "model.weights", "a\nb\x1b[31m"), path)
+    with pytest.raises(
+        ValueError, match=r"^[^\n\x1b]*\[model\] weights must be a file, got [^\n\x1b]*a b\\x1b\[31m: no su"
+    ):
+        read_run_file(path)
+    path.unlink()
+
+
 @pytest.mark.parametrize(("place", "value"), RIGHT, ids=ids(RIGHT))
 def test_what_makes_sense_is_read(
     trained: dict[str, Any], tables: dict[str, Any], bundle: Path, tmp_path: Path, place: str, value: Any

@@ -28,8 +28,9 @@ def codes(cohort: CohortAttributions) -> dict[str, Any]:
         "without": [
             feature
             for feature in features
-            if cohort.granularity[feature] != "step" and feature not in set(table["feature"])
+            if cohort.granularity[feature] in ("code", "visit") and feature not in set(table["feature"])
         ],
+        "whole": [feature for feature in features if cohort.granularity[feature] == "feature"],
         "by_label": _by_label(cohort, features),
         "label_word": "class" if cohort.label_kind == "multiclass" else "label",
         "label_shown": LABEL_CODES,

@@ -13,7 +13,7 @@ from rollout.report.sections.choice import Chosen, chosen
 from rollout.report.text import chance, finite, in_percent, number, shown
 from rollout.results.attributions import CohortAttributions
 from rollout.results.padding import NOTABLE
-from rollout.results.places import find_places
+from rollout.results.places import find_places, place_of
 
 
 def patients(cohort: CohortAttributions, patient: str | None) -> dict[str, Any]:
@@ -34,9 +34,9 @@ def patients(cohort: CohortAttributions, patient: str | None) -> dict[str, Any]:
 
 def _sample(cohort: CohortAttributions, one: Chosen) -> dict[str, Any]:
     known, kind = one.rows.row(0, named=True), cohort.label_kind
-    places = find_places(one.rows, cohort.read_position).drop("sample", "last").collect()
-    place = pl.coalesce("visit", "position").cast(pl.Int64).alias("place")
-    rows = one.rows.with_columns(place).sort("place", "position").join(
+    whole = cohort.whole_features
+    places = find_places(one.rows, cohort.read_position, whole).drop("sample", "last").collect()
+    rows = one.rows.with_columns(place_of(whole)).sort("place", "position").join(
         places, on=["feature", "place"], how="left", maintain_order="left"
     )  # fmt: skip
     parts = rows.partition_by("feature", as_dict=True)
@@ -115,8 +115,8 @@ def _feature(cohort: CohortAttributions, rows: pl.DataFrame, name: str) -> dict[
     if coded and not nested:
         view["chips"] = _chips(rows.head(CHIPS), names)
         view["leaders"] = _chips(others.sort("relevance", descending=True, maintain_order=True).head(LEADERS), names)
-    if not nested and (timed or not coded) and others.height > 1:
-        view["chart"] = _chart(cohort, others, name, timed)
+    if not nested and (timed or not coded):
+        view["chart"] = _chart(cohort, others, name, timed) if others.height > coded else None
         view["held"] = read["relevance"].first() if read.height else None
     return view
 
