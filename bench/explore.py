@@ -42,10 +42,12 @@ QUESTIONS = {
     "a late page": [f"?page={n}&sort=length" for n in (40, 400, 1000, 2000, 2400)],
     "codes": [f"codes?q={n}" for n in (1, 22, 33, 444, 5)],
     "a code's patients": [f"code?feature=drugs&code={quote(f'drug {n}')}" for n in (11, 12, 13, 14, 15)],
-    "a nested code's patients": [f"code?feature=conditions&code={quote(f'condition {n}')}" for n in (11, 12, 13, 14, 15)],
+    "a nested code's patients": [
+        f"code?feature=conditions&code={quote(f'condition {n}')}" for n in (11, 12, 13, 14, 15)
+    ],
     "record": [f"record?sample={n}" for n in (5, 1000, 77_777, 111_111, 200_000)],
     "record as PNG": [f"record.png?sample={n}" for n in (5, 1000, 77_777, 111_111, 200_000)],
-    "all filtered samples as CSV": [f"patients.csv?label={n}" for n in (0, 1)],
+    "all filtered samples as CSV": [f"samples.csv?label={n}" for n in (0, 1)],
 }
 
 

@@ -31,9 +31,7 @@ def patients(cohort: CohortAttributions, patient: str | None) -> dict[str, Any]:
     }
 
 
-def record_view(
-    cohort: CohortAttributions, one: Chosen, entries: int = CHIPS, visits: int = VISITS
-) -> dict[str, Any]:
+def record_view(cohort: CohortAttributions, one: Chosen, entries: int = CHIPS, visits: int = VISITS) -> dict[str, Any]:
     """One sample with its features as timelines.
 
     Args:
@@ -66,7 +64,8 @@ def record_view(
         "share": finite(known["y_prob"][0]) if kind == "binary" and known["y_prob"] else None,
         "target": known.get("target_class"),
         "features": [
-            {**_feature(cohort, parts[name,], name, entries, visits), "padding": padding.get(name)} for name in present[:FEATURES]
+            {**_feature(cohort, parts[name,], name, entries, visits), "padding": padding.get(name)}
+            for name in present[:FEATURES]
         ],
         "without": [name for name in cohort.features[:FEATURES] if name not in present],
         "features_hidden": max(len(present) - FEATURES, 0),
@@ -102,9 +101,7 @@ def truth_text(true: Sequence[float | None] | None, kind: str | None) -> str:
     return f"{'class' if kind == 'multiclass' else 'label'} {number(known[0])}"
 
 
-def _feature(
-    cohort: CohortAttributions, rows: pl.DataFrame, name: str, entries: int, visits: int
-) -> dict[str, Any]:
+def _feature(cohort: CohortAttributions, rows: pl.DataFrame, name: str, entries: int, visits: int) -> dict[str, Any]:
     """The timeline of one feature: visits with their codes, or entries in order, the leading ones, and a chart."""
     nested, coded = (rows[key].null_count() < rows.height for key in ("visit", "code"))
     others, read = rows.filter(~pl.col("read")), rows.filter("read")
