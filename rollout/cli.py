@@ -333,7 +333,7 @@ def explore(
 ) -> None:
     """Search a cohort run in a browser on this machine: patients, records as timelines, a code's patients, two runs.
 
-    Prints an address that holds a token; only it is answered, and nothing is written. Ctrl-C ends it, with exit status 0.
+    Prints an address that holds a token; only it is answered, and nothing is written. Ctrl-C ends it, with status 0.
     """
     for module, extra in (
         ("polars", "cohort"),

@@ -1,4 +1,4 @@
-"""A record as a timeline in inline SVG: a lane per feature over one axis, a mark per entry in the colour of its lift."""
+"""A record as a timeline, inline SVG: a lane per feature over one axis, a mark per entry in the colour of its lift."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,8 +54,9 @@ def lane_chart(title: str, lanes: Sequence[Lane], axis: str, width: int, whole: 
         for place, marks in columns.items():
             pieces += _column(LEFT + place * STEP, floor, marks)
         top = floor + 10
-    for tick in ticks(scale.low, scale.high, max(2, width // 110)):
-        if scale.low <= tick <= scale.high and (not whole or tick == int(tick)):
+    several = ticks(min(places), max(places), max(2, width // 110))  # of one place: itself
+    for tick in several if len(several) > 1 else places[:1]:
+        if min(places) <= tick <= max(places) and (not whole or tick == int(tick)):
             x = scale.x(tick)
             pieces.append(f'<path class="grid" d="M{x:.1f} {top - 10:.1f}V{top - 4:.1f}"/>')
             anchor = "start" if x < LEFT + 12 else "end" if x > width - RIGHT - 12 else "middle"

@@ -323,7 +323,7 @@ class CohortAttributions:
             yield self._folder.scan("attributions", [part]), self._folder.scan("predictions", [part])
 
     def rows_of(self, numbers: Sequence[int]) -> pl.DataFrame:
-        """The rows of samples, as of `sample`, from the parts that hold them; row groups of other samples are skipped."""
+        """The rows of samples, as of `sample`, from the parts that hold them; other samples' row groups are skipped."""
         parts, place = self._folder.holding(numbers), pl.col("sample")
         wanted = place.is_between(min(numbers), max(numbers)) & place.is_in(list(numbers))
         rows = self._folder.scan("attributions", parts).filter(wanted).collect(engine="streaming")

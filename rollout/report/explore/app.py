@@ -1,10 +1,10 @@
 """The pages and what they are asked by: every answer is made on the server, of the index and of the parts on disk."""
 
-from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlencode
 
 import polars as pl
+from markupsafe import Markup
 from polars.exceptions import PolarsError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -31,7 +31,6 @@ from rollout.report.explore.search import (
 from rollout.report.sections.run import run
 from rollout.report.text import in_percent, shown
 from rollout.results.attributions import CohortAttributions
-from rollout.results.places import find_cells
 
 CODES_MEANT = 12
 """Codes that a search means, named on its page."""
@@ -43,23 +42,15 @@ class Explorer:
     Args:
         cohort: The run.
         beside: Another run of the same samples.
-        say: Told how many samples are read while the runs are opened.
 
     Raises:
         ValueError: If a run does not hold what was written, or `beside` is of other samples.
     """
 
-    def __init__(
-        self,
-        cohort: CohortAttributions,
-        beside: CohortAttributions | None = None,
-        say: Callable[[int], None] = lambda done: None,
-    ) -> None:
-        self.cohort, self.beside = cohort, beside
-        index = build_index(cohort, say)
-        samples = index.samples
-        if beside is not None:
-            samples = put_beside(index, build_index(beside, say))
+    def __init__(self, cohort: CohortAttributions, beside: CohortAttributions | None = None) -> None:
+        self.cohort, self.cohorts = cohort, [cohort] if beside is None else [cohort, beside]
+        index = build_index(cohort)
+        samples = index.samples if beside is None else put_beside(index, beside)
         self.searcher = Searcher(cohort, index, samples)
         self.index = index
         self.templates = environment(in_percent(cohort.manifest))
@@ -126,7 +117,7 @@ class Explorer:
         return self._page(
             "code",
             asked,
-            rows=self._with_lift(rows, asked).rows(named=True),
+            rows=rows.rows(named=True),
             place=place,
             name=name,
             unit=self.cohort.time_units.get(asked.feature),
@@ -140,14 +131,6 @@ class Explorer:
         found = self.searcher.samples_of(_asked(OneCode, request, keep_empty=True))
         return _download(as_csv(found), "code.csv")
 
-    def _with_lift(self, rows: pl.DataFrame, asked: OneCode) -> pl.DataFrame:
-        """With the mean `lift` of the code in each record: it needs all of the record, so it is of a page's rows only."""
-        whole = self.cohort.rows_of(rows["sample"].to_list())
-        mine = whole.filter(pl.col("feature") == asked.feature)
-        cells = find_cells(mine, self.cohort.read_position).filter(pl.col("code") == asked.code)
-        lifts = cells.group_by("sample").agg(pl.col("lift").mean()).collect()
-        return rows.join(lifts, on="sample", how="left", maintain_order="left")
-
     def _ones(self, found: pl.DataFrame) -> dict[str, float | None]:
         """The share of label 1 among the samples that have the code, and among all."""
         return {"having": _mean(found["label"]), "all": _mean(self.index.samples["label"])}
@@ -157,14 +140,13 @@ class Explorer:
         asked = _asked(OneSample, request)
         known = self._known(asked.sample)
         runs, placed = [], []
-        for cohort, folder in [(self.cohort, self.facts["folder"])] + (
-            [] if self.beside is None else [(self.beside, self.facts["beside"]["folder"])]  # type: ignore[index]
-        ):
+        for cohort in self.cohorts:
             rows = cohort.rows_of([asked.sample])
+            entries = None
             if not rows.is_empty():
                 placed.append(with_places(cohort, rows))
-            view = None if rows.is_empty() else show_record(cohort, asked.sample, rows)
-            runs.append({"folder": folder, "run": run(cohort), "view": view, "read_position": cohort.read_position})
+                entries = _entries(cohort, asked.sample, rows)
+            runs.append({"folder": cohort.path.name, "run": run(cohort), "shown": entries})
         compared = compare_records(*placed) if len(placed) == 2 else None
         return self._page("record", asked, known=known, runs=runs, compared=compared)
 
@@ -201,6 +183,12 @@ class Explorer:
         said = shown(" ".join(str(what).split()) or type(what).__name__, 1000)
         page = self.templates.get_template("explore/message.html")
         return _html(page.render(**self.facts, title=title, said=said), status)
+
+
+def _entries(cohort: CohortAttributions, sample: int, rows: pl.DataFrame) -> Markup:
+    """A record, its relevance in percent or not as its own run has it."""
+    page = environment(in_percent(cohort.manifest)).get_template("explore/entries.html")
+    return Markup(page.render(sample=show_record(cohort, sample, rows), code_link=code_link))
 
 
 def code_link(feature: str, code: str) -> str:

@@ -95,7 +95,7 @@ class OneCode(Question):
 
     feature: Text
     code: Text
-    sort: Literal["relevance", "sample", "prediction", "length", "entries"] = "relevance"
+    sort: Literal["lift", "relevance", "sample", "prediction", "length", "entries"] = "lift"
     order: Literal["asc", "desc"] = "desc"
 
 
@@ -199,32 +199,30 @@ class Searcher:
         return rows.collect(engine="streaming")["sample"].sort()
 
     def _entries_of(self, feature: str, code: str) -> pl.DataFrame:
-        """The samples that have a code: `places` it stands at, its `relevance` there, the first `time`.
+        """Per sample that has a code: `places` it stands at, its `relevance` there, its mean `lift`, the first `time`.
 
-        The place the model reads is left out of `places` and `relevance`; a code that stands there only has 0 and null.
+        As `rollout.results.places` has them: the place the model reads is left out of all but `time`; where a code
+        stands there only, `places` is 0, and relevance and lift are null.
         """
         place = pl.coalesce("visit", "position").cast(pl.Int64).alias("place")
-        rows = self.cohort.attributions.filter(pl.col("feature") == feature)
-        cells = (
-            rows.filter(pl.col("code") == code)
-            .group_by("sample", place)
-            .agg(pl.col("attribution").cast(pl.Float64).mean(), pl.col("time").min())
-            .collect(engine="streaming")
-        )
+        mine = (pl.col("feature") == feature) & (pl.col("code") == code)
+        relevance = pl.col("attribution").cast(pl.Float64).mean().alias("relevance")
+        cells = self.cohort.attributions.filter(mine).group_by("sample", place).agg(relevance, pl.col("time").min())
+        records = self.index.records.filter(pl.col("feature") == feature).drop("feature")
         read = self.cohort.read_position
-        where = pl.lit(read, pl.Int64)
-        if read is not None and read < 0:
-            mine = pl.col("sample").is_in(cells["sample"].unique().implode())
-            last = rows.filter(mine).group_by("sample").agg(place.max().alias("last")).collect(engine="streaming")
-            cells, where = cells.join(last, on="sample"), pl.col("last") + 1 + read
+        where = pl.lit(read, pl.Int64) if read is None or read >= 0 else pl.col("last") + 1 + read
         other = (pl.col("place") != where).fill_null(True)
-        relevance = pl.when(other.any()).then(pl.col("attribution").filter(other).sum())
-        return cells.group_by("sample").agg(
-            other.sum().alias("places"), relevance.alias("relevance"), pl.col("time").min()
+        lift = pl.when(pl.col("even") > 0).then(pl.col("relevance") / pl.col("even")).otherwise(0.0).alias("lift")
+        there = cells.collect(engine="streaming").join(records, on="sample").with_columns(lift)
+        return there.group_by("sample").agg(
+            other.sum().alias("places"),
+            pl.col("time").min(),
+            relevance=pl.when(other.any()).then(pl.col("relevance").filter(other).sum()),
+            lift=pl.col("lift").filter(other).mean(),
         )
 
     def samples_of(self, asked: OneCode) -> pl.DataFrame:
-        """The samples that have a code, with its `places`, `relevance` and `time` in each.
+        """The samples that have a code, with its `places`, `relevance`, `lift` and `time` in each.
 
         Raises:
             BadQuestionError: If there is no such feature, or it has no such code.

@@ -34,17 +34,16 @@ def explore(
         say: Told the address, which holds a token that is made anew each time, and what is read before.
 
     Raises:
-        ValueError: If a folder is no sound run of attributions, `beside` is of other samples, or the port cannot be had.
+        ValueError: If a folder is no sound run of attributions, `beside` is of other samples, or the port is not free.
     """
     with listen(port) as listener:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*is not complete.*")
-                runs = [CohortAttributions(path, names)]
-                runs += [] if beside is None else [CohortAttributions(beside, names)]
-            for run in runs:
-                say(f"{run.path}: reading {run.samples:,} samples")
-            explorer = Explorer(*runs)
+                cohort = CohortAttributions(path, names)
+                other = None if beside is None else CohortAttributions(beside, names)
+            say(f"{shown(cohort.path)}: reading {cohort.samples:,} samples")
+            explorer = Explorer(cohort, other)
         except (ValueError, PolarsError) as error:  # what it quotes may be of any length, and on any number of lines
             raise ValueError(shown(" ".join(str(error).split()), MESSAGE)) from error
         token = secrets.token_urlsafe(24)
