@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 import numpy as np
 import pyarrow as pa
@@ -29,26 +29,6 @@ from rollout.results.padding import count_padding
 
 FEATURES = {"drugs": "code", "conditions": "visit"}
 DRUGS, CONDITIONS, PART = 3000, 1200, 2048
-QUESTIONS = {
-    "first page": [""],
-    "patient": [f"?patient={n}" for n in (77, 1234, 4321, 20011, 99)],
-    "label, prediction and length": [
-        f"?label=1&prediction_min={p}&length_min=20&sort=prediction&order=desc" for p in (0.1, 0.2, 0.3, 0.4, 0.6)
-    ],
-    "common code": [f"?code=drug%20{n}" for n in range(1, 6)],
-    "rare code": [f"?code=drug%20{n}" for n in range(2990, 2995)],
-    "codes by a piece of their name": [f"?code=ion%20{n}" for n in range(31, 36)],
-    "code with a filter": [f"?code=condition%20{n}&label=1&sort=length" for n in range(1, 6)],
-    "a late page": [f"?page={n}&sort=length" for n in (40, 400, 1000, 2000, 2400)],
-    "codes": [f"codes?q={n}" for n in (1, 22, 33, 444, 5)],
-    "a code's patients": [f"code?feature=drugs&code={quote(f'drug {n}')}" for n in (11, 12, 13, 14, 15)],
-    "a nested code's patients": [
-        f"code?feature=conditions&code={quote(f'condition {n}')}" for n in (11, 12, 13, 14, 15)
-    ],
-    "record": [f"record?sample={n}" for n in (5, 1000, 77_777, 111_111, 200_000)],
-    "record as PNG": [f"record.png?sample={n}" for n in (5, 1000, 77_777, 111_111, 200_000)],
-    "all filtered samples as CSV": [f"samples.csv?label={n}" for n in (0, 1)],
-}
 
 
 def write_large_run(folder: Path, samples: int, seed: int = 0) -> Path:
@@ -162,7 +142,32 @@ def _rows(
     })  # fmt: skip
 
 
-def measure(folder: Path) -> dict[str, Any]:
+def questions(samples: int) -> dict[str, list[str]]:
+    """Of each kind some pages, of which none answers another."""
+    records = [number % samples for number in (5, 1000, 77_777, 111_111, 200_000)]
+    return {
+        "first page": [""],
+        "patient": [f"?patient={n}" for n in (77, 1234, 4321, 20011, 99)],
+        "label, prediction and length": [
+            f"?label=1&prediction_min={p}&length_min=20&sort=prediction&order=desc" for p in (0.1, 0.2, 0.3, 0.4, 0.6)
+        ],
+        "common code": [f"?code=drug%20{n}" for n in range(1, 6)],
+        "rare code": [f"?code=drug%20{n}" for n in range(2990, 2995)],
+        "codes by a piece of their name": [f"?code=ion%20{n}" for n in range(31, 36)],
+        "code with a filter": [f"?code=condition%20{n}&label=1&sort=length" for n in range(1, 6)],
+        "a late page": [f"?page={n}&sort=length" for n in (40, 400, 1000, 2000, 2400)],
+        "codes": [f"codes?q={n}" for n in (1, 22, 33, 444, 5)],
+        "a code's patients": [f"code?feature=drugs&code={quote(f'drug {n}')}" for n in (11, 12, 13, 14, 15)],
+        "a nested code's patients": [
+            f"code?feature=conditions&code={quote(f'condition {n}')}" for n in (11, 12, 13, 14, 15)
+        ],
+        "record": [f"record?sample={n}" for n in records],
+        "record as PNG": [f"record.png?sample={n}" for n in records],
+        "all filtered samples as CSV": [f"samples.csv?label={n}" for n in (0, 1)],
+    }
+
+
+def measure(folder: Path, samples: int) -> dict[str, Any]:
     """Seconds until it serves, of each question, and the server's memory in MiB."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "rollout", "explore", str(folder)]
@@ -171,7 +176,7 @@ def measure(folder: Path) -> dict[str, Any]:
         address = next(found[0] for line in server.stdout or () if (found := re.findall(r"http://\S+", line)))
         found: dict[str, Any] = {"seconds to start": round(time.perf_counter() - began, 2)}
         found["MiB after start"] = _memory(server.pid, "VmRSS")
-        for name, paths in QUESTIONS.items():
+        for name, paths in questions(samples).items():
             spent = [_ask(address + path) for path in paths]
             found[name] = {"first": round(spent[0], 3), "median": round(statistics.median(spent), 3)}
         found["MiB at the end"], found["MiB at most"] = _memory(server.pid, "VmRSS"), _memory(server.pid, "VmHWM")
@@ -183,7 +188,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 def _ask(address: str) -> float:
     began = time.perf_counter()
-    with urlopen(address) as answer:
+    with build_opener(ProxyHandler({})).open(address) as answer:
         answer.read()
     return time.perf_counter() - began
 
@@ -200,7 +205,8 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.folder / MANIFEST).exists():
         write_large_run(options.folder, options.samples)
-    print(json.dumps(measure(options.folder), indent=1))
+    samples = json.loads((options.folder / MANIFEST).read_bytes())["counts"]["samples"]
+    print(json.dumps({"samples": samples, **measure(options.folder, samples)}, indent=1))
 
 
 if __name__ == "__main__":

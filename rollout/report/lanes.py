@@ -89,7 +89,8 @@ class _Scale:
     """The axis: from a value to its place, and to the column of marks it stands in."""
 
     def __init__(self, low: float, high: float, width: int) -> None:
-        self.low, self.high = (low, high) if high > low else (low - 1, high + 1)
+        around = 0.0 if high > low else max(1.0, abs(low))
+        self.low, self.high = low - around, high + around
         self.left, self.span = LEFT + STEP / 2, width - LEFT - RIGHT - STEP
 
     def x(self, value: float) -> float:

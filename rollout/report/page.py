@@ -106,7 +106,7 @@ def render(
         run=run(first),
         legend=scale.legend(),
         read_position=None if cohort is None else cohort.read_position,
-        code_link=None,
+        code_link=lambda feature, code: None,
         colours=list(zip(scale.COLOURS, scale.INKS, strict=True)),
         line_colours=LINES,
         line_grey=GREY,

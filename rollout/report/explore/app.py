@@ -19,6 +19,7 @@ from rollout.report.explore.guard import Guard
 from rollout.report.explore.index import build_index, put_beside
 from rollout.report.explore.record import compare_records, show_record, with_places
 from rollout.report.explore.search import (
+    LONGEST,
     BadQuestionError,
     CodeSearch,
     OneCode,
@@ -51,19 +52,19 @@ class Explorer:
         self.cohort, self.cohorts = cohort, [cohort] if beside is None else [cohort, beside]
         index = build_index(cohort)
         samples = index.samples if beside is None else put_beside(index, beside)
+        self.called = _called(self.cohorts)
         self.searcher = Searcher(cohort, index, samples)
         self.index = index
         self.templates = environment(in_percent(cohort.manifest))
         self.facts = {
             "run": run(cohort),
-            "folder": cohort.path.name,
-            "beside": None if beside is None else {"run": run(beside), "folder": beside.path.name},
+            "beside": None if beside is None else self.called[1],
             "kind": index.kind,
             "several": index.several,
             "label_names": _label_names(cohort),
             "samples_in_all": index.samples.height,
             "patients_in_all": index.samples["patient_id"].n_unique(),
-            "features": self.searcher.features,
+            "features": [one for one in self.searcher.features if one and one.isprintable()],  # a form sends no others
             "code_link": code_link,
             "read_position": cohort.read_position,
             "legend": scale.legend(),
@@ -140,13 +141,13 @@ class Explorer:
         asked = _asked(OneSample, request)
         known = self._known(asked.sample)
         runs, placed = [], []
-        for cohort in self.cohorts:
+        for cohort, called in zip(self.cohorts, self.called, strict=True):
             rows = cohort.rows_of([asked.sample])
             entries = None
             if not rows.is_empty():
                 placed.append(with_places(cohort, rows))
                 entries = _entries(cohort, asked.sample, rows)
-            runs.append({"folder": cohort.path.name, "run": run(cohort), "shown": entries})
+            runs.append({"folder": called, "run": run(cohort), "shown": entries})
         compared = compare_records(*placed) if len(placed) == 2 else None
         return self._page("record", asked, known=known, runs=runs, compared=compared)
 
@@ -185,14 +186,23 @@ class Explorer:
         return _html(page.render(**self.facts, title=title, said=said), status)
 
 
+def _called(cohorts: list[CohortAttributions]) -> list[str]:
+    """The names of the folders, with those of the folders they are in where they are one name."""
+    paths = [cohort.path.absolute() for cohort in cohorts]
+    alike = len({path.name for path in paths}) < len(paths)
+    return ["/".join(path.parts[-2:]) if alike else path.name for path in paths]
+
+
 def _entries(cohort: CohortAttributions, sample: int, rows: pl.DataFrame) -> Markup:
     """A record, its relevance in percent or not as its own run has it."""
     page = environment(in_percent(cohort.manifest)).get_template("explore/entries.html")
     return Markup(page.render(sample=show_record(cohort, sample, rows), code_link=code_link))
 
 
-def code_link(feature: str, code: str) -> str:
-    """The address of a code's page."""
+def code_link(feature: str, code: str | None) -> str | None:
+    """The address of a code's page; None for what is no code, or longer than an address may be."""
+    if code is None or max(len(feature), len(code)) > LONGEST:
+        return None
     return f"code?{urlencode({'feature': feature, 'code': code})}"
 
 

@@ -88,7 +88,8 @@ def compare_records(one: pl.DataFrame, other: pl.DataFrame) -> dict[str, Any]:
     Returns:
         `features`: per feature in both how many `places` they share and `correlation`, Spearman's of the lifts there
         (None for fewer than three, or where one does not differ); `entries`: those of both whose lifts differ most,
-        with `lift` of one and `beside_lift` of the other; `in_all`: how many there are; `apart`: how many entries only one has. Where a model reads there is no lift to compare.
+        with `lift` of one and `beside_lift` of the other; `in_all`: how many there are; `apart`: how many entries only
+        one has. Where a model reads there is no lift to compare.
     """
     tables = [
         frame.select(*ENTRY, pl.col("lift").alias(lift), pl.lit(True).alias(f"has_{lift}")).unique(
@@ -99,14 +100,15 @@ def compare_records(one: pl.DataFrame, other: pl.DataFrame) -> dict[str, Any]:
     both = tables[0].join(tables[1], on=ENTRY, how="full", coalesce=True, nulls_equal=True)
     far = (pl.col("beside_lift") - pl.col("lift")).abs()
     shared = both.drop_nulls(["lift", "beside_lift"])
-    entries = shared.sort(far, *ENTRY, descending=[True, False, False, False]).head(DIFFERENCES)
+    differing = shared.filter(far > 0)
+    entries = differing.sort(far, *ENTRY, descending=[True, False, False, False]).head(DIFFERENCES)
     places = shared.unique(["feature", "place"], keep="first", maintain_order=True)
     features = [
         {"name": name, "places": part.height, "correlation": _correlation(part)}
         for (name,), part in places.partition_by("feature", as_dict=True, maintain_order=True).items()
     ]
     apart = both.select((pl.col("has_lift").is_null() | pl.col("has_beside_lift").is_null()).sum()).item()
-    return {"features": features, "entries": entries.rows(named=True), "in_all": shared.height, "apart": apart}
+    return {"features": features, "entries": entries.rows(named=True), "in_all": differing.height, "apart": apart}
 
 
 def _correlation(part: pl.DataFrame) -> float | None:

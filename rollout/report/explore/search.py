@@ -17,7 +17,10 @@ PAGE = 50
 REMEMBERED = 8
 """Sets of samples that searches for codes found, kept so that the next page of one need not look again."""
 
-Text = Annotated[str, StringConstraints(max_length=1000)]
+LONGEST = 1000
+"""Characters of a text that may be asked for."""
+
+Text = Annotated[str, StringConstraints(max_length=LONGEST)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 
 

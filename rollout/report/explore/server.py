@@ -64,6 +64,7 @@ def listen(port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((LOOPBACK, port))
+        listener.listen()  # whoever asks from now on waits, and is not sent away
     except OSError as error:
         listener.close()
         raise ValueError(f"port must be one that is free, got {port}: {error.strerror}") from error
