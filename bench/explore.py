@@ -151,13 +151,16 @@ def questions(samples: int) -> dict[str, list[str]]:
         "label, prediction and length": [
             f"?label=1&prediction_min={p}&length_min=20&sort=prediction&order=desc" for p in (0.1, 0.2, 0.3, 0.4, 0.6)
         ],
-        "common code": [f"?code=drug%20{n}" for n in range(1, 6)],
+        "common code": [f"?code=drug%20{n}" for n in range(5)],
         "rare code": [f"?code=drug%20{n}" for n in range(2990, 2995)],
         "codes by a piece of their name": [f"?code=ion%20{n}" for n in range(31, 36)],
         "code with a filter": [f"?code=condition%20{n}&label=1&sort=length" for n in range(1, 6)],
         "a late page": [f"?page={n}&sort=length" for n in (40, 400, 1000, 2000, 2400)],
         "codes": [f"codes?q={n}" for n in (1, 22, 33, 444, 5)],
         "a code's patients": [f"code?feature=drugs&code={quote(f'drug {n}')}" for n in (11, 12, 13, 14, 15)],
+        "the commonest codes' patients": [
+            f"code?feature={f}s&code={quote(f'{f} {n}')}" for n in (0, 1) for f in ("drug", "condition")
+        ],
         "a nested code's patients": [
             f"code?feature=conditions&code={quote(f'condition {n}')}" for n in (11, 12, 13, 14, 15)
         ],
