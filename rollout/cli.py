@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -321,6 +322,30 @@ def bench(
     sizes = Settings(device, batch, heads, layers, size, tuple(seq or (64, 128, 256, 512)), seconds)
     if not run(sizes, pyhealth=pyhealth, file=record, say=typer.echo):
         raise typer.Exit(1)
+
+
+@app.command()
+def explore(
+    path: Annotated[Path, typer.Argument(help="Folder of a cohort run of attributions.")],
+    beside: Annotated[Path | None, typer.Option(help="Another run of the same samples, shown beside it.")] = None,
+    port: Annotated[int, typer.Option(help="Of 127.0.0.1; 0: any that is free.")] = 0,
+    names: Annotated[Path | None, typer.Option(help="JSON of further code names: {feature: {code: name}}.")] = None,
+) -> None:
+    """Search a cohort run in a browser on this machine: patients, records as timelines, a code's patients, two runs.
+
+    Prints an address that holds a token; only it is answered, and nothing is written. Ctrl-C ends it, with status 0.
+    """
+    for module, extra in (
+        ("polars", "cohort"),
+        ("pyarrow", "cohort"),
+        ("starlette", "explore"),
+        ("uvicorn", "explore"),
+    ):
+        require(module, extra)
+    from rollout.report.explore import explore as serve
+
+    with suppress(KeyboardInterrupt):
+        serve(path, beside, port, names, say=typer.echo)
 
 
 def main() -> None:

@@ -23,6 +23,8 @@ OPTIONAL = (
     "matplotlib",
     "polars",
     "typer",
+    "starlette",
+    "uvicorn",
     "timm",
     "torchvision",
 )
@@ -205,7 +207,7 @@ def test_wheel_holds_the_two_packages_and_nothing_else(wheel: zipfile.ZipFile):
     assert {"rollout/py.typed", "rollout_kernels/py.typed"} <= names
     tables = {str(p.relative_to(ROOT / "kernels")) for p in (ROOT / "kernels").rglob("tuned/*.json")}
     assert {name for name in names if name.endswith(".json")} == tables
-    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "rollout" / "report" / "templates").iterdir()}
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "rollout" / "report" / "templates").rglob("*.*")}
     assert templates <= names
 
 
@@ -232,7 +234,7 @@ def test_project_declares_its_dependencies_and_extras():
     (triton,) = (r for r in project()["dependencies"] if r.startswith("triton"))
     assert "sys_platform == 'linux'" in triton
     extras = project()["optional-dependencies"]
-    assert set(extras) == {"pyhealth", "cohort", "dask", "hf", "plots", "bench", "dev", "all"}
+    assert set(extras) == {"pyhealth", "cohort", "dask", "hf", "plots", "explore", "bench", "dev", "all"}
     assert extras["pyhealth"] == ["pyhealth>=2.1,<3"]
     named = extras["all"][0].partition("[")[2].rstrip("]").split(",")
     assert set(named) == set(extras) - {"dev", "all"}

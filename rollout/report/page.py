@@ -5,22 +5,21 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from polars.exceptions import PolarsError
 
 from rollout.files import usable_path, write_whole
 from rollout.report import scale
+from rollout.report.environment import environment
 from rollout.report.sections.codes import codes
 from rollout.report.sections.faithfulness import faithfulness
 from rollout.report.sections.patients import patients
 from rollout.report.sections.places import places
 from rollout.report.sections.run import run
 from rollout.report.sections.summary import summary
-from rollout.report.text import FILTERS, in_percent, number, percent, shown
+from rollout.report.text import in_percent, shown
 from rollout.results.attributions import CohortAttributions
 from rollout.results.drawing import GREY, LINES
 from rollout.results.faithfulness import CohortFaithfulness, is_evaluation, open_faithfulness
@@ -101,26 +100,17 @@ def render(
         shown["summary"] = summary(cohort)
         if patient is None:  # sums over every row of the cohort: minutes, for one patient
             shown |= {"codes": codes(cohort), "places": places(cohort)}
-    return _environment(in_percent(first.manifest)).get_template("page.html").render(
+    return environment(in_percent(first.manifest)).get_template("page.html").render(
         **shown,
         faithfulness=None if evaluation is None else faithfulness(evaluation, cohort),
         run=run(first),
+        legend=scale.legend(),
+        read_position=None if cohort is None else cohort.read_position,
+        code_link=lambda feature, code: None,
         colours=list(zip(scale.COLOURS, scale.INKS, strict=True)),
         line_colours=LINES,
         line_grey=GREY,
     )  # fmt: skip
-
-
-@cache
-def _environment(relevance_in_percent: bool) -> Environment:
-    environment = Environment(
-        loader=PackageLoader("rollout.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(FILTERS, relevance=percent if relevance_in_percent else number)
-    return environment
 
 
 def _target(folder: Path, output: str | Path | None, patient: str | None, overwrite: bool) -> Path:

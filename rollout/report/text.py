@@ -147,5 +147,6 @@ def moment(value: Any) -> str:
 
 
 FILTERS = {
-    f.__name__: f for f in (shown, name, count, percent, times, number, decimal, signed, small, seconds, size, width)
+    f.__name__: f
+    for f in (shown, name, count, percent, chance, times, number, decimal, signed, small, seconds, size, width)
 }

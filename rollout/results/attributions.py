@@ -1,7 +1,7 @@
 """A cohort's attributions read back as polars frames, lazily or summed part by part."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -225,7 +225,7 @@ class CohortAttributions:
         means = sums.filter(pl.col("records") >= minimum).select(
             *groups,
             "code",
-            _named(self.names),
+            named(self.names),
             relevance=_ratio("relevance", "records"),
             lift=_ratio("lift", "entries"),
             prevalence=_ratio("present", "samples"),
@@ -300,7 +300,7 @@ class CohortAttributions:
                 f"patient: no attributed sample is of patient {str(patient_id)!r}; ids here are as {some} "
                 "(see .predictions), and samples in .failures have no rows"
             )
-        return self._rows_of(numbers)
+        return self.rows_of(numbers)
 
     def sample(self, number: int) -> pl.DataFrame:
         """The rows of one sample (its number in the dataset), in record order, with prediction and truth.
@@ -315,10 +315,15 @@ class CohortAttributions:
             failed = self._folder.scan("failures", part).filter(wanted).collect()["error"].to_list()
             reason = f"it failed: {failed[0]}" if failed else f"the dataset has {self.planned:,} samples, from 0"
             raise ValueError(f"sample: no attributions of sample {int(number)}; {reason} (see .predictions, .failures)")
-        return self._rows_of([int(number)])
+        return self.rows_of([int(number)])
 
-    def _rows_of(self, numbers: Sequence[int]) -> pl.DataFrame:
-        """The rows of samples, from the parts that hold them; row groups of other samples are skipped."""
+    def parts(self) -> Iterator[tuple[pl.LazyFrame, pl.LazyFrame]]:
+        """`attributions` and `predictions` of each part, lazily: a sample's rows lie in one part."""
+        for part in self._folder.records:
+            yield self._folder.scan("attributions", [part]), self._folder.scan("predictions", [part])
+
+    def rows_of(self, numbers: Sequence[int]) -> pl.DataFrame:
+        """The rows of samples, as of `sample`, from the parts that hold them; other samples' row groups are skipped."""
         parts, place = self._folder.holding(numbers), pl.col("sample")
         wanted = place.is_between(min(numbers), max(numbers)) & place.is_in(list(numbers))
         rows = self._folder.scan("attributions", parts).filter(wanted).collect(engine="streaming")
@@ -373,8 +378,8 @@ def _ratio(above: str, below: str) -> pl.Expr:
     return pl.when(pl.col(below) > 0).then(pl.col(above) / pl.col(below))
 
 
-def _named(names: Names) -> pl.Expr:
-    """The column `name`, by feature and code."""
+def named(names: Names) -> pl.Expr:
+    """The column `name`, by `feature` and `code`; null where there is none."""
     name = pl.lit(None, pl.String)
     for feature, codes in names.items():
         mapped = pl.col("code").replace_strict(list(codes), list(codes.values()), default=None, return_dtype=pl.String)

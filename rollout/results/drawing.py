@@ -1,5 +1,6 @@
 """What the pictures have in common: a figure, its axes, text as it is to be read, the colours of lines, the file."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ def saved(figure: Any, path: str | Path | None) -> Any:
     if path is not None:
         figure.savefig(Path(path).expanduser(), dpi=DPI, facecolor="white")
     return figure
+
+
+def png_bytes(figure: Any) -> bytes:
+    """The figure as PNG."""
+    sink = BytesIO()
+    figure.savefig(sink, format="png", dpi=DPI, facecolor="white")
+    return sink.getvalue()
 
 
 def tidy(axis: Any) -> None:

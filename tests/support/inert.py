@@ -16,12 +16,15 @@ ATTRIBUTES = re.compile(
 )
 SPOKEN = frozenset({"title", "aria-label"})
 """Attributes that hold text of the data."""
+LINKS = re.compile(r"data:,|#[a-z]+")
 HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 LARGEST = 4_000_000
 
 
 class Page(html.parser.HTMLParser):
     """Refuses whatever a page of ours does not have."""
+
+    tags, attributes, spoken, links = TAGS, ATTRIBUTES, SPOKEN, LINKS
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -33,20 +36,21 @@ class Page(html.parser.HTMLParser):
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert TAGS.fullmatch(tag), tag
+        assert self.tags.fullmatch(tag), tag
         self.counts[tag] = self.counts.get(tag, 0) + 1
         for name, value in attrs:
-            assert ATTRIBUTES.fullmatch(name), (tag, name)
-            assert name in SPOKEN or CANARY not in (value or ""), (tag, name, value)
-            if name == "href":
-                assert value == "data:," or re.fullmatch(r"#[a-z]+", value or ""), value
+            assert self.attributes.fullmatch(name), (tag, name)
+            assert name in self.spoken or CANARY not in (value or ""), (tag, name, value)
+            if name in ("href", "action"):
+                assert self.links.fullmatch(value or ""), value
             if name == "style":
                 assert re.fullmatch(r"width:\d+(\.\d+)?%", value or ""), value
-        if tag not in ("meta", "link", "input", "rect", "path", "circle"):
+        if tag not in ("meta", "link", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag, tag
@@ -68,7 +72,31 @@ class Page(html.parser.HTMLParser):
         assert decl == "doctype html"
 
 
+class ServedPage(Page):
+    """The same of a page that a server of ours answers with: it has forms, and links to pages of the same."""
+
+    tags = re.compile(f"{TAGS.pattern}|form|fieldset|legend|button|select|option")
+    attributes = re.compile(
+        f"{ATTRIBUTES.pattern}|action|method|value|min|step|maxlength|placeholder|selected|download"
+    )
+    spoken = SPOKEN | {"value", "href"}
+    links = re.compile(
+        r"data:,|style\.css|\./|codes|code|(\./|codes|code|record|(samples|code|record)\.(csv|png))?\?[\w%+.~&=-]*"
+    )
+
+
+def check_served(page: str) -> None:
+    """The check of an answer."""
+    assert len(page) < LARGEST
+    assert not HIDDEN.search(page)
+    parsed = ServedPage(page)
+    assert all(parsed.counts[tag] == 1 for tag in ("html", "head", "body", "h1", "main", "footer"))
+    assert "style" not in parsed.counts
+    assert not re.search(r'(?: [xyd]|c[xyr]|width|height)="[^"]*(?:nan|inf)', page)
+
+
 def check(page: str) -> None:
+    """The check of a file."""
     assert len(page) < LARGEST
     assert not HIDDEN.search(page)
     parsed = Page(page)

@@ -58,6 +58,7 @@ class Run:
     """Of the attribution rows, before they are written."""
     time: Mapping[str, str | None] = field(default_factory=dict)
     labels: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
+    method: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_run(folder: Path, records: Sequence[Record], run: Run | None = None, part_samples: int = 3) -> Path:
@@ -160,7 +161,7 @@ def _manifest(records: Sequence[Record], rows: Sequence[tuple[Any, ...]], run: R
         },
         "method": {
             "name": "rollout", "head_fusion": "mean", "residual": 0.5, "attention": None, "renormalize": True,
-            "discard_ratio": 0.0, "start_layer": 0, "gradients": None,
+            "discard_ratio": 0.0, "start_layer": 0, "gradients": None, **run.method,
         },
         "plan": {"batch_tokens": 8192, "batch_samples": 256, "part_samples": 2048},
         "readout": "model",

@@ -26,13 +26,20 @@ def patients(cohort: CohortAttributions, patient: str | None) -> dict[str, Any]:
     return {
         "asked": patient,
         "in_all": in_all,
-        "samples": [_sample(cohort, one) for one in found],
-        "legend": scale.legend(),
+        "samples": [record_view(cohort, one) for one in found],
         "read_position": cohort.read_position,
     }
 
 
-def _sample(cohort: CohortAttributions, one: Chosen) -> dict[str, Any]:
+def record_view(cohort: CohortAttributions, one: Chosen, entries: int = CHIPS, visits: int = VISITS) -> dict[str, Any]:
+    """One sample with its features as timelines.
+
+    Args:
+        cohort: Its cohort.
+        one: The sample, with its rows.
+        entries: The first so many of a flat feature are shown.
+        visits: The last so many of a nested one.
+    """
     known, kind = one.rows.row(0, named=True), cohort.label_kind
     whole = cohort.whole_features
     places = find_places(one.rows, cohort.read_position, whole).drop("sample", "last").collect()
@@ -57,7 +64,8 @@ def _sample(cohort: CohortAttributions, one: Chosen) -> dict[str, Any]:
         "share": finite(known["y_prob"][0]) if kind == "binary" and known["y_prob"] else None,
         "target": known.get("target_class"),
         "features": [
-            {**_feature(cohort, parts[name,], name), "padding": padding.get(name)} for name in present[:FEATURES]
+            {**_feature(cohort, parts[name,], name, entries, visits), "padding": padding.get(name)}
+            for name in present[:FEATURES]
         ],
         "without": [name for name in cohort.features[:FEATURES] if name not in present],
         "features_hidden": max(len(present) - FEATURES, 0),
@@ -93,7 +101,7 @@ def truth_text(true: Sequence[float | None] | None, kind: str | None) -> str:
     return f"{'class' if kind == 'multiclass' else 'label'} {number(known[0])}"
 
 
-def _feature(cohort: CohortAttributions, rows: pl.DataFrame, name: str) -> dict[str, Any]:
+def _feature(cohort: CohortAttributions, rows: pl.DataFrame, name: str, entries: int, visits: int) -> dict[str, Any]:
     """The timeline of one feature: visits with their codes, or entries in order, the leading ones, and a chart."""
     nested, coded = (rows[key].null_count() < rows.height for key in ("visit", "code"))
     others, read = rows.filter(~pl.col("read")), rows.filter("read")
@@ -107,13 +115,13 @@ def _feature(cohort: CohortAttributions, rows: pl.DataFrame, name: str) -> dict[
         "even": rows["even"].max(),
         "reads": read.height > 0,
         "leaders": [],
-        "visits": _visits(rows, names) if nested else [],
+        "visits": _visits(rows, names, visits) if nested else [],
         "chips": [],
         "chart": None,
         "held": None,
     }
     if coded and not nested:
-        view["chips"] = _chips(rows.head(CHIPS), names)
+        view["chips"] = _chips(rows.head(entries), names)
         view["leaders"] = _chips(others.sort("relevance", descending=True, maintain_order=True).head(LEADERS), names)
     if not nested and (timed or not coded):
         view["chart"] = _chart(cohort, others, name, timed) if others.height > coded else None
@@ -133,9 +141,9 @@ def _chips(rows: pl.DataFrame, names: Mapping[str, str]) -> list[dict[str, Any]]
     ]
 
 
-def _visits(rows: pl.DataFrame, names: Mapping[str, str]) -> list[dict[str, Any]]:
+def _visits(rows: pl.DataFrame, names: Mapping[str, str], most: int) -> list[dict[str, Any]]:
     """The visits in order; of a long record the last ones, and of a visit its first codes."""
-    last = rows["place"].unique().sort().tail(VISITS)
+    last = rows["place"].unique().sort().tail(most)
     parts = rows.filter(pl.col("place").is_in(last.implode())).partition_by("place", maintain_order=True)
     codes = [_chips(part.head(VISIT_CODES), names) for part in parts]
     return [
