@@ -1,7 +1,8 @@
 """MEDS, the Medical Event Data Standard: cohorts read from its folders, and folders of it written.
 
 The tables are those of the package `meds` 0.4: events `subject_id, time, code, numeric_value, text_value` in
-`data/**/*.parquet`, names and parents of codes in `metadata/codes.parquet`, labels `subject_id, prediction_time, …_value`.
+`data/**/*.parquet`, names and parents of codes in `metadata/codes.parquet`, and labels `subject_id, prediction_time,
+…_value`.
 """
 
 from rollout.data.meds.dataset import MedsDataset

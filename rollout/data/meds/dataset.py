@@ -1,5 +1,6 @@
 """A cohort straight from a MEDS folder: one record per label, of the events up to its prediction time."""
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -177,6 +178,18 @@ class MedsDataset:
         if self.classes is not None:
             return torch.tensor(self.classes[value])
         return torch.tensor(value) if self.kind == "integer_value" else torch.tensor([float(value)])
+
+    @property
+    def patient_to_index(self) -> dict[str, list[int]]:
+        """Patient → the numbers of the samples, as PyHealth's datasets have it."""
+        grouped = self.labels.with_row_index("sample").group_by("subject_id", maintain_order=True).agg("sample")
+        return {str(subject): numbers for subject, numbers in grouped.rows()}
+
+    def subset(self, numbers: Sequence[int]) -> "MedsDataset":
+        """The same dataset with these samples only, in the order of their numbers."""
+        chosen = copy.copy(self)
+        chosen.labels = self.labels[sorted(numbers)]
+        return chosen
 
     @property
     def vocabularies(self) -> dict[str, dict[str, int]]:
