@@ -4,14 +4,15 @@ Nothing is downloaded and no code of a folder is run. Which row of the rollout i
 the architecture: `rollout.runfile.read_rows` finds out which positions the classifier's head reads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import rollout
+from rollout._capture import capture
 from rollout.cohort.explain import Explained, chain_of
 from rollout.cohort.shares import TOLERANCES
 from rollout.data.meds.dataset import FEATURE, LABEL
@@ -68,7 +69,7 @@ def load_classifier(folder: Path, name: str) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), **chosen)
         config.use_cache = False
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _without_bar(transformers):
             model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
                 str(folder), config=config, use_safetensors=True, output_loading_info=True, **chosen
             )
@@ -88,6 +89,19 @@ def load_classifier(folder: Path, name: str) -> nn.Module:
                 f"{', …' * (len(wrong) > SHOWN)} {what}"
             )
     return model.eval()
+
+
+@contextmanager
+def _without_bar(transformers: Any) -> Iterator[None]:
+    """Without transformers' progress bar of weights, which takes a moment only."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check_outputs(config: Any, kind: str | None, largest: int | None, name: str) -> bool:
@@ -200,7 +214,7 @@ def explain_events(
     ids = batch[FEATURE][1]
     inputs = _checked(inputs_of(ids, padding, first, last), limit)
     mask = inputs["attention_mask"]
-    with rollout.capture(model) as tape, torch.inference_mode():
+    with capture(model) as tape, torch.inference_mode():
         logits = model(**inputs).logits
     chain = chain_of(method)
     assert chain is not None
