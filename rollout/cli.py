@@ -114,8 +114,8 @@ def attribute(
     Exit status: 0 when every sample is attributed, 1 when some failed, 2 when refused or stopped by an error, 130 on
     Ctrl-C. With ROLLOUT_DEBUG=1 an error shows its traceback.
     """
-    for module, extra in (("polars", "cohort"), ("pyarrow", "cohort"), ("pyhealth", "pyhealth")):
-        require(module, extra)
+    for module in ("polars", "pyarrow"):
+        require(module, "cohort")
     from rollout.runfile.start import attribute_entry, attribute_run_file, scheduler_client
 
     if (run_file is None) == (entry is None):
@@ -186,8 +186,8 @@ def evaluate(
 
     Exit status: as rollout attribute.
     """
-    for module, extra in (("polars", "cohort"), ("pyarrow", "cohort"), ("pyhealth", "pyhealth")):
-        require(module, extra)
+    for module in ("polars", "pyarrow"):
+        require(module, "cohort")
     from rollout.results.faithfulness import open_faithfulness
     from rollout.results.told import told
     from rollout.runfile.evaluate import evaluate_entry, evaluate_run_file, methods_of, planted_of

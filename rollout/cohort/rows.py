@@ -92,13 +92,25 @@ def _decoder(feature: str, processor: Any, padding_ids: Mapping[str, int | None]
 
 
 def plain_decoder(
-    feature: str, vocabulary: Mapping[str, int] | None, padding_ids: Mapping[str, int | None] = NO_PADDING_IDS
+    feature: str,
+    vocabulary: Mapping[str, int] | None,
+    padding_ids: Mapping[str, int | None] = NO_PADDING_IDS,
+    *,
+    timed: bool = False,
 ) -> Decoder:
-    """Return the decoder of a feature that is one tensor: of ids [S] by their vocabulary, or of numbers for None."""
+    """Return the decoder of a feature that is one tensor: of ids [S] by their vocabulary, or of numbers for None.
+
+    Args:
+        feature: Its name.
+        vocabulary: Code → id.
+        padding_ids: As in `feature_decoders`.
+        timed: Whether it is a pair instead, of times [S] and that tensor.
+    """
+    time, value = (0, 1) if timed else (None, None)
     if vocabulary is None:
-        return Decoder(value=None, time=None, codes=None, multi_hot=False, nested=False, padding=None)
+        return Decoder(value, time, codes=None, multi_hot=False, nested=False, padding=None)
     padding = padding_id(feature, vocabulary, padding_ids)
-    return Decoder(None, None, vocabulary_array(vocabulary), multi_hot=False, nested=False, padding=padding)
+    return Decoder(value, time, vocabulary_array(vocabulary), multi_hot=False, nested=False, padding=padding)
 
 
 def _has_steps(processor: Any) -> bool:

@@ -50,7 +50,8 @@ def open_source(
     """Look at a dataset: what it holds and how its entries are read back.
 
     Args:
-        dataset: A PyHealth `SampleDataset`, or anything with `len` and `[i]` that gives mappings.
+        dataset: A PyHealth `SampleDataset`, or anything with `len` and `[i]` that gives mappings. A feature that its
+            `time_units` names, with what its times are counted in, is a pair of times and values.
         collate: B samples → a batch; needed unless it is PyHealth's.
         vocabularies: For a dataset that is not PyHealth's: feature → code → id, or None for a numeric feature.
         padding_ids: Feature → the id that stands for no code, None when every id is a code. A feature that is left out
@@ -70,7 +71,11 @@ def open_source(
         raise ValueError("attribute_cohort: dataset must have at least one sample, got none")
     stated = dict(padding_ids or {})
     if vocabularies is not None:
-        decoders = {feature: plain_decoder(feature, codes, stated) for feature, codes in vocabularies.items()}
+        units = getattr(dataset, "time_units", {})
+        decoders = {
+            feature: plain_decoder(feature, codes, stated, timed=feature in units)
+            for feature, codes in vocabularies.items()
+        }
         schema: Any = {feature: dict(codes or {}) for feature, codes in vocabularies.items()}
     elif hasattr(dataset, "input_processors"):
         decoders = feature_decoders(dataset, stated)
@@ -112,6 +117,8 @@ _TASK_TIMES = {
 
 
 def _time_unit(dataset: Any, feature: str) -> str | None:
+    if feature in getattr(dataset, "time_units", {}):
+        return str(dataset.time_units[feature])
     processor = getattr(dataset, "input_processors", {}).get(feature)
     if type(processor).__name__ == "TemporalTimeseriesProcessor":  # it counts them itself
         return "hours since the first observation"

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from rollout.data.quiet import quiet_pyhealth
+from rollout.errors import require
 
 _BASES = {
     "model": ("pyhealth.models", "pyhealth.models.base_model", "BaseModel"),
@@ -37,6 +38,7 @@ def named_class(kind: str, name: str, where: str) -> Any:
         ValueError: If PyHealth has no such class, or it is of another kind.
     """
     package, home, base_name = _BASES[kind]
+    require("pyhealth", "pyhealth")
     with quiet_pyhealth():
         names, base = vars(import_module(package)), getattr(import_module(home), base_name)
     known = {

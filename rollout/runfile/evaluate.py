@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rollout.cohort.summary import CohortRun
 from rollout.files import first_line, read_json, usable_path
 from rollout.results.layout import CACHE
 from rollout.runfile.entry_point import call_entry, find_entry
+from rollout.runfile.events import EventsRun, relevance_of
 from rollout.runfile.file import read_run_file
 from rollout.runfile.start import returned
 
@@ -23,30 +24,15 @@ EVALUATED = "evaluated"
 SHARED = ("batch_tokens", "batch_samples", "part_samples", "device", "workers", "equal_lengths")
 """Of the settings of a run file, those that an evaluation has too."""
 OF_EXPLAIN = "explain"
-"""The name of the method that an entry point's `explain` is."""
+"""The name of the method that an entry point's `explain` is, or that of the `[run]` of a model of transformers."""
 
 
-@dataclass(frozen=True)
-class Explains:
-    """The scores of a function that `attribute_cohort` takes as `explain`."""
-
-    explain: Explain
-
-    def __call__(self, model: Any, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        return self.explain(model, batch).relevance
-
-
-@dataclass(frozen=True)
-class Predicts:
-    """The predictions of such a function."""
-
-    explain: Explain
-
-    def __call__(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
-        found = self.explain(model, batch).y_prob
-        if found is None:
-            raise ValueError("explain gives no y_prob: return `predict` beside it, (model, batch) → probabilities")
-        return found
+def predictions_of(explain: Explain, model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """The predictions alone of a function that `attribute_cohort` takes as `explain`."""
+    found = explain(model, batch).y_prob
+    if found is None:
+        raise ValueError("explain gives no y_prob: return `predict` beside it, (model, batch) → probabilities")
+    return found
 
 
 def evaluate_run_file(
@@ -85,6 +71,9 @@ def evaluate_run_file(
     model, dataset = run.load(run.output if prepared and run.output is not None else folder, trust_cache=trust_cache)
     if wanted is not None:
         dataset = _of_patients(dataset, wanted)
+    if isinstance(run, EventsRun):
+        methods = _mapping(chosen.pop("methods", OF_EXPLAIN))
+        chosen |= run.evaluation(model, dataset, run.settings, methods)
     return evaluate_cohort(model, dataset, folder, **chosen, **options)
 
 
@@ -114,9 +103,10 @@ def evaluate_entry(
     chosen = {**{key: value for key, value in arguments.items() if key in known}, **(settings or {})}
     explain = arguments.get("explain")
     if explain is not None:
-        chosen.setdefault("predict", Predicts(explain))
+        chosen.setdefault("predict", partial(predictions_of, explain))
         named = _mapping(chosen.get("methods", OF_EXPLAIN))
-        chosen["methods"] = {name: Explains(explain) if given == OF_EXPLAIN else given for name, given in named.items()}
+        own = partial(relevance_of, explain)
+        chosen["methods"] = {name: own if given == OF_EXPLAIN else given for name, given in named.items()}
     return evaluate_cohort(model, dataset, folder, **chosen, **options)
 
 

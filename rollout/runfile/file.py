@@ -22,6 +22,8 @@
     method = "rollout"                     # this and the rest as in rollout.attribute_cohort
     batch_tokens = 8192
 
+For a Hugging Face classifier over a MEDS folder, see `rollout.runfile.events`.
+
 Paths are relative to the file. Only classes of PyHealth can be named; nothing else is imported, and nothing is
 unpickled but a cache that you prepared yourself (no key here can say otherwise: `rollout.data.cache`). `save_model`
 writes such a file beside a model trained in Python.
@@ -40,6 +42,9 @@ from rollout.data.vocabulary import Vocabulary, read_vocabulary, vocabulary_of, 
 from rollout.errors import one_line
 from rollout.files import parse_json, usable_path
 from rollout.results.layout import CACHE
+from rollout.runfile import events
+from rollout.runfile.events import MEDS, EventsRun
+from rollout.runfile.hugging_face import AUTO
 from rollout.runfile.settings import SETTINGS, check_settings
 from rollout.runfile.toml import write_toml
 from rollout.runfile.weights import (
@@ -124,7 +129,7 @@ class RunFile:
             )
 
 
-def read_run_file(path: str | Path) -> RunFile:
+def read_run_file(path: str | Path) -> RunFile | EventsRun:
     """Read and check a run file, `.json` or TOML; no table is read and no weight loaded.
 
     Raises:
@@ -144,10 +149,15 @@ def _read(path: Path) -> RunFile:
     def below(table: str, key: str) -> Path:
         return _below(folder, tables[table][key], f"{path}: [{table}] {key}")
 
+    settings = {key: value for key, value in run.items() if key != "output"}
+    if dataset["class"] == MEDS:
+        check_settings(settings, lambda key: f"{path}: [run] {key}")
+        return events.read_events(path, tables, settings, below)
+    if model["class"] == AUTO:
+        raise ValueError(f'{path}: [dataset] class must be "{MEDS}" for such a model, got {dataset["class"]!r}')
     for name in ("weights", "vocabulary"):
         if not (name == "vocabulary" and model[name] == REFIT) and not below("model", name).is_file():
             raise ValueError(f"{path}: [model] {name} must be a file, got {below('model', name)}: no such file")
-    settings = {key: value for key, value in run.items() if key != "output"}
     check_settings(settings, lambda key: f"{path}: [run] {key}")
     vocabulary = None if model["vocabulary"] == REFIT else read_vocabulary(below("model", "vocabulary"))
     source = SampleSource(
@@ -207,7 +217,10 @@ def _checked_tables(path: Path, tables: dict[str, Any]) -> dict[str, dict[str, A
                 f"{path} must hold {', '.join(f'[{key}]' for key in _KEYS)} only, got {name!r}"
                 f"{did_you_mean(name, _KEYS)}"
             )
-    for name, keys in _KEYS.items():
+    dataset = tables.get("dataset")
+    meds = isinstance(dataset, dict) and dataset.get("class") == MEDS
+    required = events.REQUIRED if meds else _REQUIRED
+    for name, keys in ({**_KEYS, **events.KEYS} if meds else _KEYS).items():
         table = tables.get(name, {})
         if not isinstance(table, dict):
             raise ValueError(f"{path}: {name} must be a table of keys and values, got {table!r}")
@@ -218,9 +231,9 @@ def _checked_tables(path: Path, tables: dict[str, Any]) -> dict[str, dict[str, A
                 )
             if keys[key] is not object and (type(value) is not keys[key] or value == ""):
                 raise ValueError(f"{path}: [{name}] {key} must be {_TYPES[keys[key]]}, got {value!r}")
-        for key in _REQUIRED[name]:
+        for key in required[name]:
             if key not in table:
-                hint = _VOCABULARY_HINT if key == "vocabulary" else ""
+                hint = _VOCABULARY_HINT if key == "vocabulary" and not meds else ""
                 raise ValueError(f"{path}: [{name}] needs {key}{hint}")
     return {name: tables.get(name, {}) for name in _KEYS}
 

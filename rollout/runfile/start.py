@@ -14,6 +14,7 @@ from rollout.errors import require
 from rollout.files import usable_path
 from rollout.results.layout import NAMES
 from rollout.runfile.entry_point import call_entry, find_entry
+from rollout.runfile.events import EventsRun
 from rollout.runfile.file import RunFile, read_run_file
 from rollout.runfile.settings import check_settings
 
@@ -53,7 +54,11 @@ def attribute_run_file(
         raise ValueError(f"{run.path}: [run] needs output, or give --output")
     folder = run_folder(usable_path(folder, "output"))
     model, dataset = run.load(folder, trust_cache=trust_cache)
-    return attribute_cohort(model, dataset, folder, **chosen, **options, code_names=_names(run, dataset, folder))
+    if isinstance(run, EventsRun):
+        further = run.arguments(model, dataset, chosen)
+    else:
+        further = {"code_names": _names(run, dataset, folder)}
+    return attribute_cohort(model, dataset, folder, **chosen, **options, **further)
 
 
 def attribute_entry(

@@ -10,6 +10,7 @@ from rollout.results.folder import RunFolder
 from rollout.results.layout import CACHE
 from rollout.results.verify import verify_folder
 from rollout.runfile.entry_point import call_entry, find_entry
+from rollout.runfile.events import EventsRun
 from rollout.runfile.file import read_run_file
 
 SHOWN = 8
@@ -47,6 +48,8 @@ def verify_run(folder: str | Path, run_file: str | Path | None = None, entry: st
 def _dataset(folder: str | Path, run_file: str | Path | None, entry: str | None) -> Any:
     if run_file is not None:
         run = read_run_file(run_file)
+        if isinstance(run, EventsRun):
+            return run.samples()
         return prepare_samples(run.source, run.cache or Path(folder).expanduser() / CACHE, run.vocabulary)
     made = call_entry(find_entry(str(entry)), str(entry))
     if not isinstance(made, tuple | list) or len(made) < 2:
