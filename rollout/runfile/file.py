@@ -141,7 +141,7 @@ def read_run_file(path: str | Path) -> RunFile | EventsRun:
         raise ValueError(one_line(error)) from error
 
 
-def _read(path: Path) -> RunFile:
+def _read(path: Path) -> RunFile | EventsRun:
     tables = _checked_tables(path, _parsed(path))
     model, dataset, task, run = (tables[name] for name in _KEYS)
     folder = path.parent
