@@ -59,6 +59,7 @@ class Looked:
         batch: As read.
         values: Feature → ids or numbers [B, ...].
         valid: Feature → which of them are real, bool.
+        padding: Feature → the id that stands for no code.
         intact: Probabilities [B, K ≥ 2] of the whole records.
         single: Whether the model gives one number, the probability of class 1.
         target: The class followed, long [B].
@@ -69,6 +70,7 @@ class Looked:
     batch: ReadBatch
     values: dict[str, Tensor]
     valid: dict[str, Tensor]
+    padding: dict[str, int]
     intact: Tensor
     single: bool
     target: Tensor
@@ -107,7 +109,8 @@ def evaluate_batch(
 def look(scoring: Scoring, predictor: Predictor, decoders: Mapping[str, Decoder], batch: ReadBatch) -> Looked:
     """Have the model predict whole records, and follow the class it predicts."""
     ready = batch.ready
-    values = {key: values_of(ready[key]).cpu() for key in decoders if isinstance(values_of(ready.get(key)), Tensor)}
+    values = {key: _values(key, ready[key], decoders[key]) for key in decoders if key in ready}
+    padding = {key: decoders[key].padding or 0 for key in values}
     valid = {key: _real(each, decoders[key]) for key, each in values.items()}
     intact = predictor.intact(ready)
     single = predictor.single
@@ -120,7 +123,14 @@ def look(scoring: Scoring, predictor: Predictor, decoders: Mapping[str, Decoder]
     probability = intact.gather(1, target[:, None])[:, 0]
     filtered = scoring.metric == "pyhealth" and scoring.kind in ("binary", "multilabel")
     evaluated = probability >= scoring.threshold if filtered else torch.ones_like(target, dtype=torch.bool)
-    return Looked(batch, values, valid, intact, single, target, probability, evaluated)
+    return Looked(batch, values, valid, padding, intact, single, target, probability, evaluated)
+
+
+def _values(key: str, feature: Any, decoder: Decoder) -> Tensor:
+    values = values_of(feature)
+    if not isinstance(values, Tensor) or values.dim() < 2 or (isinstance(feature, tuple) and decoder.value != 1):
+        raise ValueError(f"feature {key!r} is neither a tensor [B, ...] nor (time, values), so it cannot be evaluated")
+    return values.cpu()
 
 
 def _real(values: Tensor, decoder: Decoder) -> Tensor:
@@ -237,7 +247,7 @@ class _Rows:
                 ):
                     row[real] = generator.choice(pool[key], int(real.sum()))
                 drawn[key] = torch.from_numpy(rows)
-        return Removal(self.scoring.replacement, drawn=drawn)
+        return Removal(self.scoring.replacement, self.looked.padding, drawn)
 
     def faithfulness(self) -> pa.Table:
         """A row per sample, method, direction and share."""

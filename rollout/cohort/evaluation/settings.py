@@ -65,14 +65,20 @@ class Scoring:
         """Refuse what the features of a dataset cannot have.
 
         Raises:
-            ValueError: codes are to be drawn for a feature that has none; planted codes of features or codes there are
-                not.
+            ValueError: codes are to be drawn for a feature that has none, or padded where no id is padding; planted
+                codes are of features or codes there are not.
         """
         numeric = [feature for feature, decoder in decoders.items() if not decoder.has_ids]
         if self.replacement == "resample" and numeric:
             raise ValueError(
                 f"evaluate_cohort: replacement='resample' draws other codes, and {numeric[0]!r} has no ids of codes; "
                 "use 'pad'"
+            )
+        unpadded = [feature for feature, decoder in decoders.items() if decoder.has_ids and decoder.padding is None]
+        if self.replacement != "resample" and unpadded:
+            raise ValueError(
+                f"evaluate_cohort: every id of {unpadded[0]!r} is a code (padding_ids), so none can stand for a code "
+                "that is gone; use replacement='resample'"
             )
         for feature, codes in (self.planted or {}).items():
             if feature not in decoders:

@@ -23,7 +23,7 @@ from rollout.pyhealth import AttentionRollout, CheferRelevance, FrozenGradient
 from tests.support.capture_state import assert_nothing_left, state
 from tests.support.evaluated import assert_same_evaluation, evaluate_toy, mean_drop, table, toy_scores
 from tests.support.pyhealth_models import dataset, stage_net, transformer
-from tests.support.toy_cohort import Records, attribute
+from tests.support.toy_cohort import Attention, Records, attribute
 
 SMALL: dict[str, Any] = {"part_samples": 4, "batch_tokens": 60, "progress": False}
 
@@ -109,6 +109,55 @@ def test_pyhealths_metric_is_pyhealths(kind: str, make: Any, tmp_path: Path) -> 
             wanted = evaluate_attribution(model, loader, interpreter, sample_filter=threshold_sample_filter(0.05))
         assert mean_drop(out, name, "without") == pytest.approx(wanted["comprehensiveness"], abs=1e-6)
         assert mean_drop(out, name, "only") == pytest.approx(wanted["sufficiency"], abs=1e-6)
+
+
+class Padded:
+    """The toy cohort's codes as ids whose padding is 3: code k is k + 4."""
+
+    def __init__(self, count: int) -> None:
+        self.records = Records(count)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        sample = self.records[number]
+        return {key: sample[key] for key in ("patient_id", "label")} | {"codes": sample["codes"] + 3}
+
+
+def padded_collate(samples: Any) -> dict[str, Any]:
+    ids = torch.nn.utils.rnn.pad_sequence([sample["codes"] for sample in samples], batch_first=True, padding_value=3)
+    return {"codes": ids, "label": torch.stack([sample["label"] for sample in samples])}
+
+
+def counts_codes(model: Any, batch: Any) -> torch.Tensor:
+    """The share of codes above 20; padding 3 is none, and no other padding is known."""
+    real = batch["codes"] != 3
+    assert bool((batch["codes"] >= 3).all())
+    return ((batch["codes"] > 20) & real).sum(1) / real.sum(1).clamp(min=1)
+
+
+@pytest.mark.parametrize("replacement", ["delete", "pad"])
+def test_padding_is_the_datasets_own(replacement: str, tmp_path: Path) -> None:
+    vocabulary = {"codes": {"<pad>": 3} | {f"c{k}": k + 4 for k in range(40)} | {f"s{k}": k for k in range(3)}}
+
+    def highest(model: Any, batch: Any) -> Any:
+        return {"codes": batch["codes"].float()}
+
+    settings: dict[str, Any] = {
+        "methods": {"highest": highest}, "predict": counts_codes, "collate": padded_collate,
+        "vocabularies": vocabulary, "replacement": replacement, "shares": (50,), "batch_tokens": 120, "progress": False,
+    }  # fmt: skip
+    rollout.evaluate_cohort(Attention(), Padded(30), tmp_path / "out", **settings)
+    found = table(tmp_path / "out").filter((pl.col("method") == "highest") & (pl.col("direction") == "only"))
+    for number, drop in found.select("sample", "drop").rows():
+        ids = Padded(30)[number]["codes"]
+        top = ids.sort(descending=True).values[: -(-len(ids) // 2)]
+        shares = [float((each > 20).sum()) / len(each) for each in (ids, top)]
+        sign = 1.0 if shares[0] >= 0.5 else -1.0
+        assert drop == pytest.approx(sign * (shares[0] - shares[1]), abs=1e-6)
+    with pytest.raises(ValueError, match="every id of 'codes' is a code"):
+        rollout.evaluate_cohort(Attention(), Padded(30), tmp_path / "none", **settings, padding_ids={"codes": None})
 
 
 def test_samples_below_the_threshold_have_no_rows(tmp_path: Path) -> None:
