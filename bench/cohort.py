@@ -1,4 +1,5 @@
-"""A cohort run measured in a process of its own: `python -m bench.cohort --samples N --plan race|workers|memory`.
+"""A cohort run measured in a process of its own: `python -m bench.cohort --samples N --plan NAME`; NAME is race,
+workers, memory or evaluate.
 
 The samples have the lengths of `rollout.data.codebook`, which follow MIMIC-IV's (three streams, log-normal), and lie on
 disk as PyHealth keeps them. It prints one JSON object. Memory is that of the whole process, so nothing else may run
@@ -21,12 +22,13 @@ import polars as pl
 import torch
 
 from bench.machine import host
-from rollout import attribute_cohort
+from rollout import attribute_cohort, evaluate_cohort
 from rollout.cohort import CohortRun
 from rollout.data.codebook import STREAMS, repeated_entry
 from rollout.data.quiet import quiet_pyhealth
 
 LAYERS, HEADS, EMBEDDING = 4, 8, 128
+SMALL, EVALUATED = (64, 2, 2), ("rollout", "chefer", "frozen_gradient")
 STOCK_BATCH, STOCK_BATCHES = 32, 40  # PyHealth's loader loop, in the order of the dataset; batches of it, at random
 
 
@@ -55,15 +57,16 @@ def build_samples(count: int) -> str:
     return str(samples.path)
 
 
-def model_and_samples(count: int) -> tuple[Any, Any]:
-    """PyHealth's Transformer on samples on disk, made in another process: what making them takes is not ours."""
+def model_and_samples(count: int, sizes: tuple[int, int, int] = (EMBEDDING, HEADS, LAYERS)) -> tuple[Any, Any]:
+    """PyHealth's Transformer of E, H and L on samples on disk, made in another process: making them is not ours."""
     with quiet_pyhealth():
         from pyhealth.datasets import SampleDataset
         from pyhealth.models import Transformer
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other, quiet_pyhealth():
         samples = SampleDataset(other.submit(build_samples, count).result(), "synthetic", "mortality")
     torch.manual_seed(0)
-    return Transformer(samples, embedding_dim=EMBEDDING, heads=HEADS, num_layers=LAYERS).eval(), samples
+    embedding, heads, layers = sizes
+    return Transformer(samples, embedding_dim=embedding, heads=heads, num_layers=layers).eval(), samples
 
 
 def run(model: Any, samples: Any, out: Path, **settings: Any) -> CohortRun:
@@ -150,7 +153,15 @@ def memory(count: int, scratch: Path) -> dict[str, Any]:
     return {"ours": describe(run(model, samples, scratch / "out"))}
 
 
-PLANS = {"race": race, "workers": workers, "memory": memory}
+def evaluate(count: int, scratch: Path) -> dict[str, Any]:
+    """Three methods and chance, five shares, on a model of the demo's size."""
+    model, samples = model_and_samples(count, SMALL)
+    done = evaluate_cohort(model, samples, scratch / "out", methods=EVALUATED, progress=False)
+    return {"ours": {"samples": done.done, "seconds": done.elapsed, "stages": done.seconds, "rows": done.rows,
+                     "tokens": done.tokens, "peak_bytes": done.peak_bytes}}  # fmt: skip
+
+
+PLANS = {"race": race, "workers": workers, "memory": memory, "evaluate": evaluate}
 
 
 def main() -> None:
