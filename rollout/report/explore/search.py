@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from rollout.report.explore.index import Index
 from rollout.report.text import shown
 from rollout.results.attributions import CohortAttributions
+from rollout.results.places import place_of
 
 PAGE = 50
 """Rows of a page."""
@@ -207,16 +208,23 @@ class Searcher:
         As `rollout.results.places` has them: the place the model reads is left out of all but `time`; where a code
         stands there only, `places` is 0, and relevance and lift are null.
         """
-        place = pl.coalesce("visit", "position").cast(pl.Int64).alias("place")
         mine = (pl.col("feature") == feature) & (pl.col("code") == code)
         relevance = pl.col("attribution").cast(pl.Float64).mean().alias("relevance")
-        cells = self.cohort.attributions.filter(mine).group_by("sample", place).agg(relevance, pl.col("time").min())
+        cells = (
+            self.cohort.attributions.filter(mine).group_by("sample", place_of()).agg(relevance, pl.col("time").min())
+        )
         records = self.index.records.filter(pl.col("feature") == feature).drop("feature")
         read = self.cohort.read_position
         where = pl.lit(read, pl.Int64) if read is None or read >= 0 else pl.col("last") + 1 + read
         other = (pl.col("place") != where).fill_null(True)
         lift = pl.when(pl.col("even") > 0).then(pl.col("relevance") / pl.col("even")).otherwise(0.0).alias("lift")
-        there = cells.collect(engine="streaming").join(records, on="sample").with_columns(lift)
+        there = (
+            cells.collect(engine="streaming")
+            .sort("time", nulls_last=True)
+            .join(records, on="sample", maintain_order="left")
+            .with_columns(pl.col("place").clip(upper_bound=pl.col("last")), lift)  # one score for all codes: place 0
+            .unique(["sample", "place"], keep="first", maintain_order=True)
+        )
         return there.group_by("sample").agg(
             other.sum().alias("places"),
             pl.col("time").min(),
