@@ -209,28 +209,28 @@ class Searcher:
         stands there only, `places` is 0, and relevance and lift are null.
         """
         mine = (pl.col("feature") == feature) & (pl.col("code") == code)
-        relevance = pl.col("attribution").cast(pl.Float64).mean().alias("relevance")
-        cells = (
-            self.cohort.attributions.filter(mine).group_by("sample", place_of()).agg(relevance, pl.col("time").min())
+        records = self.index.records.filter(pl.col("feature") == feature).drop("feature").lazy()
+        place, last = place_of(), pl.col("last").cast(pl.Int64)
+        rows = self.cohort.attributions.filter(mine).select(
+            "sample", place, "time", relevance=pl.col("attribution").cast(pl.Float64)
         )
-        records = self.index.records.filter(pl.col("feature") == feature).drop("feature")
+        rows = rows.join(records, on="sample").with_columns(pl.col("place").clip(upper_bound=last))
+        if self.cohort.granularity.get(feature) != "code":  # a code may stand at one place more than once
+            rows = rows.group_by("sample", "place", "last", "even").agg(
+                pl.col("relevance").mean(), pl.col("time").min()
+            )
         read = self.cohort.read_position
-        where = pl.lit(read, pl.Int64) if read is None or read >= 0 else pl.col("last") + 1 + read
-        other = (pl.col("place") != where).fill_null(True)
-        lift = pl.when(pl.col("even") > 0).then(pl.col("relevance") / pl.col("even")).otherwise(0.0).alias("lift")
-        there = (
-            cells.collect(engine="streaming")
-            .sort("time", nulls_last=True)
-            .join(records, on="sample", maintain_order="left")
-            .with_columns(pl.col("place").clip(upper_bound=pl.col("last")), lift)  # one score for all codes: place 0
-            .unique(["sample", "place"], keep="first", maintain_order=True)
+        where = pl.lit(read, pl.Int64) if read is None or read >= 0 else last + 1 + read
+        relevance = pl.when((pl.col("place") != where).fill_null(True)).then(pl.col("relevance"))
+        lift = pl.when(pl.col("even") > 0).then(relevance / pl.col("even")).otherwise(relevance * 0.0)
+        sums = (
+            rows.select("sample", "time", relevance=relevance, lift=lift)
+            .group_by("sample")
+            .agg(pl.col("relevance").count().alias("places"), pl.col("relevance", "lift").sum(), pl.col("time").min())
+            .collect(engine="streaming")
         )
-        return there.group_by("sample").agg(
-            other.sum().alias("places"),
-            pl.col("time").min(),
-            relevance=pl.when(other.any()).then(pl.col("relevance").filter(other).sum()),
-            lift=pl.col("lift").filter(other).mean(),
-        )
+        there = pl.when(pl.col("places") > 0)
+        return sums.with_columns(there.then(pl.col("relevance")), there.then(pl.col("lift") / pl.col("places")))
 
     def samples_of(self, asked: OneCode) -> pl.DataFrame:
         """The samples that have a code, with its `places`, `relevance`, `lift` and `time` in each.
