@@ -41,7 +41,7 @@ def build_index(cohort: CohortAttributions) -> Index:
     """
     samples, several = read_samples(cohort)
     parts = [attributions for attributions, _ in cohort.parts()] or [cohort.attributions]
-    records = pl.concat([_records(rows, cohort.read_position) for rows in parts]).sort("sample").rechunk()
+    records = pl.concat([_records(rows, cohort) for rows in parts]).sort("sample").rechunk()
     codes = pl.DataFrame(merged(map(_codes, parts), CODES)).sort("samples", *CODES, descending=[True, False, False])
     return Index(samples, records, codes.with_columns(named(cohort.names)), cohort.label_kind, several)
 
@@ -79,9 +79,9 @@ def _finite(value: pl.Expr) -> pl.Expr:
     return pl.when(value.is_finite()).then(value)
 
 
-def _records(attributions: pl.LazyFrame, read_position: int | None) -> pl.DataFrame:
+def _records(attributions: pl.LazyFrame, cohort: CohortAttributions) -> pl.DataFrame:
     rows = attributions.select(*RECORD, "visit", "position", "attribution").collect()
-    places = find_places(rows, read_position).group_by(RECORD)
+    places = find_places(rows, cohort.read_position, cohort.whole_features).group_by(RECORD)
     found = places.agg(pl.col("last").first().cast(pl.Int32), pl.col("even").max())
     return found.with_columns(pl.col("feature").cast(pl.Categorical)).collect()
 

@@ -11,7 +11,7 @@ from rollout.report.sections.choice import Chosen
 from rollout.report.sections.patients import record_view
 from rollout.report.text import in_percent, number, percent, shown, times
 from rollout.results.attributions import CohortAttributions
-from rollout.results.places import find_places
+from rollout.results.places import find_places, place_of
 
 ENTRIES, VISITS, DIFFERENCES = 600, 100, 30
 """Bounds of a record's page; the CSV has every entry."""
@@ -31,9 +31,10 @@ def show_record(cohort: CohortAttributions, sample: int, rows: pl.DataFrame) -> 
 
 def with_places(cohort: CohortAttributions, rows: pl.DataFrame) -> pl.DataFrame:
     """Rows of samples with `place`, `relevance`, `lift` and whether the model `read`s there, in their order."""
-    places = find_places(rows, cohort.read_position).drop("last", "even").collect()
-    place = pl.coalesce("visit", "position").cast(pl.Int64).alias("place")
-    return rows.with_columns(place).join(places, on=["sample", "feature", "place"], how="left", maintain_order="left")
+    whole = cohort.whole_features
+    places = find_places(rows, cohort.read_position, whole).drop("last", "even").collect()
+    placed = rows.with_columns(place_of(whole))
+    return placed.join(places, on=["sample", "feature", "place"], how="left", maintain_order="left")
 
 
 def _timelines(cohort: CohortAttributions, rows: pl.DataFrame) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from rollout.report.explore.index import Index
 from rollout.report.text import shown
 from rollout.results.attributions import CohortAttributions
+from rollout.results.places import place_of
 
 PAGE = 50
 """Rows of a page."""
@@ -207,22 +208,29 @@ class Searcher:
         As `rollout.results.places` has them: the place the model reads is left out of all but `time`; where a code
         stands there only, `places` is 0, and relevance and lift are null.
         """
-        place = pl.coalesce("visit", "position").cast(pl.Int64).alias("place")
         mine = (pl.col("feature") == feature) & (pl.col("code") == code)
-        relevance = pl.col("attribution").cast(pl.Float64).mean().alias("relevance")
-        cells = self.cohort.attributions.filter(mine).group_by("sample", place).agg(relevance, pl.col("time").min())
-        records = self.index.records.filter(pl.col("feature") == feature).drop("feature")
-        read = self.cohort.read_position
-        where = pl.lit(read, pl.Int64) if read is None or read >= 0 else pl.col("last") + 1 + read
-        other = (pl.col("place") != where).fill_null(True)
-        lift = pl.when(pl.col("even") > 0).then(pl.col("relevance") / pl.col("even")).otherwise(0.0).alias("lift")
-        there = cells.collect(engine="streaming").join(records, on="sample").with_columns(lift)
-        return there.group_by("sample").agg(
-            other.sum().alias("places"),
-            pl.col("time").min(),
-            relevance=pl.when(other.any()).then(pl.col("relevance").filter(other).sum()),
-            lift=pl.col("lift").filter(other).mean(),
+        records = self.index.records.filter(pl.col("feature") == feature).drop("feature").lazy()
+        place, last = place_of(), pl.col("last").cast(pl.Int64)
+        rows = self.cohort.attributions.filter(mine).select(
+            "sample", place, "time", relevance=pl.col("attribution").cast(pl.Float64)
         )
+        rows = rows.join(records, on="sample").with_columns(pl.col("place").clip(upper_bound=last))
+        if self.cohort.granularity.get(feature) != "code":  # a code may stand at one place more than once
+            rows = rows.group_by("sample", "place", "last", "even").agg(
+                pl.col("relevance").mean(), pl.col("time").min()
+            )
+        read = self.cohort.read_position
+        where = pl.lit(read, pl.Int64) if read is None or read >= 0 else last + 1 + read
+        relevance = pl.when((pl.col("place") != where).fill_null(True)).then(pl.col("relevance"))
+        lift = pl.when(pl.col("even") > 0).then(relevance / pl.col("even")).otherwise(relevance * 0.0)
+        sums = (
+            rows.select("sample", "time", relevance=relevance, lift=lift)
+            .group_by("sample")
+            .agg(pl.col("relevance").count().alias("places"), pl.col("relevance", "lift").sum(), pl.col("time").min())
+            .collect(engine="streaming")
+        )
+        there = pl.when(pl.col("places") > 0)
+        return sums.with_columns(there.then(pl.col("relevance")), there.then(pl.col("lift") / pl.col("places")))
 
     def samples_of(self, asked: OneCode) -> pl.DataFrame:
         """The samples that have a code, with its `places`, `relevance`, `lift` and `time` in each.

@@ -10,10 +10,11 @@ from rollout.report.explore.app import Explorer
 from rollout.report.explore.index import build_index, put_beside
 from rollout.report.explore.search import PAGE, BadQuestionError, OneCode, Search, Searcher, page_of
 from rollout.results.attributions import CohortAttributions
+from rollout.results.layout import MANIFEST
 from rollout.results.places import find_cells
 from tests.support.explored import RECORDS, explorer_of, written
 from tests.support.toy_cohort import attribute, rows
-from tests.support.written_run import Record
+from tests.support.written_run import Record, edit
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +117,17 @@ def test_against_loops_over_the_toy_cohort(toy: Path) -> None:
     assert len(numbers(searcher, prediction_min=cut)) == 50
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["codes", "whole"])
 @pytest.mark.parametrize("read", ["Transformer", "StageAttentionNet", "Other"])
-def test_lifts_of_a_code_are_those_of_the_places(tmp_path: Path, read: str) -> None:
-    """Whichever place the model reads: the first, the last, or none that is known."""
-    explorer = explorer_of(written(tmp_path, model=f"a.{read}"))
+def test_lifts_of_a_code_are_those_of_the_places(tmp_path: Path, read: str, whole: bool) -> None:
+    """Whichever place the model reads: the first, the last, or none that is known; also of one score for all codes."""
+    records = [*RECORDS[:4], Record("p9", {"drugs": [("d1", 0.5), ("d2", 0.5), ("d1", 0.5)]})] if whole else RECORDS
+    folder = written(tmp_path, records, model=f"a.{read}")
+    if whole:
+        edit(folder / MANIFEST, granularity={"drugs": "feature", "visits": "visit"})
+    explorer = explorer_of(folder)
     cohort = explorer.cohort
-    cells = find_cells(cohort.rows_of(range(5)), cohort.read_position).collect()
+    cells = find_cells(cohort.rows_of(range(5)), cohort.read_position, cohort.whole_features).collect()
     for (feature, code), mine in cells.partition_by("feature", "code", as_dict=True).items():
         found = explorer.searcher.samples_of(OneCode(feature=feature, code=code, sort="sample", order="asc"))
         whole = mine.drop_nulls("lift").group_by("sample").agg(pl.col("lift").mean(), pl.col("relevance").sum())
