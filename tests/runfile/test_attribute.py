@@ -286,10 +286,11 @@ def test_report_passes_its_arguments_on(run: Any, monkeypatch: pytest.MonkeyPatc
     module = ModuleType("rollout.report")
     module.write_report = lambda path, *rest, **named: f"{path} {rest} {named}"
     monkeypatch.setitem(sys.modules, "rollout.report", module)
-    given = "'names': None, 'overwrite': False"
+    given = "'names': None, 'evaluation': None, 'overwrite': False"
     assert run("report", "out", "--patient", "p1")[:2] == (0, f"out (None,) {{'patient': 'p1', {given}}}\n")
-    given = "'patient': None, 'names': PosixPath('n.json'), 'overwrite': True"
-    assert run("report", "out", "--output", "a.html", "--names", "n.json", "--overwrite")[:2] == (
+    given = "'patient': None, 'names': PosixPath('n.json'), 'evaluation': PosixPath('ev'), 'overwrite': True"
+    options = ("--output", "a.html", "--names", "n.json", "--evaluation", "ev", "--overwrite")
+    assert run("report", "out", *options)[:2] == (
         0, f"out (PosixPath('a.html'),) {{{given}}}\n"
     )  # fmt: skip
 
