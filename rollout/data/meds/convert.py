@@ -1,6 +1,6 @@
 """MIMIC-IV tables as a MEDS folder: what the demo and the tests need, with the labels of PyHealth's mortality task.
 
-Events, named as the MEDS export of MIMIC-IV names them where it has them:
+Events:
 
 - without a time `GENDER//…`; `MEDS_BIRTH` on 1 January of the anchor year less the anchor age; `MEDS_DEATH`;
 - `HOSPITAL_ADMISSION//type//from` and `HOSPITAL_DISCHARGE//to` at their times;
@@ -179,7 +179,7 @@ def _codes(root: Path, used: pl.Series) -> pl.DataFrame:
 
 
 def _parent(kind: pl.Expr, version: pl.Expr, bare: pl.Expr, drug: pl.Expr) -> pl.Expr:
-    """A code's place in its own vocabulary, written as the MEDS export of MIMIC-IV does: `ICD10CM/I50.9`."""
+    """A code as its own vocabulary has it, which MEDS takes for its parent: `ICD10CM/I50.9`."""
     old = version == "9"
     cut = pl.when(old & (kind == "PROCEDURE")).then(2).when(old & bare.str.starts_with("E")).then(4).otherwise(3)
     point = pl.when(bare.str.len_chars() > cut).then(pl.lit(".")).otherwise(pl.lit(""))

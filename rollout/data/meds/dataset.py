@@ -223,9 +223,7 @@ class MedsDataset:
     @cached_property
     def code_names(self) -> dict[str, dict[str, str]]:
         """Feature → code → description, of the codes in the vocabulary that have one."""
-        named = self.folder.codes().filter(pl.col("description").str.len_chars() > 0)
-        names = dict(named.select("code", "description").rows())
-        return {FEATURE: {code: names[code] for code in self.vocabulary if code in names}}
+        return {FEATURE: self.folder.described(self.vocabulary)}
 
     @cached_property
     def code_parents(self) -> dict[str, dict[str, list[str]]]:
