@@ -145,7 +145,7 @@ class MedsDataset:
         events = frame[start:stop]
         record = events.filter(pl.col("time").is_null() | (pl.col("time") <= time))
         if record["time"].null_count() == len(record):
-            first: Any = events["time"].min()
+            first = events.select(pl.col("time").min().cast(pl.String)).item()  # of any year
             raise ValueError(
                 f"subject {subject} has no event with a time up to its prediction_time {time}; "
                 + ("none of its events has one" if first is None else f"the first is at {first}")

@@ -1,6 +1,7 @@
 """`MedsDataset`: which events a record has, in which order, with which times; what is refused."""
 
 import pickle
+import random
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from rollout.data.meds import MedsDataset, MedsFolder, fit_vocabulary
 from rollout.data.meds import dataset as module
+from rollout.data.meds.tables import collected
 from tests.support.meds_folder import CODES, EVENTS, LABELS, change, write_meds, write_table
 
 
@@ -181,6 +183,9 @@ SPOILT: dict[str, tuple[str, dict[str, Any], str]] = {
     "null time of prediction": (
         TASK, {"prediction_time": pl.lit(None, pl.Datetime("us"))}, "each have a prediction_time: .* has 48 without",
     ),
+    "a year that is none": (
+        TASK, {"prediction_time": pl.lit(-(2**62)).cast(pl.Datetime("us"))}, "of the years 1 to 9999, got -14",
+    ),
     "some labels": (
         TASK, {"boolean_value": pl.when(pl.col("subject_id") < 110).then("boolean_value")},
         "must each have a boolean_value, 28 have none",
@@ -242,3 +247,36 @@ def test_the_files_are_those_of_the_package(root: Path) -> None:
     meds.LabelSchema.validate(pq.read_table(root / "labels/dies.parquet"))
     meds.CodeMetadataSchema.validate(pq.read_table(root / "metadata/codes.parquet"))
     assert len(MedsFolder(root).shards) == 3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_files_are_read_right_or_refused_in_one_line(root: Path, seed: int) -> None:
+    draw, refused = random.Random(seed), 0
+    files = sorted(root.rglob("*.parquet"))
+    for _ in range(20):
+        file = draw.choice(files)
+        content = file.read_bytes()
+        at, length = draw.randrange(len(content)), draw.choice((1, 1, 20, len(content)))
+        noise = bytes(draw.randrange(256) for _ in range(length % 21))
+        file.write_bytes(content[:at] + noise + content[at + length :])
+        try:
+            data = opened(root)
+            assert data.code_names
+            for number in (0, 20, 40):
+                data[number]
+        except ValueError as error:
+            refused += 1
+            assert len(str(error).splitlines()) == 1
+        file.write_bytes(content)
+    assert 5 < refused < 20
+    assert len(opened(root)[0]["codes"][1])
+
+
+def test_what_makes_polars_panic_is_refused(tmp_path: Path) -> None:
+    class Panics:
+        def collect(self) -> None:
+            raise pl.exceptions.PanicException("entered unreachable code: invalid num_bits 187\nat …")
+
+    with pytest.raises(ValueError, match="MEDS events .* cannot be read: entered unreachable code") as raised:
+        collected(Panics(), tmp_path / "0.parquet", "MEDS events")  # type: ignore[arg-type]
+    assert len(str(raised.value).splitlines()) == 1
