@@ -145,8 +145,17 @@ def test_only_labelled_subjects_stand_in_memory(root: Path) -> None:
     pl.read_parquet(labels).filter(pl.col("subject_id") == 103).write_parquet(labels)
     data = opened(root)
     assert data[0]
-    ((frame, _),) = data._held.values()
-    assert frame["subject_id"].unique().to_list() == [103]
+    (shard,) = data._held.values()
+    assert shard.events["subject_id"].unique().to_list() == [103]
+
+
+def test_a_subset_leaves_the_whole_as_it_was(root: Path) -> None:
+    data = opened(root)
+    few = data.subset([5, 3])
+    assert few[1]["patient_id"] == data[5]["patient_id"]
+    assert [torch.equal(few[i]["codes"][1], data[j]["codes"][1]) for i, j in ((0, 3), (1, 5))] == [True, True]
+    assert len(data[0]["codes"][1])
+    assert data.patient_to_index["103"] == [number for number in range(48) if data[number]["patient_id"] == "103"]
 
 
 def test_a_subject_without_events_before_the_time_fails_alone(root: Path) -> None:
