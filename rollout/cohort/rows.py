@@ -19,7 +19,7 @@ from rollout.results.layout import ATTRIBUTION_SCHEMA, PREDICTION_SCHEMA
 
 ROW_GROUP = 65536
 _PADDING = re.compile(r"[<\[]\|?pad(ding)?\|?[>\]]", re.IGNORECASE)
-VISIT_KEYS = ("visit_id", "admission_id", "record_id")
+VISIT_KEYS = ("visit_id", "admission_id", "record_id", "hadm_id")
 """Where PyHealth's tasks put the visit a sample is of, the first that is there."""
 
 

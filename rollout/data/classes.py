@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from rollout.data.quiet import quiet_pyhealth
@@ -52,6 +53,17 @@ def named_class(kind: str, name: str, where: str) -> Any:
             "For a class of your own: rollout attribute --entry package.module:function"
         )
     return known[name]
+
+
+def pyhealth_config(name: str) -> Path | None:
+    """The configuration of a dataset that PyHealth brings, such as `meds_with_hadm.yaml`; None: it has none so called.
+
+    Raises:
+        ImportError: PyHealth is not installed.
+    """
+    with quiet_pyhealth():
+        folder = Path(require("pyhealth.datasets", "pyhealth").__path__[0]) / "configs"
+    return next((path for path in folder.iterdir() if path.name == name), None)
 
 
 def check_model_class(model: Any, where: str) -> None:

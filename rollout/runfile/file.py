@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rollout.data.classes import did_you_mean
+from rollout.data.classes import did_you_mean, pyhealth_config
 from rollout.data.samples import SampleSource, prepare_samples
 from rollout.data.vocabulary import Vocabulary, read_vocabulary, vocabulary_of, write_vocabulary
 from rollout.errors import one_line
@@ -243,9 +243,19 @@ def _below(folder: Path, text: str, name: str) -> Path:
 
 
 def _located(key: str, value: Any, folder: Path, path: str) -> Any:
-    """An argument that names a path (…root, …path), seen from the run file."""
-    named = isinstance(value, str) and key.endswith(("root", "path"))
-    return str(_below(folder, value, f"{path}: [dataset] arguments.{key}").absolute()) if named else value
+    """An argument that names a path (…root, …path), seen from the run file; a configuration may be PyHealth's own."""
+    if not isinstance(value, str) or not key.endswith(("root", "path")):
+        return value
+    found = _below(folder, value, f"{path}: [dataset] arguments.{key}")
+    if key == "config_path" and not found.exists():
+        own = pyhealth_config(value)
+        if own is None:
+            raise ValueError(
+                f"{path}: [dataset] arguments.{key} must be a file, or the name of one that PyHealth brings, such as "
+                f"meds_with_hadm.yaml, got {found}: no such file"
+            )
+        found = own
+    return str(found.absolute())
 
 
 def save_model(

@@ -196,7 +196,8 @@ def explain_events(
     single: bool,
     limit: int | None,
 ) -> Explained:
-    """Relevance of the codes of records for what the classifier reads, and its prediction; one forward pass.
+    """Relevance of the codes of records for what the classifier reads, and its prediction; one forward pass. Not yet
+    run on a GPU.
 
     The relevance of the tokens that begin and end a record is left out: the codes' sums to 1 less that.
 
@@ -211,10 +212,10 @@ def explain_events(
         single: Whether the prediction is the probability of class 1 alone.
         limit: Most tokens that the model takes.
     """
-    ids = batch[FEATURE][1]
+    ids = batch[FEATURE][1].to(model.device)
     inputs = _checked(inputs_of(ids, padding, first, last), limit)
     mask = inputs["attention_mask"]
-    with capture(model) as tape, torch.inference_mode():
+    with capture(model, shared_layers=True) as tape, torch.inference_mode():
         logits = model(**inputs).logits
     chain = chain_of(method)
     assert chain is not None
@@ -246,7 +247,7 @@ def predict_events(
     limit: int | None,
 ) -> Tensor:
     """The prediction alone, [B, K]; arguments as in `explain_events`, padding may stand anywhere."""
-    inputs = _checked(inputs_of(batch[FEATURE][1], padding, first, last), limit)
+    inputs = _checked(inputs_of(batch[FEATURE][1].to(model.device), padding, first, last), limit)
     with torch.inference_mode():
         return _probabilities(model(**inputs).logits, single)
 

@@ -28,7 +28,7 @@ def positions_read(model: nn.Module, inputs: Inputs) -> str:
         CaptureError: The model cannot be captured exactly.
         ValueError: It has several stacks of attention layers, or reads something else.
     """
-    with capture(model) as tape, torch.inference_mode():
+    with capture(model, shared_layers=True) as tape, torch.inference_mode():
         model(**inputs)
     if len(tape.streams) != 1:
         raise ValueError(f"the model must have one stack of attention layers, got {', '.join(tape.streams)}")

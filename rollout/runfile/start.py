@@ -9,7 +9,8 @@ from typing import Any
 from rollout.cohort.run import CohortRun, attribute_cohort
 from rollout.cohort.store import run_folder
 from rollout.data.classes import did_you_mean
-from rollout.data.names import names_for
+from rollout.data.meds import MedsFolder
+from rollout.data.names import names_for, vocabulary_codes
 from rollout.errors import require
 from rollout.files import usable_path
 from rollout.results.layout import NAMES
@@ -19,6 +20,7 @@ from rollout.runfile.file import RunFile, read_run_file
 from rollout.runfile.settings import check_settings
 
 MIMIC = ("MIMIC4Dataset", "MIMIC4EHRDataset")
+PYHEALTH_MEDS = "MEDSDataset"
 OURS = ("model", "dataset", "out", "client", "resume", "retry_failures", "progress")
 """Arguments of `attribute_cohort` that an entry point does not return among the further ones."""
 
@@ -149,10 +151,15 @@ def scheduler_client(address: str | None) -> Iterator[Any]:
 
 
 def _names(run: RunFile, dataset: Any, folder: Path) -> dict[str, dict[str, str]] | None:
-    """The names of MIMIC-IV's codes, unless the folder has them already."""
-    if run.source.dataset not in MIMIC or (folder / NAMES).is_file():
+    """The names of MIMIC-IV's codes, or of a MEDS folder's, unless the run's folder has them already."""
+    if (folder / NAMES).is_file():
         return None
-    return names_for(run.source.root, dataset.input_processors) or None
+    if run.source.dataset in MIMIC:
+        return names_for(run.source.root, dataset.input_processors) or None
+    if run.source.dataset != PYHEALTH_MEDS:
+        return None
+    meds, codes = MedsFolder(run.source.root), vocabulary_codes(dataset.input_processors)
+    return {feature: meds.described(held) for feature, held in codes.items()}
 
 
 def _option(key: str) -> str:

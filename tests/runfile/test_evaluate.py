@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from rollout.cli import main
 from rollout.runfile.evaluate import methods_of, patients_of, planted_of
+from tests.support import toy_cohort
 
 ENTRY = """
 from tests.support import evaluated, toy_cohort
@@ -89,6 +91,21 @@ def test_an_entrys_own_explain_is_a_method(run: Any, tmp_path: Path) -> None:
     assert rows["method"].unique(maintain_order=True).to_list() == ["explain", "random"]
     assert rows["sample"].n_unique() == 30
     assert len(list((tmp_path / "out" / "parts").glob("*.json"))) == 3
+
+
+def test_an_entrys_explain_that_was_changed_is_another_evaluation(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("--entry", "entries:own", "--output", "out")[0] == 0
+    own = toy_cohort.explain
+
+    def explain(model: Any, batch: Any) -> Any:
+        return replace(own(model, batch), row_sums=True)
+
+    monkeypatch.setattr(toy_cohort, "explain", explain)
+    status, _, err = run("--entry", "entries:own", "--output", "out")
+    assert status == 2
+    assert "methods.explain.code" in err
 
 
 def test_failed_samples_end_with_status_1(run: Any) -> None:

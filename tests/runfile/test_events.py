@@ -1,6 +1,7 @@
 """Run files of a Hugging Face classifier over MEDS: rows as its own maps give them, evaluations, what is refused."""
 
 import json
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,18 @@ def test_the_command_line_needs_no_code(tmp_path: Path, command: Any) -> None:
     status, out, _ = command("verify", tmp_path / "attributed", file)
     assert status == 2
     assert "samples hold other values than when they were attributed" in out
+
+
+def test_what_goes_to_other_processes_explains_the_same(tmp_path: Path) -> None:
+    loaded = read_run_file(home(tmp_path, "modernbert-mean"))
+    model, dataset = loaded.load()
+    arguments = loaded.arguments(model, dataset, loaded.settings)
+    there = pickle.loads(pickle.dumps((model, dataset, arguments)))
+    found = []
+    for one, samples, given in ((model, dataset, arguments), there):
+        found.append(given["explain"](one, given["collate"]([samples[0], samples[30]])))
+    assert torch.equal(found[0].relevance["codes"], found[1].relevance["codes"])
+    assert torch.equal(found[0].y_prob, found[1].y_prob)
 
 
 def test_other_tokens_are_another_run(tmp_path: Path) -> None:

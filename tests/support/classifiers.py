@@ -31,6 +31,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "modernbert": ("ModernBert", {**_MODERN, "num_hidden_layers": 4, "classifier_pooling": "cls"}),
     "modernbert-mean": ("ModernBert", {**_MODERN, "num_hidden_layers": 4, "classifier_pooling": "mean"}),
+    "albert": ("Albert", {**_TEXT, "embedding_size": 16, "max_position_embeddings": 64}),
+    "mistral": ("Mistral", {**_TEXT, "num_key_value_heads": 1, "sliding_window": 4}),
     "llama": ("Llama", {**_TEXT, "num_key_value_heads": 1}),
 }
 READS = {
@@ -39,6 +41,8 @@ READS = {
     "distilbert": "first",
     "modernbert": "first",
     "modernbert-mean": "mean",
+    "albert": "first",
+    "mistral": "last",
     "llama": "last",
 }
 

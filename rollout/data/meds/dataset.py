@@ -4,6 +4,7 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,37 @@ _KINDS = {
     "categorical_value": "multiclass",
     "float_value": "regression",
 }
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """The events of a shard in memory, E of them, by subject and time.
+
+    Attributes:
+        events: As `MedsFolder.events` gives them.
+        times: Microseconds, int64 [E]; `NO_TIME` where there is none.
+        ids: Of their codes, int32 [E].
+        visits: The last event up to each that names a visit, int64 [E]; −1: none does.
+        places: Subject → where its events begin and end.
+    """
+
+    events: pl.DataFrame
+    times: np.ndarray
+    ids: np.ndarray
+    visits: np.ndarray
+    places: dict[int, tuple[int, int]]
+
+    @classmethod
+    def of(cls, events: pl.DataFrame, vocabulary: Mapping[str, int], unknown: int) -> "_Shard":
+        ids = events["code"].replace_strict(
+            list(vocabulary), list(vocabulary.values()), default=unknown, return_dtype=pl.Int32
+        )
+        named = np.where(events["visit_id"].is_not_null().to_numpy(), np.arange(len(events)), -1)
+        counts = events.group_by("subject_id", maintain_order=True).len()
+        ends = counts["len"].cum_sum().to_list()
+        places = zip(counts["subject_id"], zip([0, *ends[:-1]], ends, strict=True), strict=True)
+        times = events["time"].to_physical().fill_null(NO_TIME).to_numpy()
+        return cls(events, times, ids.to_numpy(), np.maximum.accumulate(named), dict(places))
 
 
 class MedsDataset:
@@ -101,7 +133,7 @@ class MedsDataset:
         self.vocabulary = _vocabulary(root, vocabulary)
         self._unknown = self.vocabulary.get(special_token(self.vocabulary, "unk") or "", -1)
         self.classes = _numbered(self.labels["value"], classes) if self.kind == "categorical_value" else None
-        self._held: OrderedDict[int, tuple[pl.DataFrame, dict[int, tuple[int, int]]]] = OrderedDict()
+        self._held: OrderedDict[int, _Shard] = OrderedDict()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,63 +146,57 @@ class MedsDataset:
         return len(self.labels)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        subject, _, value, _ = self.labels.row(number)
-        events = self.events(number)
-        ids = events["id"].to_numpy().astype(np.int64)
-        if (ids < 0).any():
-            code = events.filter(pl.col("id") < 0)["code"][0]
+        subject, value = self.labels["subject_id"][number], self.labels["value"][number]
+        shard, start, stop = self._place(number)
+        ids, then = shard.ids[start:stop], shard.times[start:stop]
+        if self._unknown < 0 and (ids < 0).any():
+            code = shard.events["code"][start + int((ids < 0).argmax())]
             raise ValueError(
                 f"subject {subject} has the code {code!r}, which the vocabulary lacks, and it has no <unk>"
             )
-        then = events["time"].to_physical().fill_null(NO_TIME).to_numpy()
         now = self.labels["prediction_time"].to_physical()[number]
         hours = np.where(then == NO_TIME, np.nan, (now - np.where(then == NO_TIME, now, then)) / HOUR)
-        visits = events["visit_id"].drop_nulls()
+        named = shard.visits[stop - 1]
         sample = {
             "patient_id": str(subject),
-            "visit_id": visits[-1] if len(visits) else None,
-            FEATURE: (torch.from_numpy(hours.astype(np.float32)), torch.from_numpy(ids)),
+            "visit_id": shard.events["visit_id"][int(named)] if named >= start else None,
+            FEATURE: (torch.from_numpy(hours.astype(np.float32)), torch.from_numpy(ids.astype(np.int64))),
         }
         return sample if self.kind is None else {**sample, LABEL: self._label(value)}
 
     def events(self, number: int) -> pl.DataFrame:
-        """The events of a sample's record: `subject_id`, `time`, `code`, `numeric_value`, `visit_id`, `id`.
+        """The events of a sample's record: `subject_id`, `time`, `code`, `numeric_value`, `visit_id`.
 
         Raises:
             ValueError: If there is none with a time up to the prediction time; if the shard cannot be read.
         """
-        subject, time, _, shard = self.labels.row(number)
-        frame, places = self._shard(shard)
-        start, stop = places[subject]
-        events = frame[start:stop]
-        record = events.filter(pl.col("time").is_null() | (pl.col("time") <= time))
-        if record["time"].null_count() == len(record):
-            first: Any = events["time"].min()
+        shard, start, stop = self._place(number)
+        return shard.events[start:stop]
+
+    def _place(self, number: int) -> tuple["_Shard", int, int]:
+        """The shard of a sample, and from where to where its record goes: events are sorted, those without a time
+        first.
+        """
+        shard = self._shard(self.labels["shard"][number])
+        begin, end = shard.places[self.labels["subject_id"][number]]
+        times = shard.times[begin:end]
+        stop = begin + int(np.searchsorted(times, self.labels["prediction_time"].to_physical()[number], side="right"))
+        if stop == begin or shard.times[stop - 1] == NO_TIME:
+            subject, time = self.labels.select("subject_id", pl.col("prediction_time").cast(pl.String)).row(number)
+            first = shard.events[begin:end].select(pl.col("time").min().cast(pl.String)).item()  # of any year
             raise ValueError(
                 f"subject {subject} has no event with a time up to its prediction_time {time}; "
                 + ("none of its events has one" if first is None else f"the first is at {first}")
             )
-        return record if self.max_events is None else record.tail(self.max_events)
+        return shard, begin if self.max_events is None else max(begin, stop - self.max_events), stop
 
-    def _shard(self, number: int) -> tuple[pl.DataFrame, dict[int, tuple[int, int]]]:
-        """The events of a shard that labels ask for, and where each subject's begin and end."""
+    def _shard(self, number: int) -> "_Shard":
         with self._lock:
             if number not in self._held:
-                wanted = self.labels.filter(pl.col("shard") == number)["subject_id"].unique()
                 while len(self._held) >= HELD_SHARDS:
                     self._held.popitem(last=False)
-                events = self.folder.events(number, wanted)
-                ids = pl.col("code").replace_strict(
-                    list(self.vocabulary), list(self.vocabulary.values()), default=self._unknown, return_dtype=pl.Int32
-                )
-                events = events.with_columns(id=ids)
-                counts = events.group_by("subject_id", maintain_order=True).len()
-                ends = counts["len"].cum_sum().to_list()
-                starts = [0, *ends[:-1]]
-                self._held[number] = (
-                    events,
-                    dict(zip(counts["subject_id"].to_list(), zip(starts, ends, strict=True), strict=True)),
-                )
+                wanted = self.labels.filter(pl.col("shard") == number)["subject_id"].unique()
+                self._held[number] = _Shard.of(self.folder.events(number, wanted), self.vocabulary, self._unknown)
             self._held.move_to_end(number)
             return self._held[number]
 
@@ -223,9 +249,7 @@ class MedsDataset:
     @cached_property
     def code_names(self) -> dict[str, dict[str, str]]:
         """Feature → code → description, of the codes in the vocabulary that have one."""
-        named = self.folder.codes().filter(pl.col("description").str.len_chars() > 0)
-        names = dict(named.select("code", "description").rows())
-        return {FEATURE: {code: names[code] for code in self.vocabulary if code in names}}
+        return {FEATURE: self.folder.described(self.vocabulary)}
 
     @cached_property
     def code_parents(self) -> dict[str, dict[str, list[str]]]:

@@ -1,5 +1,6 @@
 """A MEDS folder: its shards of events, which subject stands in which, and what is known of its codes."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import polars as pl
@@ -120,6 +121,12 @@ class MedsFolder:
             "MEDS codes",
         )
         return found.filter(pl.col("code").is_not_null()).unique("code", keep="first", maintain_order=True)
+
+    def described(self, codes: Iterable[str]) -> dict[str, str]:
+        """Code → its description, of those codes that have one."""
+        named = self.codes().filter(pl.col("description").str.len_chars() > 0)
+        names = dict(named.select("code", "description").rows())
+        return {code: names[code] for code in codes if code in names}
 
     def split(self, name: str) -> pl.Series:
         """The subjects of a split, by `metadata/subject_splits.parquet`.

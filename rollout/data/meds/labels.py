@@ -47,6 +47,11 @@ def read_labels(path: str | Path, value: str | None = None) -> Labels:
     for name in LABELS:
         if rows[name].has_nulls():
             raise ValueError(f"labels must each have a {name}: {path} has {rows[name].null_count()} without")
+    years = rows["prediction_time"].dt.year().unique().sort().to_list()
+    if years and not 1 <= years[0] <= years[-1] <= 9999:
+        raise ValueError(
+            f"labels must have prediction times of the years 1 to 9999, got {years[0]} to {years[-1]} in {path}"
+        )
     if rows.is_empty():
         raise ValueError(f"labels must have at least one row, got none in {path}")
     twice = rows.filter(pl.struct("subject_id", "prediction_time").is_duplicated())

@@ -29,6 +29,9 @@ CODE_NAMES = {"code": pl.String()}
 CODE_DETAILS = {"description": pl.String(), "parent_codes": pl.List(pl.String())}
 """Of codes, where they are there."""
 
+UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
+"""What polars raises on a damaged file."""
+
 Columns = Mapping[str, pl.DataType]
 
 
@@ -76,8 +79,8 @@ def read_columns(path: Path, what: str) -> Mapping[str, pl.DataType]:
     """
     try:
         return pl.read_parquet_schema(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise ValueError(f"{what} must be a Parquet file, got {path}: {str(error).splitlines()[0]}") from error
+    except UNREADABLE as error:
+        raise ValueError(f"{what} must be a Parquet file, got {path}: {_first_line(error)}") from error
 
 
 def collected(frame: pl.LazyFrame, path: Path, what: str) -> pl.DataFrame:
@@ -88,8 +91,12 @@ def collected(frame: pl.LazyFrame, path: Path, what: str) -> pl.DataFrame:
     """
     try:
         return frame.collect()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise ValueError(f"{what} {path} cannot be read: {str(error).splitlines()[0]}") from error
+    except UNREADABLE as error:
+        raise ValueError(f"{what} {path} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _type(kind: pl.DataType) -> str:

@@ -1,6 +1,7 @@
 """`MedsDataset`: which events a record has, in which order, with which times; what is refused."""
 
 import pickle
+import random
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from rollout.data.meds import MedsDataset, MedsFolder, fit_vocabulary
 from rollout.data.meds import dataset as module
+from rollout.data.meds.tables import collected
 from tests.support.meds_folder import CODES, EVENTS, LABELS, change, write_meds, write_table
 
 
@@ -143,8 +145,17 @@ def test_only_labelled_subjects_stand_in_memory(root: Path) -> None:
     pl.read_parquet(labels).filter(pl.col("subject_id") == 103).write_parquet(labels)
     data = opened(root)
     assert data[0]
-    ((frame, _),) = data._held.values()
-    assert frame["subject_id"].unique().to_list() == [103]
+    (shard,) = data._held.values()
+    assert shard.events["subject_id"].unique().to_list() == [103]
+
+
+def test_a_subset_leaves_the_whole_as_it_was(root: Path) -> None:
+    data = opened(root)
+    few = data.subset([5, 3])
+    assert few[1]["patient_id"] == data[5]["patient_id"]
+    assert [torch.equal(few[i]["codes"][1], data[j]["codes"][1]) for i, j in ((0, 3), (1, 5))] == [True, True]
+    assert len(data[0]["codes"][1])
+    assert data.patient_to_index["103"] == [number for number in range(48) if data[number]["patient_id"] == "103"]
 
 
 def test_a_subject_without_events_before_the_time_fails_alone(root: Path) -> None:
@@ -180,6 +191,9 @@ SPOILT: dict[str, tuple[str, dict[str, Any], str]] = {
     "no time of prediction": (TASK, {"prediction_time": None}, "must have the column prediction_time"),
     "null time of prediction": (
         TASK, {"prediction_time": pl.lit(None, pl.Datetime("us"))}, "each have a prediction_time: .* has 48 without",
+    ),
+    "a year that is none": (
+        TASK, {"prediction_time": pl.lit(-(2**62)).cast(pl.Datetime("us"))}, "of the years 1 to 9999, got -14",
     ),
     "some labels": (
         TASK, {"boolean_value": pl.when(pl.col("subject_id") < 110).then("boolean_value")},
@@ -242,3 +256,36 @@ def test_the_files_are_those_of_the_package(root: Path) -> None:
     meds.LabelSchema.validate(pq.read_table(root / "labels/dies.parquet"))
     meds.CodeMetadataSchema.validate(pq.read_table(root / "metadata/codes.parquet"))
     assert len(MedsFolder(root).shards) == 3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_files_are_read_right_or_refused_in_one_line(root: Path, seed: int) -> None:
+    draw, refused = random.Random(seed), 0
+    files = sorted(root.rglob("*.parquet"))
+    for _ in range(20):
+        file = draw.choice(files)
+        content = file.read_bytes()
+        at, length = draw.randrange(len(content)), draw.choice((1, 1, 20, len(content)))
+        noise = bytes(draw.randrange(256) for _ in range(length % 21))
+        file.write_bytes(content[:at] + noise + content[at + length :])
+        try:
+            data = opened(root)
+            assert data.code_names
+            for number in (0, 20, 40):
+                data[number]
+        except ValueError as error:
+            refused += 1
+            assert len(str(error).splitlines()) == 1
+        file.write_bytes(content)
+    assert 5 < refused < 20
+    assert len(opened(root)[0]["codes"][1])
+
+
+def test_what_makes_polars_panic_is_refused(tmp_path: Path) -> None:
+    class Panics:
+        def collect(self) -> None:
+            raise pl.exceptions.PanicException("entered unreachable code: invalid num_bits 187\nat …")
+
+    with pytest.raises(ValueError, match="MEDS events .* cannot be read: entered unreachable code") as raised:
+        collected(Panics(), tmp_path / "0.parquet", "MEDS events")  # type: ignore[arg-type]
+    assert len(str(raised.value).splitlines()) == 1
