@@ -9,6 +9,8 @@ from typing import Any
 
 import polars as pl
 
+from rollout.results.by_group import group_table
+from rollout.results.code_groups import Groups
 from rollout.results.folder import ATTRIBUTIONS, Names, RunFolder
 from rollout.results.labels import NO_LABELS, count_labels, label_kind, labels_of
 from rollout.results.manifest import PartRecord
@@ -238,6 +240,57 @@ class CohortAttributions:
         best = ordered if k is None else ordered.group_by(groups, maintain_order=True).head(k)
         return best.drop("order").select(*groups, pl.exclude(groups))
 
+    def top_groups(
+        self,
+        feature: str,
+        by: str | Path | Groups,
+        *,
+        order: str = "relevance",
+        download: bool = False,
+        minimum_records: int = 5,
+        k: int | None = None,
+        read_position: int | str | None = "auto",
+        level: float = 0.95,
+        draws: int = 2000,
+        seed: int = 0,
+    ) -> pl.DataFrame:
+        """The leading groups of a feature's codes, such as chapters of the ICD, with intervals by patient.
+
+        A group stands wherever one of its codes does, and counts once there: its relevance in a record is the sum over
+        the places it stands in, so a code counts once per record and group, and a code of several groups counts for
+        each. The codes that have no group are the group null, in the last row.
+
+        Args:
+            feature: The feature.
+            by: A code system (`icd-chapter`, `ccsr`, `atc-3`, …), a mapping {code: group or [group, …]}, or the path of
+                a JSON or CSV file of one: see `rollout.results.code_groups`.
+            order: `relevance`, `lift` or `prevalence`.
+            download: Let PyHealth download the table of a code system that is not in its cache.
+            minimum_records, k, read_position: As in `top_codes`, of groups.
+            level, draws, seed: Of the intervals: see `rollout.intervals.bootstrap_means`.
+
+        Returns:
+            Best first: `group`, then `relevance`, `lift` and `prevalence` as in `top_codes`, each with its `_low` and
+            `_high` end (null for a single patient), `records`, `entries`, `patients` and `codes` (how many different
+            ones the group has here).
+
+        Raises:
+            ValueError: If an argument is out of range, or the codes cannot be grouped: see
+                `rollout.results.code_groups.group_codes`.
+        """
+        self._check_feature(feature)
+        if order not in ORDERS:
+            raise ValueError(f"top_groups: order must be one of {', '.join(ORDERS)}, got {order!r}")
+        _check_count("top_groups", "minimum_records", minimum_records, 0)
+        if k is not None:
+            _check_count("top_groups", "k", k, 1)
+        drawn = {"level": level, "draws": draws, "seed": seed}
+        table = group_table(self, feature, by, self._read(read_position), download, drawn)
+        table = table.filter(pl.col("records") >= minimum_records)
+        nameless = pl.col("group").is_null()
+        named = table.filter(~nameless).sort([order, "group"], descending=[True, False], nulls_last=True)
+        return pl.concat([named if k is None else named.head(k), table.filter(nameless)])
+
     def by_position(
         self, feature: str | None = None, *, from_end: bool = False, read_position: int | str | None = None
     ) -> pl.DataFrame:
@@ -316,6 +369,17 @@ class CohortAttributions:
             reason = f"it failed: {failed[0]}" if failed else f"the dataset has {self.planned:,} samples, from 0"
             raise ValueError(f"sample: no attributions of sample {int(number)}; {reason} (see .predictions, .failures)")
         return self._rows_of([int(number)])
+
+    @property
+    def parts(self) -> list[range]:
+        """The samples of each part, in order; what reads them one by one holds no more than the largest."""
+        return [range(record.start, record.stop) for record in self._folder.records]
+
+    def rows_of(self, samples: range, feature: str | None = None) -> pl.DataFrame:
+        """The rows of some samples, whole records: `sample`, `feature`, `visit`, `position`, `code`, `attribution`."""
+        within = pl.col("sample").is_between(samples.start, samples.stop - 1)
+        rows = self._folder.scan("attributions", self._folder.holding(samples)).filter(within).select(_ROWS)
+        return (rows if feature is None else rows.filter(pl.col("feature") == feature)).collect()
 
     def _rows_of(self, numbers: Sequence[int]) -> pl.DataFrame:
         """The rows of samples, from the parts that hold them; row groups of other samples are skipped."""

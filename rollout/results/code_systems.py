@@ -63,19 +63,24 @@ ICD10_CHAPTERS = (
 )
 """As `ICD9_CHAPTERS`. A category may end in a letter (`C7A`), which sorts after every digit."""
 
-IN_BOTH = frozenset(
+
+def _listed(codes: str) -> frozenset[str]:
+    return frozenset(codes.split())
+
+
+IN_BOTH = _listed(
     "E030 E8020 E8021 E8029 E8300 E8301 E8309 E8310 E8319 E8330 E8331 E8332 E8339 E8340 E8341 E8342 E8349 E8350 E8351 "
     "E8352 E8359 E8381 E8389 E8411 E8419 E848 E851 E8581 E8582 E8589 E8720 E8721 E8722 E8729 E8801 E8809 E882 E8840 "
-    "E8841 E8842 E8843 E8849 E8889 E892 E895 E896".split()
+    "E8841 E8842 E8843 E8849 E8889 E892 E895 E896"
 )
 """The codes that ICD-9-CM (version 32) and ICD-10-CM (2024) both have, written without a point."""
-OF_ICD10 = frozenset(
-    "E000 E001 E002 E009 E010 E011 E012 E018 E800 E801 E803 E804 E805 E806 E807 E832 E839 E840 E849 E850 E852 E853 E854 "
-    "E859 E860 E861 E869 E870 E871 E873 E874 E875 E876 E8770 E8771 E8779 E878 E8802 E881 E883 E889 E890 E891 E893 "
-    "E8940 E8941 E8989".split()
+OF_ICD10 = _listed(
+    "E000 E001 E002 E009 E010 E011 E012 E018 E800 E801 E803 E804 E805 E806 E807 E832 E839 E840 E849 E850 E852 E853 "
+    "E854 E859 E860 E861 E869 E870 E871 E873 E874 E875 E876 E8770 E8771 E8779 E878 E8802 E881 E883 E889 E890 E891 E893 "
+    "E8940 E8941 E8989"
 )
 """The codes of ICD-10-CM alone that have the form of an external cause of ICD-9-CM."""
-OF_ICD9 = frozenset("E846 E847 E856 E857 E867 E887 E894 E897 E899".split())
+OF_ICD9 = _listed("E846 E847 E856 E857 E867 E887 E894 E897 E899")
 """The codes of three digits, of ICD-9-CM alone, that have the form of an endocrine disease of ICD-10."""
 
 EITHER = "ICD-9 external cause or ICD-10 endocrine disease: the code is in both"

@@ -83,8 +83,8 @@ def test_a_bare_code_is_of_the_version_that_has_it(lists: dict[int, set[str]]) -
         of = {version for version in (9, 10) if code in lists[version]}
         assert found is not None, code
         assert found.version == (of.pop() if len(of) == 1 else None), code
-    assert OF_ICD10 <= lists[10] - lists[9]
-    assert OF_ICD9 <= lists[9] - lists[10]
+    assert lists[10] - lists[9] >= OF_ICD10
+    assert lists[9] - lists[10] >= OF_ICD9
 
 
 def test_atc_classes() -> None:
