@@ -83,7 +83,7 @@ def bootstrap_means(
     Source: Efron 1987, Better Bootstrap Confidence Intervals, equations 2.3 and 6.6 (the acceleration by the
     jackknife); Davison & Hinkley 1997, section 3.8 (clusters resampled whole).
     """
-    _check_level("bootstrap_means", level)
+    check_level("bootstrap_means", level)
     return _bootstrap([_means_of(totals, sizes)], level, draws, seed)
 
 
@@ -114,7 +114,7 @@ def bootstrap_differences(
 
     Source: as `bootstrap_means`.
     """
-    _check_level("bootstrap_differences", level)
+    check_level("bootstrap_differences", level)
     return _bootstrap([_means_of(totals, sizes), _means_of(to_totals, to_sizes)], level, draws, seed)
 
 
@@ -285,7 +285,7 @@ def bootstrap_auroc(
     won, pairs = _pair_counts(label, prob, group, count, stratum)
     if not pairs.any():
         raise ValueError("bootstrap_auroc: there must be a positive and a negative sample in one stratum, got none")
-    _check_level("bootstrap_auroc", level)
+    check_level("bootstrap_auroc", level)
     weights = np.concatenate(list(_resampled(count, draws, seed)))
     drawn = ((weights @ pairs) * weights).sum(1)
     areas = ((weights @ won) * weights).sum(1)[drawn > 0] / drawn[drawn > 0]
@@ -347,6 +347,7 @@ def _random_signs(groups: int, flips: int, seed: int) -> Iterator[Floats]:
         yield 2.0 * rng.integers(0, 2, (min(rows, flips - first), groups), dtype=np.int8).astype(np.float64) - 1.0
 
 
-def _check_level(name: str, level: float) -> None:
+def check_level(name: str, level: float) -> None:
+    """Refuse a level that is no share."""
     if not 0 < level < 1:
         raise ValueError(f"{name}: level must lie between 0 and 1, got {level}")

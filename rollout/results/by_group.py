@@ -1,6 +1,7 @@
 """The groups of a feature's codes over a cohort: relevance, lift and prevalence of each, with intervals by patient."""
 
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
     from rollout.results.attributions import CohortAttributions
 
 _SUMS = ["relevance", "lift", "entries", "records", "present"]
-MEASURES = {"relevance": ("relevance", "records"), "lift": ("lift", "entries"), "prevalence": ("present", "samples")}
+MEASURES = {
+    "relevance": ("relevance", "records"),
+    "lift": ("lift", "entries"),
+    "prevalence": ("present", "samples"),
+}
 """Measure → what is summed, and what it is divided by."""
 _SCHEMA = {
     "group": pl.String,
@@ -53,6 +58,37 @@ def group_table(
     return table.select(pl.col(name).cast(kind) for name, kind in _SCHEMA.items()).with_columns(
         pl.col(pl.Float64).fill_nan(None)
     )
+
+
+def leading(table: pl.DataFrame, order: str, minimum_records: int, k: int | None) -> pl.DataFrame:
+    """The first `k` groups in enough records, best first; that of the codes without one last.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    check_order("top_groups", "order", order, minimum_records, k)
+    enough, nameless = table.filter(pl.col("records") >= minimum_records), pl.col("group").is_null()
+    named = enough.filter(~nameless).sort([order, "group"], descending=[True, False], nulls_last=True)
+    return pl.concat([named if k is None else named.head(k), enough.filter(nameless)])
+
+
+def check_order(where: str, name: str, order: str, minimum_records: int, k: int | None) -> None:
+    """Refuse arguments of a table of the leading codes or groups that are out of range.
+
+    Raises:
+        ValueError: naming `where` and the argument; `name` is that of `order`.
+    """
+    if order not in MEASURES:
+        raise ValueError(f"{where}: {name} must be one of {', '.join(MEASURES)}, got {order!r}")
+    check_count(where, "minimum_records", minimum_records, 0)
+    if k is not None:
+        check_count(where, "k", k, 1)
+
+
+def check_count(where: str, name: str, value: Any, least: int) -> None:
+    """Refuse what is no int, or is below `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise ValueError(f"{where}: {name} must be an int of at least {least}, got {value!r}")
 
 
 def _codes(cohort: "CohortAttributions", feature: str) -> list[str]:
