@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rollout.results.attributions import CohortAttributions
     from rollout.results.comparison import compare_cohorts
     from rollout.results.faithfulness import CohortFaithfulness, open_faithfulness
+    from rollout.results.notebook import show_record
     from rollout.results.plot_faithfulness import plot_faithfulness
     from rollout.results.plots import plot_positions, plot_record, plot_top_codes
 
@@ -48,6 +49,7 @@ __all__ = [
     "plot_record",
     "plot_top_codes",
     "register_capture",
+    "show_record",
 ]
 
 _FROM_EXTRAS = {
@@ -61,6 +63,7 @@ _FROM_EXTRAS = {
     "plot_positions": ("rollout.results.plots", "polars"),
     "plot_record": ("rollout.results.plots", "polars"),
     "plot_top_codes": ("rollout.results.plots", "polars"),
+    "show_record": ("rollout.results.notebook", "polars"),
 }
 """Name → its module, imported when first asked for, and what that needs of the extra `cohort`."""
 

@@ -14,6 +14,7 @@ from rollout.results.code_groups import Groups
 from rollout.results.folder import ATTRIBUTIONS, Names, RunFolder
 from rollout.results.labels import NO_LABELS, count_labels, label_kind, labels_of
 from rollout.results.manifest import PartRecord
+from rollout.results.notebook import cohort_html
 from rollout.results.places import code_sums, length_counts, merged, place_sums
 
 READ_POSITION = {"Transformer": 0, "StageAttentionNet": -1}
@@ -66,6 +67,9 @@ class CohortAttributions:
     def __repr__(self) -> str:
         return f"CohortAttributions({str(self.path)!r}, {self._folder.manifest.status}, {self.samples:,} samples)"
 
+    def _repr_html_(self) -> str:
+        return cohort_html(self)
+
     @property
     def path(self) -> Path:
         """The folder."""
@@ -105,6 +109,11 @@ class CohortAttributions:
     def samples(self) -> int:
         """Number of attributed samples."""
         return self._folder.rows["predictions"]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of `attributions`."""
+        return self._folder.rows["attributions"]
 
     @property
     def planned(self) -> int:

@@ -22,6 +22,7 @@ from rollout.results.by_patient import number_patients
 from rollout.results.compared import BY, KEYS, Runs
 from rollout.results.contrasts import contrast_table
 from rollout.results.manifest import CONTENT
+from rollout.results.notebook import comparison_html
 from rollout.results.places import merged
 
 __all__ = ["CohortComparison", "compare_cohorts"]
@@ -55,6 +56,9 @@ class CohortComparison:
     patients: int
     notes: list[str] = field(default_factory=list)
     level: float = 0.95
+
+    def _repr_html_(self) -> str:
+        return comparison_html(self)
 
     def codes(self) -> pl.DataFrame:
         """The rows of codes: those that are shown to differ first, and within those the largest differences."""

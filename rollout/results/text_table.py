@@ -26,7 +26,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def cell(value: Any) -> str:
     """A string of the data in one line of bounded length, without control characters."""
-    return one_line("" if value is None else str(value), WIDEST)
+    text = "" if value is None else str(value)
+    return one_line(text, WIDEST) if text else ""
 
 
 def number(value: float | None, form: str = ".3f") -> str:

@@ -20,6 +20,7 @@ def test_columns_are_aligned_and_numbers_told() -> None:
     assert aligned([["", "a"], ["long", "b"]]) == ["      a", "long  b"]
     assert interval(0.12345, 0.1, 0.2) == "0.123 [0.100, 0.200]"
     assert (interval(0.5, None, None, "+.1f"), interval(None, None, None)) == ("+0.5", "–")
+    assert (cell(None), cell("")) == ("", "")
     assert cell("a\n\x1b[31m\u202eb" + "x" * 90) == "a \\x1b[31m\\u202eb" + "x" * 42 + "…"
 
 
