@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from rollout.cohort import attribute_cohort
     from rollout.cohort.evaluation import evaluate_cohort
     from rollout.results.attributions import CohortAttributions
+    from rollout.results.comparison import compare_cohorts
     from rollout.results.faithfulness import CohortFaithfulness, open_faithfulness
+    from rollout.results.notebook import show_record
     from rollout.results.plot_faithfulness import plot_faithfulness
     from rollout.results.plots import plot_positions, plot_record, plot_top_codes
 
@@ -38,6 +40,7 @@ __all__ = [
     "attention_rollout_qk",
     "attribute_cohort",
     "capture",
+    "compare_cohorts",
     "evaluate_cohort",
     "frozen_gradient",
     "open_faithfulness",
@@ -46,18 +49,21 @@ __all__ = [
     "plot_record",
     "plot_top_codes",
     "register_capture",
+    "show_record",
 ]
 
 _FROM_EXTRAS = {
     "CohortAttributions": ("rollout.results.attributions", "polars"),
     "CohortFaithfulness": ("rollout.results.faithfulness", "polars"),
     "attribute_cohort": ("rollout.cohort", "pyarrow"),
+    "compare_cohorts": ("rollout.results.comparison", "polars"),
     "evaluate_cohort": ("rollout.cohort.evaluation", "pyarrow"),
     "open_faithfulness": ("rollout.results.faithfulness", "polars"),
     "plot_faithfulness": ("rollout.results.plot_faithfulness", "polars"),
     "plot_positions": ("rollout.results.plots", "polars"),
     "plot_record": ("rollout.results.plots", "polars"),
     "plot_top_codes": ("rollout.results.plots", "polars"),
+    "show_record": ("rollout.results.notebook", "polars"),
 }
 """Name → its module, imported when first asked for, and what that needs of the extra `cohort`."""
 

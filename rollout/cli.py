@@ -2,7 +2,9 @@
 
 import os
 import sys
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -395,6 +397,77 @@ def explore(
 
     with suppress(KeyboardInterrupt):
         serve(path, beside, port, names, say=typer.echo)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Folder of a cohort run.")],
+    b: Annotated[Path, typer.Argument(help="Folder of another: of the same samples, or of a different cohort.")],
+    feature: Annotated[str | None, typer.Option(help="Of this feature only.")] = None,
+    by: Annotated[str, typer.Option(help="lift or relevance.")] = "lift",
+    k: Annotated[int, typer.Option(help="Codes compared per feature, the commonest.")] = 50,
+    minimum_records: Annotated[int, typer.Option(help="Codes in fewer records are left out.")] = 5,
+    show: Annotated[int, typer.Option(min=0, help="Codes shown.")] = 20,
+    csv: Annotated[Path | None, typer.Option(help="New file for the whole table.")] = None,
+) -> None:
+    """What differs between two runs: predictions, rankings, codes; by patient, corrected for how many are compared."""
+    for module in ("polars", "pyarrow"):
+        require(module, "cohort")
+    from rollout.results.comparison import compare_cohorts
+    from rollout.results.text_table import csv_target, write_csv
+    from rollout.results.told_comparison import told_comparison
+
+    target = None if csv is None else csv_target(csv)
+    with _warnings_told():
+        found = compare_cohorts(a, b, feature=feature, by=by, k=k, minimum_records=minimum_records)
+    typer.echo(told_comparison(found, show))
+    if target is not None:
+        typer.echo(str(write_csv(found.table, target)))
+
+
+@app.command()
+def groups(
+    path: Annotated[Path, typer.Argument(help="Folder of a cohort run.")],
+    feature: Annotated[str, typer.Option(help="Whose codes.")],
+    by: Annotated[
+        str,
+        typer.Option(
+            help="icd-chapter, icd9-chapter, icd10-chapter, icd10-block, ccsr, ccs, atc-1 … atc-4, or a JSON or CSV "
+            "file of {code: group}."
+        ),
+    ],
+    order: Annotated[str, typer.Option(help="relevance, lift or prevalence.")] = "relevance",
+    minimum_records: Annotated[int, typer.Option(help="Groups in fewer records are left out.")] = 5,
+    show: Annotated[int, typer.Option(min=0, help="Groups shown.")] = 30,
+    download: Annotated[
+        bool, typer.Option("--download", help="Let PyHealth download a code system's table that is not there.")
+    ] = False,
+    csv: Annotated[Path | None, typer.Option(help="New file for the whole table.")] = None,
+) -> None:
+    """Relevance, lift and prevalence of groups of codes, such as chapters of the ICD, with intervals by patient."""
+    for module in ("polars", "pyarrow"):
+        require(module, "cohort")
+    from rollout.results.attributions import CohortAttributions
+    from rollout.results.text_table import csv_target, write_csv
+    from rollout.results.told_comparison import told_groups
+
+    target = None if csv is None else csv_target(csv)
+    with _warnings_told():
+        cohort = CohortAttributions(path)
+    table = cohort.top_groups(feature, by, order=order, download=download, minimum_records=minimum_records)
+    typer.echo(told_groups(table, cohort, feature, show))
+    if target is not None:
+        typer.echo(str(write_csv(table, target)))
+
+
+@contextmanager
+def _warnings_told() -> Iterator[None]:
+    """What is warned of within, such as a run that is not complete, as a line of stderr each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        typer.echo(f"rollout: {one_line(str(warning.message))}", err=True)
 
 
 def main() -> None:

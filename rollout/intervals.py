@@ -5,7 +5,7 @@ The samples of one patient are alike, so patients, not samples, are drawn with r
 time and in O(G²) for G patients; here one set of draws serves all columns as a matrix product, in O(G).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -83,14 +83,61 @@ def bootstrap_means(
     Source: Efron 1987, Better Bootstrap Confidence Intervals, equations 2.3 and 6.6 (the acceleration by the
     jackknife); Davison & Hinkley 1997, section 3.8 (clusters resampled whole).
     """
-    total, size = np.asarray(totals, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
-    _check_level("bootstrap_means", level)
+    check_level("bootstrap_means", level)
+    return _bootstrap([_means_of(totals, sizes)], level, draws, seed)
+
+
+def bootstrap_differences(
+    totals: ArrayLike,
+    sizes: ArrayLike,
+    to_totals: ArrayLike,
+    to_sizes: ArrayLike,
+    *,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[Floats, Floats, Floats]:
+    """K differences of means, Σ totals / Σ sizes − Σ to_totals / Σ to_sizes, and their BCa intervals.
+
+    The same G groups are drawn for both, so a group may have values in one mean alone, or in both.
+
+    Args:
+        totals, sizes, to_totals, to_sizes: [G, K], as in `bootstrap_means`.
+        level, draws, seed: as in `bootstrap_means`.
+
+    Returns:
+        As `bootstrap_means`: NaN where either mean has no value; ends of NaN where fewer than 2 groups have one in
+        either.
+
+    Raises:
+        ValueError: a bad level or draws.
+
+    Source: as `bootstrap_means`.
+    """
+    check_level("bootstrap_differences", level)
+    return _bootstrap([_means_of(totals, sizes), _means_of(to_totals, to_sizes)], level, draws, seed)
+
+
+def _means_of(totals: ArrayLike, sizes: ArrayLike) -> tuple[Floats, Floats]:
+    return np.asarray(totals, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
+
+
+def _bootstrap(
+    means: Sequence[tuple[Floats, Floats]], level: float, draws: int, seed: int
+) -> tuple[Floats, Floats, Floats]:
+    """A mean, or the first less the second, with its interval, from (totals, sizes) of each."""
+
+    def contrast(reduce: Callable[[Floats], Floats]) -> Floats:
+        found = [reduce(total) / reduce(size) for total, size in means]
+        return found[0] - found[1] if len(found) > 1 else found[0]
+
+    groups, columns = means[0][0].shape
     with np.errstate(divide="ignore", invalid="ignore"):
-        estimate = total.sum(0) / size.sum(0)
-        parts = [(weights @ total) / (weights @ size) for weights in _resampled(len(total), draws, seed)]
-        jackknife = (total.sum(0) - total) / (size.sum(0) - size)
-    drawn = np.concatenate([np.empty((0, total.shape[1])), *parts])
-    enough = np.broadcast_to((size > 0).sum(0) > 1, estimate.shape)
+        estimate = contrast(lambda x: x.sum(0))
+        parts = [contrast(lambda x, w=weights: w @ x) for weights in _resampled(groups, draws, seed)]  # type: ignore[misc]
+        jackknife = contrast(lambda x: x.sum(0) - x)
+    drawn = np.concatenate([np.empty((0, columns)), *parts])
+    enough = np.logical_and.reduce([np.broadcast_to((size > 0).sum(0) > 1, estimate.shape) for _, size in means])
     low, high = np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
     for k in np.flatnonzero(enough):
         found = drawn[:, k]
@@ -141,6 +188,58 @@ def sign_flip_test(totals: ArrayLike, *, flips: int = 9999, seed: int = 0) -> Fl
     return as_far / 2**groups if exact else (1 + as_far) / (1 + flips)
 
 
+def permutation_test(
+    totals: ArrayLike,
+    sizes: ArrayLike,
+    to_totals: ArrayLike,
+    to_sizes: ArrayLike,
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    flips: int = 9999,
+    seed: int = 0,
+) -> Floats:
+    """The two-sided p of K differences of means between two cohorts: how often is one as large when groups change side?
+
+    Under the null hypothesis it does not matter of which cohort a group is: those of one cohort alone are dealt out
+    anew, as many to each, and those of both exchange what they have in one for what they have in the other, or not.
+
+    Args:
+        totals, sizes, to_totals, to_sizes: [G, K], as in `bootstrap_differences`.
+        first, second: bool [G], whether the group is of the first cohort, of the second, or of both.
+        flips: how many random changes.
+        seed: same seed, same p.
+
+    Returns:
+        float64 [K]; a change that leaves a mean without a value counts as one that is as large.
+
+    Source: Pitman 1937, Significance Tests Which May be Applied to Samples from Any Populations; Phipson & Smyth 2010
+    (the 1 that is added).
+    """
+    one, of_one, two, of_two = *_means_of(totals, sizes), *_means_of(to_totals, to_sizes)
+    both = (np.asarray(first, dtype=bool) & np.asarray(second, dtype=bool))[:, None]
+    kept, moved = np.where(both, one, one + two), np.where(both, two, 0.0)
+    of_kept, of_moved = np.where(both, of_one, of_one + of_two), np.where(both, of_two, 0.0)
+
+    def difference(side: Floats) -> Floats:
+        """Of sides [n, G], 1 where a group's `kept` goes to the first cohort and its `moved` to the second."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            here = side @ (kept - moved) + moved.sum(0)
+            of_here = side @ (of_kept - of_moved) + of_moved.sum(0)
+            there, of_there = (kept + moved).sum(0) - here, (of_kept + of_moved).sum(0) - of_here
+            return np.where((of_here > 0) & (of_there > 0), here / of_here - there / of_there, np.inf)
+
+    sides = np.asarray(first, dtype=np.float64)
+    wanted, as_far = np.abs(difference(sides[None])) * (1 - 1e-9), np.zeros(one.shape[1])
+    alone, rng = np.flatnonzero(~both[:, 0]), np.random.default_rng(seed)
+    rows = max(1, BLOCK // max(len(sides), 1))
+    for start in range(0, flips, rows):
+        drawn = rng.integers(0, 2, (min(rows, flips - start), len(sides))).astype(np.float64)
+        drawn[:, alone] = rng.permuted(np.tile(sides[alone], (len(drawn), 1)), axis=1)
+        as_far += (np.abs(difference(drawn)) >= wanted).sum(0)
+    return (1 + as_far) / (1 + flips)
+
+
 def holm(p: ArrayLike) -> Floats:
     """P values corrected for their number, float64 [N]: the family-wise error is at most the level they are read at.
 
@@ -186,7 +285,7 @@ def bootstrap_auroc(
     won, pairs = _pair_counts(label, prob, group, count, stratum)
     if not pairs.any():
         raise ValueError("bootstrap_auroc: there must be a positive and a negative sample in one stratum, got none")
-    _check_level("bootstrap_auroc", level)
+    check_level("bootstrap_auroc", level)
     weights = np.concatenate(list(_resampled(count, draws, seed)))
     drawn = ((weights @ pairs) * weights).sum(1)
     areas = ((weights @ won) * weights).sum(1)[drawn > 0] / drawn[drawn > 0]
@@ -248,6 +347,7 @@ def _random_signs(groups: int, flips: int, seed: int) -> Iterator[Floats]:
         yield 2.0 * rng.integers(0, 2, (min(rows, flips - first), groups), dtype=np.int8).astype(np.float64) - 1.0
 
 
-def _check_level(name: str, level: float) -> None:
+def check_level(name: str, level: float) -> None:
+    """Refuse a level that is no share."""
     if not 0 < level < 1:
         raise ValueError(f"{name}: level must lie between 0 and 1, got {level}")

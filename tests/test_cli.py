@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from rollout.cli import app, main
 from rollout.data.synthetic import write_synthetic_cohort
+from tests.support.written_run import Record, Run, write_run
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
@@ -208,7 +209,8 @@ def test_an_error_is_one_line_or_with_its_traceback_if_asked_for(
 @pytest.mark.parametrize("path", ["~nouser-of-that-name/x", "a" * 300, "a/" * 3000])
 @pytest.mark.parametrize("command", [("attribute", "{}"), ("report", "{}"), ("synthetic", "{}"),
                                      ("attribute", "--entry", "a:b", "--output", "{}"), ("demo", "--output", "{}"),
-                                     ("demo", "--overwrite", "--output", "{}")])  # fmt: skip
+                                     ("demo", "--overwrite", "--output", "{}"), ("compare", "{}", "{}"),
+                                     ("groups", "{}", "--feature", "a", "--by", "ccs")])  # fmt: skip
 def test_paths_that_cannot_be_are_refused_in_one_line(
     command: tuple[str, ...], path: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -220,3 +222,65 @@ def test_paths_that_cannot_be_are_refused_in_one_line(
     assert err.count("\n") == 1
     assert "work began" not in err
     assert "must be a path, got" in err
+
+
+def write_pair(folder: Path, **options: object) -> tuple[str, str]:
+    codes = ["I10", "4280", "=1+1", "E8889"]
+    for name, scores in (("a", (0.5, 0.25, 0.25)), ("b", (0.25, 0.25, 0.5))):
+        (folder / name).mkdir()
+        entries = list(zip(codes, (*scores, 0.5), strict=True))
+        records = [Record(f"p{place}", {"conditions": entries}) for place in range(8)]
+        write_run(folder / name, records, Run(model="m.Other", **options))  # type: ignore[arg-type]
+    return str(folder / "a"), str(folder / "b")
+
+
+def test_compare_prints_a_table_and_writes_it(tmp_path: Path) -> None:
+    a, b = write_pair(tmp_path)
+    result = CliRunner().invoke(app, ["compare", a, b, "--csv", str(tmp_path / "t.csv"), "--show", "1"])
+    assert result.exit_code == 0, result.output
+    assert "paired: the same 8 samples of 8 patients" in result.stdout
+    assert "3 more codes" in result.stdout
+    written = (tmp_path / "t.csv").read_text().splitlines()
+    assert written[0].startswith("measure,feature,code,name,a,b,estimate,low,high,p,p_holm")
+    assert len(written) == 1 + 4 + 3
+    assert written[1].startswith("lift,conditions,4280,,")
+    assert next(line for line in written if "=1+1" in line).startswith("lift,conditions,'=1+1,")
+
+
+def test_groups_prints_chapters_and_writes_them(tmp_path: Path) -> None:
+    a, _ = write_pair(tmp_path)
+    arguments = ["groups", a, "--feature", "conditions", "--by", "icd-chapter", "--csv", str(tmp_path / "t.csv")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "ICD-9 390–459: Diseases of the circulatory system" in result.stdout
+    assert "(no group)" in result.stdout
+    assert len((tmp_path / "t.csv").read_text().splitlines()) == 1 + 4
+
+
+@pytest.mark.parametrize(
+    "command", [("compare", "{a}", "{b}"), ("groups", "{a}", "--feature", "conditions", "--by", "icd-chapter")]
+)
+def test_an_unfinished_run_is_told_in_one_line_and_a_file_is_never_replaced(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    a, b = write_pair(tmp_path, status="running")
+    filled = [part.format(a=a, b=b) for part in command]
+    status, err = run(filled, capsys, monkeypatch)
+    assert (status, err.count("is not complete: 8 of 8")) == (0, filled.count(a) + filled.count(b))
+    assert all(line.startswith("rollout: the run in") for line in err.splitlines())
+    (tmp_path / "mine.csv").write_text("mine")
+    status, err = run([*filled, "--csv", str(tmp_path / "mine.csv")], capsys, monkeypatch)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "csv must be a new file" in err
+    assert (tmp_path / "mine.csv").read_text() == "mine"
+
+
+def test_groups_never_downloads_unasked(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    a, _ = write_pair(tmp_path)
+    monkeypatch.setattr("pyhealth.medcode.utils.MODULE_CACHE_PATH", str(tmp_path / "cache"))
+    status, err = run(["groups", a, "--feature", "conditions", "--by", "ccs"], capsys, monkeypatch)
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith("rollout: by='ccs' needs PyHealth's table ICD10CM → CCSCM, which is not in its cache")
+    assert "--download" in err

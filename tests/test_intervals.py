@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from rollout.intervals import bootstrap_mean, bootstrap_means, holm, sign_flip_test
+from rollout.intervals import (
+    bootstrap_differences,
+    bootstrap_mean,
+    bootstrap_means,
+    holm,
+    permutation_test,
+    sign_flip_test,
+)
 
 
 def clusters(rng: np.random.Generator, patients: int, mean: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -97,3 +104,61 @@ def test_holm_by_hand() -> None:
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
     assert holm([0.2]).tolist() == [0.2]
     assert holm([]).tolist() == []
+
+
+def test_differences_of_means_are_scipys() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(3)
+    size, to_size = (rng.integers(0, 5, (60, 1)).astype(float) for _ in range(2))
+    total, to_total = rng.gamma(0.5, 1.0, (60, 1)) * size, rng.gamma(0.7, 1.0, (60, 1)) * to_size
+    estimate, low, high = bootstrap_differences(total, size, to_total, to_size, draws=5000)
+    theirs = stats.bootstrap(
+        (total[:, 0], size[:, 0], to_total[:, 0], to_size[:, 0]),
+        lambda a, b, c, d, axis=-1: a.sum(axis) / b.sum(axis) - c.sum(axis) / d.sum(axis), paired=True,
+        vectorized=True, n_resamples=5000, method="BCa", batch=500, rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    assert estimate[0] == pytest.approx(total.sum() / size.sum() - to_total.sum() / to_size.sum())
+    assert (low[0], high[0]) == pytest.approx(tuple(theirs), abs=1e-9)
+    nothing = bootstrap_differences(total, size, 0 * total, 0 * size)
+    assert np.isnan(nothing).all()
+
+
+def test_a_permutation_test_is_scipys_for_values_of_their_own() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(4)
+    values, first = rng.normal(0, 1, 30), np.arange(30) < 12
+    values[first] += 0.8
+    one, two = first[:, None].astype(float), ~first[:, None]
+    found = permutation_test(values[:, None] * one, one, values[:, None] * two, two, first, ~first, flips=20_000)
+    theirs = stats.permutation_test(
+        (values[first], values[~first]), lambda a, b, axis=-1: a.mean(axis) - b.mean(axis), vectorized=True,
+        n_resamples=20_000, rng=np.random.default_rng(1),
+    ).pvalue  # fmt: skip
+    assert 0.005 < theirs < 0.2
+    assert found[0] == pytest.approx(theirs, abs=0.006)
+
+
+def test_groups_of_both_cohorts_exchange_what_they_have() -> None:
+    rng = np.random.default_rng(5)
+    total, to_total, ones, all_of = (
+        rng.normal(0.4, 1, (25, 1)),
+        rng.normal(0, 1, (25, 1)),
+        np.ones((25, 1)),
+        [True] * 25,
+    )
+    found = permutation_test(total, ones, to_total, ones, all_of, all_of, flips=20_000)
+    assert found[0] == pytest.approx(sign_flip_test(total - to_total, flips=20_000)[0], abs=0.01)
+
+
+def test_a_permutation_test_by_patient_keeps_its_level() -> None:
+    rng, low = np.random.default_rng(6), 0
+    for trial in range(300):
+        _, total, size = clusters(rng, 40)
+        first = rng.permutation(40) < 15
+        one, two = first[:, None].astype(float), ~first[:, None]
+        p = permutation_test(
+            total[:, None] * one, size[:, None] * one, total[:, None] * two, size[:, None] * two, first, ~first,
+            flips=199, seed=trial,
+        )  # fmt: skip
+        low += p[0] <= 0.05
+    assert 3 <= low <= 28  # 15 are expected, with a standard deviation of 4

@@ -9,15 +9,17 @@ from typing import Any
 
 import polars as pl
 
+from rollout.results.by_group import check_order, group_table, leading
+from rollout.results.code_groups import Groups
 from rollout.results.folder import ATTRIBUTIONS, Names, RunFolder
 from rollout.results.labels import NO_LABELS, count_labels, label_kind, labels_of
 from rollout.results.manifest import PartRecord
+from rollout.results.notebook import cohort_html
 from rollout.results.places import code_sums, length_counts, merged, place_sums
 
 READ_POSITION = {"Transformer": 0, "StageAttentionNet": -1}
 """The place each PyHealth model reads, by its class: it keeps the residual's share whatever stands there."""
 
-ORDERS = ("relevance", "lift", "prevalence")
 _ROWS = ["sample", "feature", "visit", "position", "code", "attribution"]
 
 
@@ -65,6 +67,9 @@ class CohortAttributions:
     def __repr__(self) -> str:
         return f"CohortAttributions({str(self.path)!r}, {self._folder.manifest.status}, {self.samples:,} samples)"
 
+    def _repr_html_(self) -> str:
+        return cohort_html(self)
+
     @property
     def path(self) -> Path:
         """The folder."""
@@ -104,6 +109,11 @@ class CohortAttributions:
     def samples(self) -> int:
         """Number of attributed samples."""
         return self._folder.rows["predictions"]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of `attributions`."""
+        return self._folder.rows["attributions"]
 
     @property
     def planned(self) -> int:
@@ -194,12 +204,8 @@ class CohortAttributions:
             ValueError: If an argument is out of range, or labels are asked for and there are none.
         """
         self._check_feature(feature)
-        read = self._read(read_position)
-        if by not in ORDERS:
-            raise ValueError(f"top_codes: by must be one of {', '.join(ORDERS)}, got {by!r}")
-        _check_count("top_codes", "minimum_records", minimum_records, 0)
-        if k is not None:
-            _check_count("top_codes", "k", k, 1)
+        read = self.place_read(read_position)
+        check_order("top_codes", "by", by, minimum_records, k)
         split = per_label or label is not None
         wanted = self._wanted(label) if split else None
         keys = ["feature", "code", "label"] if split else ["feature", "code"]
@@ -219,7 +225,7 @@ class CohortAttributions:
         self, part: PartRecord, feature: str | None, read: int | None, wanted: Sequence[int] | None, per_label: bool
     ) -> pl.DataFrame:
         labels = None if wanted is None else self._labels_of(part, wanted, per_label)
-        return code_sums(self._rows(part, feature), read, labels, self.whole_features)
+        return code_sums(self.rows_within(range(part.start, part.stop), feature), read, labels, self.whole_features)
 
     def _ranked(self, sums: pl.DataFrame, groups: list[str], by: str, minimum: int, k: int | None) -> pl.DataFrame:
         means = sums.filter(pl.col("records") >= minimum).select(
@@ -238,6 +244,49 @@ class CohortAttributions:
         best = ordered if k is None else ordered.group_by(groups, maintain_order=True).head(k)
         return best.drop("order").select(*groups, pl.exclude(groups))
 
+    def top_groups(
+        self,
+        feature: str,
+        by: str | Path | Groups,
+        *,
+        order: str = "relevance",
+        download: bool = False,
+        minimum_records: int = 5,
+        k: int | None = None,
+        read_position: int | str | None = "auto",
+        level: float = 0.95,
+        draws: int = 2000,
+        seed: int = 0,
+    ) -> pl.DataFrame:
+        """The leading groups of a feature's codes, such as chapters of the ICD, with intervals by patient.
+
+        A group stands wherever one of its codes does, and counts once there: its relevance in a record is the sum over
+        the places it stands in, so a code counts once per record and group, and a code of several groups counts for
+        each. The codes that have no group are the group null, in the last row.
+
+        Args:
+            feature: The feature.
+            by: A code system (`icd-chapter`, `ccsr`, `atc-3`, …), a mapping {code: group or [group, …]}, or the path of
+                a JSON or CSV file of one: see `rollout.results.code_groups`.
+            order: `relevance`, `lift` or `prevalence`.
+            download: Let PyHealth download the table of a code system that is not in its cache.
+            minimum_records, k, read_position: As in `top_codes`, of groups.
+            level, draws, seed: Of the intervals: see `rollout.intervals.bootstrap_means`.
+
+        Returns:
+            Best first: `group`, then `relevance`, `lift` and `prevalence` as in `top_codes`, each with its `_low` and
+            `_high` end (null for a single patient), `records`, `entries`, `patients` and `codes` (how many different
+            ones the group has here).
+
+        Raises:
+            ValueError: If an argument is out of range, or the codes cannot be grouped: see
+                `rollout.results.code_groups.group_codes`.
+        """
+        self._check_feature(feature)
+        drawn = {"level": level, "draws": draws, "seed": seed}
+        table = group_table(self, feature, by, self.place_read(read_position), download, drawn)
+        return leading(table, order, minimum_records, k)
+
     def by_position(
         self, feature: str | None = None, *, from_end: bool = False, read_position: int | str | None = None
     ) -> pl.DataFrame:
@@ -250,19 +299,19 @@ class CohortAttributions:
             from_end: Count from the last position of each record, which is 0.
             read_position: As in `top_codes`: a place that is left out, so that it does not press down the others.
         """
-        return self._by_place("position", feature, from_end, self._read(read_position))
+        return self._by_place("position", feature, from_end, self.place_read(read_position))
 
     def by_visit(
         self, feature: str | None = None, *, from_end: bool = False, read_position: int | str | None = None
     ) -> pl.DataFrame:
         """As `by_position`, for each `visit` of the nested features, however many codes stand in it."""
-        return self._by_place("visit", feature, from_end, self._read(read_position))
+        return self._by_place("visit", feature, from_end, self.place_read(read_position))
 
     def _by_place(self, name: str, feature: str | None, from_end: bool, read: int | None) -> pl.DataFrame:
         self._check_feature(feature)
         nested = name == "visit"
-        whole, parts = self.whole_features, self._folder.records
-        partials = (place_sums(self._rows(part, feature), nested, from_end, read, whole) for part in parts)
+        whole, parts = self.whole_features, self.parts
+        partials = (place_sums(self.rows_within(part, feature), nested, from_end, read, whole) for part in parts)
         sums = merged(partials, ["feature", "place"])
         if sums is None:
             sums = place_sums(ATTRIBUTIONS, nested, from_end, read)
@@ -280,7 +329,7 @@ class CohortAttributions:
     def lengths(self, feature: str | None = None) -> pl.DataFrame:
         """How many `records` have which `length`, by `feature` and `unit` (entries; visits if nested)."""
         self._check_feature(feature)
-        partials = (length_counts(self._rows(part, feature)) for part in self._folder.records)
+        partials = (length_counts(self.rows_within(part, feature)) for part in self.part_ranges)
         sums = merged(partials, ["feature", "unit", "length"])
         return length_counts(ATTRIBUTIONS) if sums is None else sums
 
@@ -322,6 +371,17 @@ class CohortAttributions:
         for part in self._folder.records:
             yield self._folder.scan("attributions", [part]), self._folder.scan("predictions", [part])
 
+    @property
+    def part_ranges(self) -> list[range]:
+        """The samples of each part, in order; what reads them one by one holds no more than the largest."""
+        return [range(record.start, record.stop) for record in self._folder.records]
+
+    def rows_within(self, samples: range, feature: str | None = None) -> pl.DataFrame:
+        """The rows of some samples, whole records: `sample`, `feature`, `visit`, `position`, `code`, `attribution`."""
+        within = pl.col("sample").is_between(samples.start, samples.stop - 1)
+        rows = self._folder.scan("attributions", self._folder.holding(samples)).filter(within).select(_ROWS)
+        return (rows if feature is None else rows.filter(pl.col("feature") == feature)).collect()
+
     def rows_of(self, numbers: Sequence[int]) -> pl.DataFrame:
         """The rows of samples, as of `sample`, from the parts that hold them; other samples' row groups are skipped."""
         parts, place = self._folder.holding(numbers), pl.col("sample")
@@ -333,11 +393,6 @@ class CohortAttributions:
         return (
             joined.with_columns(order).sort("sample", "order", "visit", "position", maintain_order=True).drop("order")
         )
-
-    def _rows(self, part: PartRecord, feature: str | None) -> pl.DataFrame:
-        """The rows of a part, whole records: a sample's rows lie in one part."""
-        rows = self._folder.scan("attributions", [part]).select(_ROWS)
-        return (rows if feature is None else rows.filter(pl.col("feature") == feature)).collect()
 
     def _labels_of(self, part: PartRecord, wanted: Sequence[int], per_label: bool) -> pl.DataFrame:
         """`sample`, `label` of the samples of a part that have a wanted label; all of one label unless split."""
@@ -362,7 +417,8 @@ class CohortAttributions:
             raise ValueError(f"top_codes: label must be among {known[:20]}, got {label!r}")
         return [int(one) for one in given]
 
-    def _read(self, read_position: int | str | None) -> int | None:
+    def place_read(self, read_position: int | str | None = "auto") -> int | None:
+        """What `read_position` means here: `"auto"` is the attribute `read_position`."""
         if read_position == "auto":
             return self.read_position
         if read_position is None or (isinstance(read_position, Integral) and not isinstance(read_position, bool)):
@@ -391,8 +447,3 @@ def _order(features: Sequence[str], found: pl.Series) -> pl.Expr:
     """The place of each row's feature in the manifest, then by name."""
     known = [*features, *sorted(set(found.unique()) - set(features))]
     return pl.col("feature").replace_strict(known, list(range(len(known))), default=len(known), return_dtype=pl.Int32)
-
-
-def _check_count(where: str, name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-        raise ValueError(f"{where}: {name} must be an int of at least {least}, got {value!r}")

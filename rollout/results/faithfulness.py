@@ -23,6 +23,7 @@ from rollout.results.groups import grouped
 from rollout.results.labels import label_kind
 from rollout.results.layout import MANIFEST
 from rollout.results.measures import MATTERS, Sums, Tables
+from rollout.results.notebook import faithfulness_html
 
 DIRECTIONS = ("without", "only")
 RANDOM = "random"
@@ -113,6 +114,9 @@ class CohortFaithfulness:
         left_out = () if bounded else ("log_odds",)  # of a measured value there are none
         self.measures = [name for name in there if name not in left_out] if self.methods else []
         self._kept: dict[str | None, list[Sums]] = {}
+
+    def _repr_html_(self) -> str:
+        return faithfulness_html(self)
 
     @property
     def evaluation(self) -> dict[str, Any]:

@@ -76,16 +76,25 @@ def _check_rows(rows: pl.DataFrame) -> None:
         )
 
 
-def find_cells(rows: pl.DataFrame, read_position: int | None, whole: Collection[str] = ()) -> pl.LazyFrame:
+def find_cells(
+    rows: pl.DataFrame, read_position: int | None, whole: Collection[str] = (), groups: pl.DataFrame | None = None
+) -> pl.LazyFrame:
     """Return every code at every place it stands in, once, however often it stands there.
+
+    Args:
+        rows, read_position, whole: As in `find_places`.
+        groups: `code`, `group`: groups instead of codes, a group once at a place, however many of its codes stand
+            there; null is a group too. A code that is not in it stands nowhere.
 
     Returns:
         Per `sample`, `feature`, `place`, `code`: `relevance` and `lift` of the place; null at the place read.
     """
     places = find_places(rows, read_position, whole).filter(~pl.col("read"))
-    cells = rows.lazy().filter(pl.col("code").is_not_null()).select(*RECORD, place_of(whole), "code").unique()
+    cells = rows.lazy().filter(pl.col("code").is_not_null()).select(*RECORD, place_of(whole), "code")
+    if groups is not None:
+        cells = cells.join(groups.lazy(), on="code").select(*RECORD, "place", code="group")
     scores = places.select(*RECORD, "place", "relevance", "lift")
-    return cells.join(scores, on=[*RECORD, "place"], how="left")
+    return cells.unique().join(scores, on=[*RECORD, "place"], how="left")
 
 
 def code_sums(

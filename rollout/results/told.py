@@ -3,6 +3,7 @@
 import polars as pl
 
 from rollout.results.faithfulness import RANDOM, CohortFaithfulness
+from rollout.results.text_table import aligned
 
 SHOWN = ("comprehensiveness", "sufficiency", "recall", "planted_auc", "leave_one_out")
 WANTED = {"sufficiency": "low"}
@@ -23,8 +24,7 @@ def told(found: CohortFaithfulness) -> str:
     verdicts = {(row["method"], row["measure"]): row["verdict"] for row in differences.iter_rows(named=True)}
     cells = {(row["method"], row["measure"]): _cell(row, verdicts) for row in summary.iter_rows(named=True)}
     table = [["", *heads], *([name, *(cells[name, measure] for measure in measures)] for name in found.methods)]
-    widths = [max(len(row[place]) for row in table) for place in range(len(heads) + 1)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    lines = aligned(table)
     lines.append(
         f"{found.samples:,} samples of {found.patients:,} patients; intervals of {found.level:.0%}, by patient"
     )

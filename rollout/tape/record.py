@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rollout.results.notebook import table
+
 __all__ = ["MASKS", "Layer", "Record"]
 
 MASKS = ("key_mask", "query_mask")
@@ -75,6 +77,15 @@ class Record:
                     f"Record: {name} must be bool [B, {letter}] = {[q.shape[0], positions]}, got {mask.dtype} "
                     f"{list(mask.shape)}"
                 )
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                value = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}, {value.device}"
+            rows.append([field.name, "–" if value is None else str(value)])
+        return table(["", "attention"], rows)
 
     @property
     def batch(self) -> int:
