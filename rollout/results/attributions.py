@@ -310,7 +310,7 @@ class CohortAttributions:
     def _by_place(self, name: str, feature: str | None, from_end: bool, read: int | None) -> pl.DataFrame:
         self._check_feature(feature)
         nested = name == "visit"
-        whole, parts = self.whole_features, self.parts
+        whole, parts = self.whole_features, self.part_ranges
         partials = (place_sums(self.rows_within(part, feature), nested, from_end, read, whole) for part in parts)
         sums = merged(partials, ["feature", "place"])
         if sums is None:
