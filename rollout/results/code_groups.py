@@ -24,8 +24,8 @@ from rollout.results.code_systems import ATC_LEVELS, atc_class, chapter, is_atc,
 
 __all__ = ["SYSTEMS", "Groups", "group_codes", "read_groups"]
 
-Groups = Mapping[str, str | Sequence[str]]
-"""Code → its group, or its groups."""
+Groups = Mapping[str, str | Sequence[str] | None]
+"""Code → its group, or its groups, such as the parents of a code in a MEDS data set; None: it has none."""
 _PROCEDURES = ("procedures", "icd_codes")
 """Features of PyHealth's tasks on MIMIC that hold procedures, whose bare codes look like those of diagnoses."""
 
@@ -98,7 +98,7 @@ def _checked(value: Any, name: str) -> dict[str, list[str]]:
         raise ValueError(f"{name} must be {{code: group}}, got {type(value).__name__}")
     found = {}
     for code, groups in value.items():
-        several = [groups] if isinstance(groups, str) else groups
+        several = [groups] if isinstance(groups, str) else [] if groups is None else groups
         if not isinstance(code, str) or not isinstance(several, Sequence) or not all(
             isinstance(one, str) and one for one in several
         ):  # fmt: skip

@@ -127,6 +127,9 @@ class Runs:
             self.notes.append("predictions, which are not of as many classes in both")
             return
         kind = next((known for run in self.runs if (known := run.label_kind)), None)
+        values = pl.concat([one["y_prob"].explode() for one in (first, second)])
+        if kind is None and outputs == 1 and not values.is_between(0, 1).all():
+            kind = "regression"
         names = _output_names(outputs, kind)
         if self.paired:
             both = first.join(second.drop("patient"), on="sample", suffix="_b").lazy()
@@ -151,9 +154,8 @@ class Runs:
 
 
 def _output_names(outputs: int, kind: str | None) -> list[str]:
-    if outputs == 1:
-        return ["prediction" if kind == "regression" else "probability"]
-    return [f"probability of class {place}" for place in range(min(outputs, CLASSES))]
+    word, of = ("prediction", "") if kind == "regression" else ("probability", "of class ")
+    return [word] if outputs == 1 else [f"{word} {of}{place}" for place in range(min(outputs, CLASSES))]
 
 
 def _output(place: int, suffix: str = "") -> pl.Expr:

@@ -33,8 +33,8 @@ class CohortComparison:
     """What differs between two runs, a and b.
 
     Attributes:
-        table: One row per comparison. `measure`: `probability` (of class 1, or `probability of class c`) or
-            `prediction`; `same class` (the share of the samples to which both give the same class) and `rank
+        table: One row per comparison. `measure`: `probability` (or `probability of class c`), or `prediction` of
+            measured values; `same class` (the share of the samples to which both give the same class) and `rank
             correlation` (the mean over records of Spearman's, of the relevance of their places), which pairs have;
             `lift` or `relevance` of a code. `feature`, `code`, `name`; `a` and `b`, the means of each run; `estimate`,
             b − a (for the two of pairs, the share and the correlation themselves), with `low` and `high`; `p` of a
@@ -88,7 +88,8 @@ def compare_cohorts(
 
     The samples are the same if the datasets are: of the same size, vocabularies and contents, as the manifests tell
     them, with the same patient behind every sample. Paired, an entry counts where both runs have a score for it: the
-    place that either model reads is left out of both, and so are samples that failed in either.
+    place that either model reads is left out of both, and so are samples that failed in either. A class-specific method
+    explains the class of its own run.
 
     Codes are compared that stand in at least `minimum_records` records of each run, the `k` commonest of each feature:
     they are chosen by how common they are, not by their difference, so that p values hold. Features of one run alone,
@@ -181,8 +182,9 @@ def _same_dataset(a: CohortAttributions, b: CohortAttributions) -> bool:
 
 def _common_codes(runs: Runs, k: int, minimum_records: int) -> pl.DataFrame:
     """`feature`, `code` of the codes to compare: the commonest of those in enough records of each run."""
+    feature = runs.features[0] if len(runs.features) == 1 else None
     first, second = (
-        run.top_codes(by="prevalence", minimum_records=max(minimum_records, 1), k=None, read_position=read)
+        run.top_codes(feature, by="prevalence", minimum_records=max(minimum_records, 1), k=None, read_position=read)
         for run, read in zip(runs.runs, runs.read, strict=True)
     )
     both = first.join(second, on=["feature", "code"]).filter(pl.col("feature").is_in(runs.features))

@@ -28,7 +28,7 @@ MOST_ROWS = 2_000_000
 """Rows of a cohort up to which its leading codes are looked for, which takes a pass over them: about a second."""
 COLOUR, AGAINST = "#4878a8", "#d1603d"
 """Of bars: relevance, and negative relevance. Text and ground are the notebook's."""
-_LEFT = "text-align:left;vertical-align:top"
+_LEFT = "text-align:left;vertical-align:top;padding:0 0.8em 0 0"
 _NEEDED = ("sample", "feature", "visit", "position", "code", "attribution")
 _OUTPUTS = {"y_prob": "prediction", "y_true": "truth"}
 

@@ -84,7 +84,8 @@ class Record:
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 value = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}, {value.device}"
-            rows.append([field.name, "–" if value is None else str(value)])
+            if value is not None:
+                rows.append([field.name, str(value)])
         return table(["", "attention"], rows)
 
     @property

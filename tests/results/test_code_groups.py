@@ -93,7 +93,7 @@ def test_codes_that_may_be_procedures_are_refused(feature: str) -> None:
 
 
 def test_mappings_and_files(tmp_path: Path) -> None:
-    mapping = {"a": "one", "b": ["one", "two", "one"], "c": []}
+    mapping = {"a": "one", "b": ["one", "two", "one"], "c": [], "d": None}
     wanted = [("a", "one"), ("b", "one"), ("b", "two"), ("c", None), ("d", None)]
     assert pairs(["d", "c", "b", "a"], mapping) == wanted
     (tmp_path / "g.json").write_text(json.dumps(mapping))

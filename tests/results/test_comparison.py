@@ -209,7 +209,7 @@ def test_samples_of_one_run_alone_are_left_out(written: Callable[..., Path]) -> 
 
 
 def test_classes(written: Callable[..., Path]) -> None:
-    def compare(name: str, probs: Sequence[tuple], others: Sequence[tuple], true: tuple = (0.0,)) -> pl.DataFrame:
+    def compare(name: str, probs: Sequence[tuple], others: Sequence[tuple], true: object = (0.0,)) -> pl.DataFrame:
         runs = [
             written(f"{name}{i}", [Record(f"p{n}", {"d": [("a", 1.0)]}, prob, true) for n, prob in enumerate(given)])
             for i, given in enumerate((probs, others))
@@ -224,6 +224,11 @@ def test_classes(written: Callable[..., Path]) -> None:
     table = compare("measured", [(7.5,), (1.0,)], [(8.5,), (1.0,)], (2.5,))
     assert set(table["measure"]) == {"prediction", "lift"}
     assert row(table, "prediction")["estimate"] == 0.5
+    table = compare("unlabelled", [(7.5,), (0.25,)], [(8.5,), (0.75,)], None)
+    assert row(table, "prediction")["estimate"] == 0.75
+    assert "same class" not in table["measure"].to_list()
+    table = compare("several", [(7.5, 1.0), (0.5, 1.0)], [(8.5, 1.0), (0.5, 2.0)], (0.5, 0.25))
+    assert [row(table, f"prediction {output}")["estimate"] for output in (0, 1)] == [0.5, 0.5]
     table = compare("odd", [(float("nan"),), (0.25,), (0.75,)], [(0.5,), (0.5,), (0.5,)])
     assert numbers(row(table, "probability"), "a", "b", "records_a") == [0.5, 0.5, 2]
     assert row(table, "same class")["estimate"] == 0.5
