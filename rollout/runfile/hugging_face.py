@@ -24,6 +24,8 @@ AUTO = "transformers:AutoModelForSequenceClassification"
 """How a run file names such a model; the architecture is that of its `config.json`."""
 CONFIG, WEIGHTS = "config.json", ("model.safetensors", "model.safetensors.index.json")
 SHOWN = 3
+MOST_SIZE, MOST_LAYERS = 2**31, 1_024
+"""What a number in a config may be at most, and one that counts layers."""
 
 
 def check_folder(folder: Path, name: str) -> dict[str, Any]:
@@ -47,6 +49,10 @@ def check_folder(folder: Path, name: str) -> dict[str, Any]:
             raise ValueError(
                 f"{folder / CONFIG} has {key}: {why}; build it in Python instead: rollout attribute --entry"
             )
+    for key, value in config.items():
+        most = MOST_LAYERS if key.endswith(("layers", "n_layer")) else MOST_SIZE
+        if isinstance(value, int | float) and not -most <= value <= most:
+            raise ValueError(f"{folder / CONFIG}: {key} must be at most {most:,}, got {value}")
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} has adapter_config.json: merge the adapter into the model and save that")
     return config

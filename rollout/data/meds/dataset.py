@@ -286,6 +286,8 @@ def _numbered(values: pl.Series, classes: Mapping[str, int] | None) -> dict[str,
     found = sorted(values.unique())
     if classes is None:
         return {label: number for number, label in enumerate(found)}
+    if not isinstance(classes, Mapping) or not all(type(number) is int and number >= 0 for number in classes.values()):
+        raise ValueError(f"classes must be label → a whole number from 0 on, got {classes!r}")
     unknown = [label for label in found if label not in classes]
     if unknown:
         raise ValueError(f"labels must be among {', '.join(map(repr, classes))}, got {unknown[0]!r}")
