@@ -3,9 +3,9 @@
     python examples/meds_classifier.py OUT [MEDS LABELS]
 
 Without a folder of your own, a synthetic cohort is written and converted first. A small ModernBERT is trained for three
-passes over all records, enough for a model to attribute with, not for one to learn from. OUT gets what `rollout attribute
-OUT/run.toml` needs: `model/` (config.json and safetensors), `vocabulary.json`, `run.toml`. Under a minute on two CPU
-cores. Needs the extras `cohort` and `hf`.
+passes over all records, enough for a model to attribute with, not for one to learn from. OUT gets what `rollout
+attribute OUT/run.toml` needs: `model/` (config.json and safetensors), `vocabulary.json`, `run.toml`. Under a minute on
+two CPU cores. Needs the extras `cohort` and `hf`.
 """
 
 import json
