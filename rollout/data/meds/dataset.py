@@ -254,12 +254,8 @@ class MedsDataset:
     @cached_property
     def code_parents(self) -> dict[str, dict[str, list[str]]]:
         """Feature → code → its parent codes, of the codes in the vocabulary that have some."""
-        placed = self.folder.codes().filter(pl.col("parent_codes").list.len() > 0)
-        parents = {
-            code: [one for one in found if one is not None]
-            for code, found in placed.select("code", "parent_codes").rows()
-        }
-        return {FEATURE: {code: parents[code] for code in self.vocabulary if parents.get(code)}}
+        parents = self.folder.parents()
+        return {FEATURE: {code: parents[code] for code in self.vocabulary if code in parents}}
 
 
 def collate_events(samples: Sequence[Mapping[str, Any]], padding: int = 0) -> dict[str, Any]:
