@@ -23,6 +23,8 @@ from rollout.method import sums_to_one
 AUTO = "transformers:AutoModelForSequenceClassification"
 """How a run file names such a model; the architecture is that of its `config.json`."""
 CONFIG, WEIGHTS = "config.json", ("model.safetensors", "model.safetensors.index.json")
+MANY = "multi_label_classification"
+"""The `problem_type` whose logits are log odds, each of a label of its own."""
 SHOWN = 3
 MOST_SIZE, MOST_LAYERS = 2**31, 1_024
 """What a number in a config may be at most, and one that counts layers."""
@@ -124,13 +126,13 @@ def check_outputs(config: Any, kind: str | None, largest: int | None, name: str)
         ValueError: saying what does not go together.
     """
     classes, problem = config.num_labels, config.problem_type
-    if kind == "float_value" or problem == "regression" or (classes == 1 and problem is None):
+    if kind == "float_value" or problem == "regression" or (classes == 1 and problem != MANY):
         raise ValueError(
             f"{name} must predict classes: its config says num_labels {classes} and problem_type {problem!r}, the "
             f"labels are {kind or 'none'}; for one logit that is the log odds of class 1, problem_type must be "
             '"multi_label_classification"'
         )
-    if problem == "multi_label_classification" and classes > 1:
+    if problem == MANY and classes > 1:
         raise ValueError(f"{name} predicts {classes} labels at once, and MEDS has one label for a record")
     if kind == "boolean_value" and classes > 2:
         raise ValueError(f"{name} predicts {classes} classes, and the labels are boolean")

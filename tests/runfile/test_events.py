@@ -16,6 +16,7 @@ from rollout.cli import main
 from rollout.results.verify import verify_folder
 from rollout.runfile.events import EventsRun
 from rollout.runfile.file import read_run_file
+from rollout.runfile.hugging_face import check_outputs
 from rollout.runfile.start import attribute_run_file
 from tests.support.meds_folder import change
 
@@ -174,6 +175,22 @@ def test_one_logit_is_the_log_odds_of_class_1(tmp_path: Path) -> None:
         logit = model(input_ids=torch.tensor([[2, *dataset[0]["codes"][1].tolist(), 3]])).logits
     found = rollout.CohortAttributions(run.out).sample(0)["y_prob"][0].to_list()
     assert found == pytest.approx(logit.sigmoid()[0].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "largest", "message"),
+    [
+        ({"num_labels": 1}, "boolean_value", None, "problem_type None"),
+        ({"num_labels": 1, "problem_type": "single_label_classification"}, None, None, "must predict classes"),
+        ({"num_labels": 2}, "float_value", None, "the labels are float_value"),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, "boolean_value", None, "3 labels at once"),
+        ({"num_labels": 3}, "boolean_value", None, "predicts 3 classes, and the labels are boolean"),
+        ({"num_labels": 3}, "integer_value", 3, "predicts 3 classes, and the labels have the class 3"),
+    ],
+)
+def test_outputs_that_are_no_prediction_of_the_labels(config: Any, kind: Any, largest: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_outputs(transformers.BertConfig(**config), kind, largest, "model")
 
 
 def test_a_record_too_long_for_the_model_fails_alone(tmp_path: Path) -> None:
