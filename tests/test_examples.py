@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from rollout.data.synthetic import write_synthetic_cohort
+from rollout.runfile.start import attribute_run_file
+from tests.support.meds_folder import write_meds
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BENCHMARK = "attention_rollout_benchmark_mimic4_demo.py"
@@ -206,3 +208,16 @@ def test_folds_are_by_patient_and_balanced(script: ModuleType) -> None:
     assert sorted(tested) == list(range(150))
     other = next(script.splits_by_patient(patients, labels, 5, seed=4))
     assert set(other.test) != set(next(script.splits_by_patient(patients, labels, 5, seed=3)).test)
+
+
+def test_the_meds_classifier_leaves_a_run_file_that_attributes(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'attention-rollout[hf]'")
+    meds = write_meds(tmp_path / "meds")
+    out, _ = run("meds_classifier.py", str(tmp_path / "out"), str(meds), str(meds / "labels" / "dies.parquet"))
+    assert len(numbers(out)) == 3
+    assert out.endswith(f"rollout attribute {tmp_path / 'out' / 'run.toml'}\n")
+    done = attribute_run_file(tmp_path / "out" / "run.toml", progress=False)
+    assert (done.samples, done.failed) == (48, 0)
+    sums = pl.read_parquet(done.out / "attributions" / "*.parquet").group_by("sample").agg(pl.col("attribution").sum())
+    assert ((sums["attribution"] > 0) & (sums["attribution"] < 1)).all()  # the rest is that of [CLS]
+    assert "meds_classifier.py OUT" in run("meds_classifier.py", status=1)[1]

@@ -88,7 +88,8 @@ def attribute_cohort(
         model: A PyHealth model with the attention readout methods; any module, with `explain`. It is put back as it
             was: device, training mode, hooks.
         dataset: A PyHealth `SampleDataset`; or anything with `len` and `[i]` that gives mappings, with
-            `vocabularies` and `collate`.
+            `vocabularies` and `collate`, such as a `rollout.data.meds.MedsDataset`. A feature that its mapping
+            `time_units` names is a pair of times and values.
         out: New folder, or that of the same run.
         method: A name in `rollout.METHODS`, a `rollout.Method`, or "frozen_gradient", which is no chain
             (`rollout.pyhealth.FrozenGradient`) and signed. It and gradient-weighted ones are class-specific.

@@ -23,7 +23,11 @@ from rollout.method import sums_to_one
 AUTO = "transformers:AutoModelForSequenceClassification"
 """How a run file names such a model; the architecture is that of its `config.json`."""
 CONFIG, WEIGHTS = "config.json", ("model.safetensors", "model.safetensors.index.json")
+MANY = "multi_label_classification"
+"""The `problem_type` whose logits are log odds, each of a label of its own."""
 SHOWN = 3
+MOST_SIZE, MOST_LAYERS = 2**31, 1_024
+"""What a number in a config may be at most, and one that counts layers."""
 
 
 def check_folder(folder: Path, name: str) -> dict[str, Any]:
@@ -47,6 +51,10 @@ def check_folder(folder: Path, name: str) -> dict[str, Any]:
             raise ValueError(
                 f"{folder / CONFIG} has {key}: {why}; build it in Python instead: rollout attribute --entry"
             )
+    for key, value in config.items():
+        most = MOST_LAYERS if key.endswith(("layers", "n_layer")) else MOST_SIZE
+        if isinstance(value, int | float) and not -most <= value <= most:
+            raise ValueError(f"{folder / CONFIG}: {key} must be at most {most:,}, got {value}")
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} has adapter_config.json: merge the adapter into the model and save that")
     return config
@@ -118,13 +126,13 @@ def check_outputs(config: Any, kind: str | None, largest: int | None, name: str)
         ValueError: saying what does not go together.
     """
     classes, problem = config.num_labels, config.problem_type
-    if kind == "float_value" or problem == "regression" or (classes == 1 and problem is None):
+    if kind == "float_value" or problem == "regression" or (classes == 1 and problem != MANY):
         raise ValueError(
             f"{name} must predict classes: its config says num_labels {classes} and problem_type {problem!r}, the "
             f"labels are {kind or 'none'}; for one logit that is the log odds of class 1, problem_type must be "
             '"multi_label_classification"'
         )
-    if problem == "multi_label_classification" and classes > 1:
+    if problem == MANY and classes > 1:
         raise ValueError(f"{name} predicts {classes} labels at once, and MEDS has one label for a record")
     if kind == "boolean_value" and classes > 2:
         raise ValueError(f"{name} predicts {classes} classes, and the labels are boolean")

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 import rollout
 from rollout.cli import main
 from rollout.results.verify import verify_folder
+from rollout.runfile.events import EventsRun
 from rollout.runfile.file import read_run_file
+from rollout.runfile.hugging_face import check_outputs
 from rollout.runfile.start import attribute_run_file
 from tests.support.meds_folder import change
 
@@ -174,6 +177,22 @@ def test_one_logit_is_the_log_odds_of_class_1(tmp_path: Path) -> None:
     assert found == pytest.approx(logit.sigmoid()[0].tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("config", "kind", "largest", "message"),
+    [
+        ({"num_labels": 1}, "boolean_value", None, "problem_type None"),
+        ({"num_labels": 1, "problem_type": "single_label_classification"}, None, None, "must predict classes"),
+        ({"num_labels": 2}, "float_value", None, "the labels are float_value"),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, "boolean_value", None, "3 labels at once"),
+        ({"num_labels": 3}, "boolean_value", None, "predicts 3 classes, and the labels are boolean"),
+        ({"num_labels": 3}, "integer_value", 3, "predicts 3 classes, and the labels have the class 3"),
+    ],
+)
+def test_outputs_that_are_no_prediction_of_the_labels(config: Any, kind: Any, largest: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_outputs(transformers.BertConfig(**config), kind, largest, "model")
+
+
 def test_a_record_too_long_for_the_model_fails_alone(tmp_path: Path) -> None:
     run = attribute_run_file(home(tmp_path, max_position_embeddings=17), progress=False)
     assert 0 < run.failed < 48
@@ -275,6 +294,28 @@ def test_a_model_that_is_refused(tmp_path: Path, what: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
         attribute_run_file(file, progress=False)
     assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["run.toml", "model/config.json", "vocabulary.json"])
+def test_a_spoilt_file_is_read_or_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    file = home(tmp_path, num_labels=2)
+    draw, content = random.Random(3), (tmp_path / name).read_text()
+    refused = read = 0
+    for _ in range(30):
+        at, length = draw.randrange(len(content)), draw.choice((1, 1, 4, 30))
+        noise = draw.choice(["", '"', "9" * 30, "-1", "null", "[]", "{}", "\n", "\x00", "true"])
+        (tmp_path / name).write_text(content[:at] + noise + content[at + length :])
+        try:
+            loaded = read_run_file(file)
+            assert isinstance(loaded, EventsRun)
+            model, dataset = loaded.load()
+            loaded.arguments(model, dataset, loaded.settings)
+        except ValueError as error:
+            refused += len(str(error).splitlines()) == 1
+        else:
+            read += 1
+    assert refused + read == 30
+    assert refused > 5
 
 
 def test_a_tokenizer_of_whole_words_is_a_vocabulary(tmp_path: Path) -> None:

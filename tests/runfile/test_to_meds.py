@@ -150,6 +150,20 @@ def test_the_vocabulary_command(tmp_path: Path, attributed: Path, command: Any) 
     assert command("meds", "vocabulary", tmp_path / "meds", tmp_path / "new.json")[0] == 2
 
 
+def test_parents_are_groups_of_codes(tmp_path: Path, attributed: Path, command: Any) -> None:
+    status, said, err = command("meds", "parents", tmp_path / "meds", tmp_path / "parents.json")
+    assert (status, said) == (0, f"12 codes with parents: {tmp_path / 'parents.json'}\n"), err
+    status, said, err = command(
+        "groups", tmp_path / "attributed", "--feature", "codes", "--by", tmp_path / "parents.json"
+    )
+    assert status == 0, err
+    groups = rollout.CohortAttributions(tmp_path / "attributed").top_groups("codes", tmp_path / "parents.json")
+    assert "DIAGNOSIS//ICD//10" in groups["group"].to_list()
+    status, _, err = command("meds", "parents", tmp_path / "meds", tmp_path / "no" / "parents.json")
+    assert status == 2
+    assert "out must be a file in a folder that is there" in err
+
+
 def test_a_run_of_pyhealths_samples_is_refused_by_name(trained: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the samples of MIMIC4Dataset have no subject_id and prediction_time"):
         to_meds.write_run_file(trained["path"], tmp_path / "out")

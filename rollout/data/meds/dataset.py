@@ -254,12 +254,8 @@ class MedsDataset:
     @cached_property
     def code_parents(self) -> dict[str, dict[str, list[str]]]:
         """Feature → code → its parent codes, of the codes in the vocabulary that have some."""
-        placed = self.folder.codes().filter(pl.col("parent_codes").list.len() > 0)
-        parents = {
-            code: [one for one in found if one is not None]
-            for code, found in placed.select("code", "parent_codes").rows()
-        }
-        return {FEATURE: {code: parents[code] for code in self.vocabulary if parents.get(code)}}
+        parents = self.folder.parents()
+        return {FEATURE: {code: parents[code] for code in self.vocabulary if code in parents}}
 
 
 def collate_events(samples: Sequence[Mapping[str, Any]], padding: int = 0) -> dict[str, Any]:
@@ -286,6 +282,8 @@ def _numbered(values: pl.Series, classes: Mapping[str, int] | None) -> dict[str,
     found = sorted(values.unique())
     if classes is None:
         return {label: number for number, label in enumerate(found)}
+    if not isinstance(classes, Mapping) or not all(type(number) is int and number >= 0 for number in classes.values()):
+        raise ValueError(f"classes must be label → a whole number from 0 on, got {classes!r}")
     unknown = [label for label in found if label not in classes]
     if unknown:
         raise ValueError(f"labels must be among {', '.join(map(repr, classes))}, got {unknown[0]!r}")

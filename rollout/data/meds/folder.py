@@ -128,6 +128,11 @@ class MedsFolder:
         names = dict(named.select("code", "description").rows())
         return {code: names[code] for code in codes if code in names}
 
+    def parents(self) -> dict[str, list[str]]:
+        """Code → its parent codes, of the codes that have some, as `CohortAttributions.top_groups` takes groups."""
+        placed = self.codes().select("code", pl.col("parent_codes").list.drop_nulls())
+        return dict(placed.filter(pl.col("parent_codes").list.len() > 0).rows())
+
     def split(self, name: str) -> pl.Series:
         """The subjects of a split, by `metadata/subject_splits.parquet`.
 

@@ -51,8 +51,11 @@ def read_code_ids(path: str | Path) -> dict[str, int]:
                 f"vocabulary {path} is a tokenizer that splits codes into pieces ({model.get('type')!r}); it must give "
                 "each code one id: a JSON object of code → id, or a WordLevel tokenizer"
             )
-        added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-        content = {**(model.get("vocab") or {}), **added}
+        try:
+            added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+            content = {**(model.get("vocab") or {}), **added}
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"vocabulary {path} must be a tokenizer with vocab and added_tokens") from error
     return check_code_ids(content, f"vocabulary {path}")
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
+from rollout.cli.meds import meds
 from rollout.errors import CohortError, one_line, require
 from rollout.files import usable_path
 
@@ -20,9 +21,6 @@ app = typer.Typer(
 )
 
 
-meds = typer.Typer(
-    help="MEDS, the Medical Event Data Standard, in and out.", no_args_is_help=True, rich_markup_mode=None
-)
 app.add_typer(meds, name="meds")
 
 
@@ -283,49 +281,6 @@ def verify(
     typer.echo(f"{path}: as it was written")
 
 
-@meds.command()
-def attributions(
-    run_file: Annotated[Path, typer.Argument(help="Of a classifier over a MEDS folder.")],
-    out: Annotated[Path, typer.Argument(help="New or empty folder.")],
-    attributed: Annotated[Path | None, typer.Option(help="Folder of the run; default: that of the run file.")] = None,
-) -> None:
-    """Write a run's attributions as MEDS events, and its predictions as meds-evaluation takes them."""
-    for module in ("polars", "pyarrow"):
-        require(module, "cohort")
-    from rollout.runfile.to_meds import write_run_file
-
-    typer.echo(str(write_run_file(run_file, out, attributed)))
-
-
-@meds.command()
-def convert(
-    root: Annotated[Path, typer.Argument(help="MIMIC-IV folder, or one of rollout synthetic.")],
-    out: Annotated[Path, typer.Argument(help="New or empty folder.")],
-) -> None:
-    """Write MIMIC-IV's admissions, diagnoses, procedures and prescriptions as MEDS, with labels of mortality."""
-    for module in ("polars", "pyarrow"):
-        require(module, "cohort")
-    from rollout.data.meds.convert import convert_mimic
-
-    typer.echo(", ".join(f"{count:,} {what}" for what, count in convert_mimic(root, out).items()) + f": {out}")
-
-
-@meds.command()
-def vocabulary(
-    root: Annotated[Path, typer.Argument(help="MEDS folder.")],
-    out: Annotated[Path, typer.Argument(help="New JSON file.")],
-) -> None:
-    """Write code → id of every code of a MEDS folder, with <pad> and <unk>, to train a model with."""
-    require("polars", "cohort")
-    from rollout.data.meds import fit_vocabulary
-    from rollout.files import write_json
-
-    if out.exists():
-        raise ValueError(f"out must be a new file, got {out}, which is there")
-    found = fit_vocabulary(root)
-    typer.echo(f"{len(found):,} ids: {write_json(found, out)}")
-
-
 @app.command()
 def doctor(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: a GPU if there is one.")] = None,
@@ -485,7 +440,3 @@ def _tell(error: BaseException, line: str) -> None:
     if os.environ.get(DEBUG):
         raise error
     typer.echo(f"rollout: {line}", err=True)
-
-
-if __name__ == "__main__":
-    main()
