@@ -86,7 +86,10 @@ OF_ICD9 = _listed("E846 E847 E856 E857 E867 E887 E894 E897 E899")
 EITHER = "ICD-9 external cause or ICD-10 endocrine disease: the code is in both"
 """The chapter of a code of `IN_BOTH`, and of a category that both have."""
 
-_WRITTEN = re.compile(r"(?:(?P<version>9|10)_|(?P<kind>[DP])_)?(?P<code>.*)", re.DOTALL)
+_WRITTEN = re.compile(
+    r"(?:(?P<version>9|10)_|(?P<kind>[DP])_|DIAGNOSIS//ICD//(?P<meds>9|10)//|ICD(?P<own>9|10)CM/)?(?P<code>.*)",
+    re.DOTALL,
+)
 _ICD9 = re.compile(r"\d{3}(?:\.?\d{1,2})?|V\d{2}(?:\.?\d{1,2})?|E\d{3}(?:\.?\d)?")
 _ICD10 = re.compile(r"[A-Z]\d[0-9A-Z](?:\.?[0-9A-Z]{1,4})?")
 _ATC = re.compile(r"[ABCDGHJLMNPRSV](?:\d{2}(?:[A-Z](?:[A-Z](?:\d{2})?)?)?)?")
@@ -118,7 +121,7 @@ class Diagnosis(NamedTuple):
 
 
 def read_diagnosis(code: str, version: int | None = None) -> Diagnosis | None:
-    """Read a diagnosis code of ICD-9-CM or of ICD-10 (WHO's or CM), as PyHealth's tasks write it.
+    """Read a diagnosis code of ICD-9-CM or of ICD-10 (WHO's or CM), as PyHealth's tasks or MEDS write it.
 
     The version is the one that the code says (`9_4280`, `10_I10`), else that of the only form it fits: an ICD-9 code
     begins with a digit, with `V` and digits alone, or with `E` and three of them. Codes with `V` are ICD-9's where
@@ -126,7 +129,7 @@ def read_diagnosis(code: str, version: int | None = None) -> Diagnosis | None:
     list it stands in; one that stands in both lists (`E8889`) is of no known version.
 
     Args:
-        code: `I50.9`, `i509`, `4280`, `D_I509`, `10_I509`, ….
+        code: `I50.9`, `i509`, `4280`, `D_I509`, `10_I509`, `DIAGNOSIS//ICD//10//I509`, `ICD10CM/I50.9`, ….
         version: 9 or 10, what the codes are known to be; None: not known.
 
     Returns:
@@ -136,7 +139,8 @@ def read_diagnosis(code: str, version: int | None = None) -> Diagnosis | None:
     assert found is not None  # the last group takes anything
     if found["kind"] == "P":
         return None
-    said = int(found["version"]) if found["version"] else version
+    written = found["version"] or found["meds"] or found["own"]
+    said = int(written) if written else version
     if None not in (said, version) and said != version:
         return None
     text = found["code"].upper()
