@@ -91,9 +91,9 @@ _WRITTEN = re.compile(
     r"(?:(?P<version>9|10)_|(?P<kind>[DP])_|DIAGNOSIS//ICD//(?P<meds>9|10)//|ICD(?P<own>9|10)CM/)?(?P<code>.*)",
     re.DOTALL,
 )
-_ICD9 = re.compile(r"\d{3}(?:\.?\d{1,2})?|V\d{2}(?:\.?\d{1,2})?|E\d{3}(?:\.?\d)?")
-_ICD10 = re.compile(r"[A-Z]\d[0-9A-Z](?:\.?[0-9A-Z]{1,4})?")
-_ATC = re.compile(r"[ABCDGHJLMNPRSV](?:\d{2}(?:[A-Z](?:[A-Z](?:\d{2})?)?)?)?")
+_ICD9 = re.compile(r"\d{3}(?:\.?\d{1,2})?|V\d{2}(?:\.?\d{1,2})?|E\d{3}(?:\.?\d)?", re.ASCII)
+_ICD10 = re.compile(r"[A-Z]\d[0-9A-Z](?:\.?[0-9A-Z]{1,4})?", re.ASCII)
+_ATC = re.compile(r"[ABCDGHJLMNPRSV](?:\d{2}(?:[A-Z](?:[A-Z](?:\d{2})?)?)?)?", re.ASCII)
 
 ATC_LEVELS = {1: 1, 2: 3, 3: 4, 4: 5}
 """Level of an ATC class → how many signs of a code say it; the fifth is the substance itself."""
@@ -126,8 +126,9 @@ def read_diagnosis(code: str, version: int | None = None) -> Diagnosis | None:
 
     The version is the one that the code says (`9_4280`, `10_I10`), else that of the only form it fits: an ICD-9 code
     begins with a digit, with `V` and digits alone, or with `E` and three of them. Codes with `V` are ICD-9's where
-    digits alone follow: those of ICD-10-CM end in a letter. A bare code with `E` that fits both is of the version whose
-    list it stands in; one that stands in both lists (`E8889`) is of no known version.
+    digits alone follow: those of ICD-10-CM end in a letter (WHO's do not: say that they are of version 10). A bare code
+    with `E` that fits both is of the version whose list it stands in; one that stands in both lists (`E8889`) is of no
+    known version.
 
     Args:
         code: `I50.9`, `i509`, `4280`, `D_I509`, `10_I509`, `DIAGNOSIS//ICD//10//I509`, `ICD10CM/I50.9`, ….

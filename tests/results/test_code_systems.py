@@ -101,4 +101,5 @@ def test_atc_classes() -> None:
     assert [atc_class("A10BA02", level) for level in (1, 2, 3, 4)] == [
         "A: Alimentary tract and metabolism", "A10", "A10B", "A10BA"]  # fmt: skip
     assert atc_class("a10b", 3) == "A10B"
+    assert atc_class("A١٠", 2) is None
     assert [atc_class("A10B", 4), atc_class("00527051210", 1), atc_class("", 1), atc_class("E10", 2)] == [None] * 4
