@@ -16,9 +16,7 @@ import pyarrow as pa
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
-    Tag,
     TypeAdapter,
     ValidationError,
     model_validator,
@@ -26,6 +24,17 @@ from pydantic import (
 )
 
 from rollout.files import as_json, plain, read_json
+from rollout.results.identities import (
+    CHAIN,
+    FORMULA,
+    STRICT,
+    Count,
+    Digest,
+    EvaluationIdentity,
+    Identity,
+    Plain,
+    Seconds,
+)
 from rollout.results.layout import (
     COMPLETE,
     EVALUATION_SCHEMAS,
@@ -42,122 +51,12 @@ CONTENT = "content"
 SHOWN = 3
 """Problems of one file that an error lists."""
 
-_STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-Count = Annotated[int, Field(ge=0, lt=2**53)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Seconds = Annotated[float, Field(ge=0, lt=2**53)]
-Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Plain = None | bool | int | Number | str
-
 
 class OtherVersionError(ValueError):
     """A folder written by another version of the package."""
 
 
-@with_config(_STRICT)
-class Code(TypedDict):
-    """A function of the caller's: its name, and a digest of its code and of what that calls."""
-
-    name: str
-    code: str | None
-
-
-ModelIdentity = TypedDict(
-    "ModelIdentity", {"class": str, "parameters": Count, "fingerprint": str, "code": NotRequired[str | None]}
-)
-with_config(_STRICT)(ModelIdentity)
-
-
-@with_config(_STRICT)
-class DatasetIdentity(TypedDict):
-    """The samples: how many, of what, and the digests of a few of them."""
-
-    name: str
-    task: str
-    samples: Count
-    features: list[str]
-    fingerprint: str
-    padding_ids: NotRequired[dict[str, int | None]]
-    content: NotRequired[dict[str, str | None]]
-
-
-@with_config(_STRICT)
-class MethodIdentity(TypedDict):
-    """The formula: see `rollout.Method`."""
-
-    name: str | None
-    head_fusion: str | list[Number] | list[list[Number]]
-    residual: Number
-    attention: Number | None
-    renormalize: bool
-    discard_ratio: Number
-    start_layer: Count
-    gradients: str | None
-    values: NotRequired[Literal["norm_then_sum", "sum_then_norm"] | None]
-    own_path: NotRequired[bool]
-    normalize_attention: NotRequired[bool]
-    paper: NotRequired[str]
-
-
-@with_config(_STRICT)
-class FormulaIdentity(TypedDict):
-    """A method that is no chain: its formula in words."""
-
-    name: str
-    formula: list[str]
-    paper: str
-
-
-CHAIN, FORMULA = "(chain)", "(formula)"
-AnyMethod = Annotated[
-    Annotated[MethodIdentity, Tag(CHAIN)] | Annotated[FormulaIdentity, Tag(FORMULA)],
-    Discriminator(lambda value: FORMULA if isinstance(value, dict) and "formula" in value else CHAIN),
-]
-
-
-@with_config(_STRICT)
-class Identity(TypedDict):
-    """What is run on what: two runs of equal identities give the same rows."""
-
-    model: ModelIdentity
-    dataset: DatasetIdentity
-    method: AnyMethod
-    plan: dict[str, Count | bool]
-    readout: str
-    backend: str
-    target_class: Count | None
-    explain: NotRequired[Code | None]
-    collate: NotRequired[Code | None]
-    python: NotRequired[str | None]
-
-
-@with_config(_STRICT)
-class Evaluation(TypedDict):
-    """How attributions are scored: see `rollout.evaluate_cohort`."""
-
-    metric: Literal["eraser", "pyhealth"]
-    shares: list[Number]
-    replacement: Literal["delete", "pad", "resample"]
-    threshold: Number
-    seed: Count
-    leave_one_out: Count
-    planted: str | None
-
-
-@with_config(_STRICT)
-class EvaluationIdentity(TypedDict):
-    """What is evaluated on what: two evaluations of equal identities give the same rows."""
-
-    model: ModelIdentity
-    dataset: DatasetIdentity
-    evaluation: Evaluation
-    methods: dict[str, dict[str, Any]]
-    plan: dict[str, Count | bool]
-    collate: NotRequired[Code | None]
-    python: NotRequired[str | None]
-
-
-@with_config(_STRICT)
+@with_config(STRICT)
 class SessionEntry(TypedDict):
     """One call that worked on the folder: when, on what, how long; without its end if it was killed."""
 
@@ -176,7 +75,7 @@ class SessionEntry(TypedDict):
     gpu_peak_bytes: NotRequired[Count]
 
 
-@with_config(_STRICT)
+@with_config(STRICT)
 class Counts(TypedDict):
     """Sums over the parts; `samples` is of the dataset."""
 
@@ -188,7 +87,7 @@ class Counts(TypedDict):
     parts: Count
 
 
-@with_config(_STRICT)
+@with_config(STRICT)
 class PartPlan(TypedDict):
     """The samples `start` … `stop` - 1 of a part, and how many of them went into each batch."""
 
@@ -201,7 +100,7 @@ class PartPlan(TypedDict):
 class _File(BaseModel):
     """A JSON file that is one of our models, with the SHA-256 of what it says as its last field."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -397,7 +296,7 @@ def read_manifest(path: Path) -> Manifest:
 class PartFile(BaseModel):
     """A Parquet file of a part: its size, the SHA-256 of its bytes, its rows."""
 
-    model_config = _STRICT
+    model_config = STRICT
     bytes: Count
     sha256: Digest
     rows: Count
@@ -406,7 +305,7 @@ class PartFile(BaseModel):
 class Halving(BaseModel):
     """A batch that ran out of memory and was done in halves."""
 
-    model_config = _STRICT
+    model_config = STRICT
     batch: Count
     samples: Count
     reason: str
