@@ -250,6 +250,14 @@ def test_the_commonest_codes_are_chosen_and_named(written: Callable[..., Path]) 
     assert few["records_a"].min() == least
 
 
+def test_a_code_is_as_common_as_where_it_is_rarer(written: Callable[..., Path]) -> None:
+    def of(records: Sequence[str]) -> list[Record]:
+        return [Record(f"p{n}", {"d": [(code, 1.0) for code in codes]}) for n, codes in enumerate(records)]
+
+    a, b = written("a", of(["xy", "xy", "xy", "x"])), written("b", of(["xy", "y", "y"]))
+    assert compare_cohorts(a, b, k=1, **ALL).table.drop_nulls("code")["code"].to_list() == ["y"]
+
+
 def test_features_that_only_one_has_are_told(written: Callable[..., Path]) -> None:
     flat = [Record(one.patient, {"drugs": one.features["drugs"]}, one.prob) for one in SECOND]
     found = compare_cohorts(written("a", FIRST), written("b", flat), **ALL)
