@@ -181,7 +181,6 @@ def test_one_logit_is_the_log_odds_of_class_1(tmp_path: Path) -> None:
     ("config", "kind", "largest", "message"),
     [
         ({"num_labels": 1}, "boolean_value", None, "problem_type None"),
-        ({"num_labels": 1, "problem_type": "single_label_classification"}, None, None, "must predict classes"),
         ({"num_labels": 2}, "float_value", None, "the labels are float_value"),
         ({"num_labels": 3, "problem_type": "multi_label_classification"}, "boolean_value", None, "3 labels at once"),
         ({"num_labels": 3}, "boolean_value", None, "predicts 3 classes, and the labels are boolean"),
