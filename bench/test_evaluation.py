@@ -37,7 +37,7 @@ LONGEST = 1000
 SIZES = {"E64 H2 L2": (64, 2, 2), LARGE: (128, 8, 4)}
 CASES = ("log-normal, unsorted", "log-normal, sorted")
 QUICK = ("E64 H2 L2", CASES[1], 4)
-TIES = 0.05  # of a mean, where each side ranks by its own attributions: rounding decides between equal codes
+TIES = 0.1  # of a mean, where each side ranks by its own attributions: rounding decides between equal codes
 SHARES = (1, 5, 10, 20, 50)
 METRICS = ("comprehensiveness", "sufficiency")
 
@@ -107,8 +107,8 @@ def by(evaluate: Callable[..., dict[str, float]], model: Any, data: end_to_end.B
 def test_evaluate(size: str, case: str, part: str, provider: str, measure: Callable[..., None], quick: bool) -> None:
     if quick and (size, case) != QUICK[:2]:
         pytest.skip("left out of the quick run")
-    if size == LARGE and part != "whole":
-        pytest.skip("PyHealth's side takes minutes: only the whole of it")
+    if size == LARGE and (part, case) != ("whole", CASES[0]):
+        pytest.skip("PyHealth's side takes minutes: only the whole of it in the loader's order")
     batch = QUICK[2] if quick else BATCH
     model, data, attributions, exact = prepared(size, case, batch)
     evaluate = stock_evaluate if provider == STOCK else evaluate_attribution
