@@ -1,6 +1,6 @@
 """The suites by name: `python -m bench.run --suite NAME` runs one alone. What each times: the table in README.md."""
 
-# Suite → the file in bench/ and its test function.
+# Suite → the file in bench/ and its test function, if not all of them are the suite.
 SUITES = {
     "rows from maps": "test_chains.py::test_rows_from_maps",
     "rows from maps, warm": "test_chains.py::test_warm",
