@@ -1,6 +1,7 @@
 """A part being made: what its batches gave, gathered, then turned into the files of the part."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -34,7 +35,7 @@ class Part:
     first_failure: str | None = None
 
 
-class Draft:
+class Draft(ABC):
     """A part being made, by one thread: a task says what of.
 
     Args:
@@ -59,9 +60,9 @@ class Draft:
         self.seconds: dict[str, float] = dict.fromkeys(self.stages, 0.0)
         self._tables: dict[str, list[pa.Table]] = {kind: [] for kind in self.schemas}
 
+    @abstractmethod
     def run(self, model: Any, batch: ReadBatch) -> None:
         """Have a batch done by the model, and add its rows; whatever it raises is a failure of the batch."""
-        raise NotImplementedError
 
     def padding(self, predictions: pa.Table) -> dict[str, Any]:
         """What a record says of relevance on padding."""
