@@ -18,7 +18,7 @@ import pytest
 
 from rollout.cohort import CohortError, cluster
 from rollout.cohort.store import Store
-from tests.support import deadly, toy_cohort
+from tests.support import deadly, evaluated, toy_cohort
 from tests.support.deadly import Deadly, wait_until, within
 from tests.support.toy_cohort import Attention, contents, explain, rows
 
@@ -96,6 +96,21 @@ def processes() -> list[psutil.Process]:
             if "rollout.cohort.child" in " ".join(child.cmdline()):
                 found.append(child)
     return found
+
+
+def test_an_evaluation_on_a_cluster(nannies, tmp_path) -> None:
+    """The same rows, to rounding, and a sample that a method fails on set apart."""
+    for out, client in (("here", None), ("there", nannies)):
+        chosen = partial(
+            evaluated.evaluate_toy, tmp_path / out, dataset=toy_cohort.Records(90, {4: "nan"}), client=client
+        )
+        run = within(LIMIT, chosen)
+        assert (run.attributed, run.failed, run.parts) == (89, 1, 5)
+    here, there = (evaluated.table(tmp_path / out) for out in ("here", "there"))
+    assert here.drop("probability", "drop").equals(there.drop("probability", "drop"))
+    np.testing.assert_allclose(here["drop"], there["drop"], atol=2e-6)
+    failures = [evaluated.table(tmp_path / out, "failures") for out in ("here", "there")]
+    assert failures[0].equals(failures[1])
 
 
 def test_workers_of_this_machine(whole, tmp_path) -> None:
