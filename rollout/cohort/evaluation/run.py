@@ -69,8 +69,8 @@ def evaluate_cohort(
     The folder gets `faithfulness/` (a row per sample, method, direction and share), `scores/` (a row per sample and
     method), `predictions/`, `failures/` where there are any, and `manifest.json`; `rollout.open_faithfulness` reads
     it. It keeps every promise of `attribute_cohort`: killed at any moment, the same call goes on and ends with the rows
-    of an unbroken run; another model, method or dataset is refused by name of what differs; memory does not grow with
-    the cohort. A sample on which one method fails is a failure of that sample, for all methods: what is compared is
+    of an unbroken run; another model, method or dataset is refused by name of what differs; at most two parts' samples
+    are held. A sample on which one method fails is a failure of that sample, for all methods: what is compared is
     compared on the same samples.
 
     PyHealth's Transformer, on a CPU, runs on what is kept alone, equal sets once and the rest in stacks; any other
