@@ -10,7 +10,7 @@ patient counts as predicted positive from the share of positives in training on,
 
 `--metric pyhealth` gives the numbers of PyHealth's `evaluate_attribution` on the same batches, padding counted.
 
-Needs the cohort extra; about three minutes on the 100 patients. PyHealth's own progress goes to stderr.
+Needs the cohort extra. PyHealth's own progress goes to stderr.
 """
 
 import argparse
@@ -96,7 +96,9 @@ def together(folders: list[tuple[Path, np.ndarray]]) -> CohortFaithfulness:
         number = pl.col("sample").replace_strict(dict(enumerate(index.tolist())))
         for kind, parts in frames.items():
             parts.append(pl.scan_parquet(folder / kind / "*.parquet").with_columns(number))
-    return CohortFaithfulness(frames["faithfulness"], pl.concat(frames["predictions"]), pl.concat(frames["scores"]))
+    manifest = rollout.open_faithfulness(folders[0][0]).manifest  # of the same methods, in order
+    tables = [pl.concat(frames[kind]) for kind in ("predictions", "scores")]
+    return CohortFaithfulness(frames["faithfulness"], *tables, manifest=manifest)
 
 
 def main(arguments: list[str] | None = None) -> None:
