@@ -38,7 +38,7 @@ def mutated_run_file(draw: random.Random, folder: Path) -> Path:
         tables = mutate_json(draw, tables)
     try:
         return write_toml(tables, toml)
-    except (ValueError, AttributeError):  # it has no form in TOML
+    except (ValueError, AttributeError, RecursionError):  # it has no form in TOML, or is nested too deep to be written
         json_.write_bytes(json_of(tables))
         return json_
 
