@@ -1,6 +1,7 @@
 """One trained model with its cohort, run file and prepared samples, for every test of run files."""
 
 import shutil
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from pyhealth.models import Transformer
 
+from rollout.cli import main
 from rollout.data.mimic import mimic_source
 from rollout.data.synthetic import write_synthetic_cohort
 from rollout.runfile import prepare_samples, save_model
@@ -53,3 +55,17 @@ def tables(trained: dict[str, Any]) -> dict[str, Any]:
 def copy(trained: dict[str, Any], tmp_path: Path) -> Path:
     """A copy of the folder, elsewhere."""
     return shutil.copytree(trained["folder"], tmp_path / "copy")
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`rollout` as the command line calls it: arguments → its status, what it prints, and its errors."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rollout", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return call

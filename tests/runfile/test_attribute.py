@@ -94,19 +94,11 @@ number = 3
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # status, stdout and stderr
+def run(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # status, stdout and stderr
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "entries", raising=False)
     (tmp_path / "entries.py").write_text(ENTRY)
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rollout", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
     return command
 
 

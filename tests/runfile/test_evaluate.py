@@ -3,13 +3,13 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 
-from rollout.cli import main
 from rollout.runfile.evaluate import methods_of, patients_of, planted_of
 from tests.support import toy_cohort
 
@@ -42,20 +42,12 @@ def misspelt():
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def run(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "entries", raising=False)
     (tmp_path / "entries.py").write_text(ENTRY)
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rollout", "evaluate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return command
+    return partial(command, "evaluate")
 
 
 def test_an_entry_point_is_evaluated_and_told(run: Any, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import pickle
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 import rollout
-from rollout.cli import main
 from rollout.results.verify import verify_folder
 from rollout.runfile.events import EventsRun
 from rollout.runfile.file import read_run_file
@@ -24,18 +22,6 @@ transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install 'attention-rollout[hf]'"
 )
 from tests.support.classifiers import READS, VOCABULARY, classifier, home  # noqa: E402
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rollout", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def own_row(model: Any, tokens: torch.Tensor, read: str, method: str = "rollout") -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,6 @@
 """`rollout meds`: a run's attributions as MEDS, each on the event it is of; predictions; what is refused."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 
 import rollout
-from rollout.cli import main
 from rollout.data.meds import MedsDataset
 from rollout.runfile import to_meds
 from rollout.runfile.file import read_run_file
@@ -19,18 +17,6 @@ from tests.support.meds_folder import change
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'attention-rollout[hf]'")
 from tests.support.classifiers import VOCABULARY, home
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rollout", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture
