@@ -161,12 +161,12 @@ def vocabulary_array(vocabulary: Mapping[Any, int]) -> pa.Array:
     return pa.array(names, pa.string())
 
 
-def attribution_table(
+def measured_rows(
     samples: Sequence[Mapping[str, Any]],
     index: Sequence[int] | np.ndarray,
     attributions: Mapping[str, Tensor],
     decoders: Mapping[str, Decoder],
-) -> pa.Table:
+) -> tuple[pa.Table, dict[str, Measured]]:
     """Turn one batch's attributions into rows: every real entry of every record, padding left out.
 
     A flat code feature gives a row per code, `visit` null. A nested one gives a row per code with its visit and its
@@ -182,23 +182,14 @@ def attribution_table(
         decoders: Of the same features, from `feature_decoders`.
 
     Returns:
-        A table of `ATTRIBUTION_SCHEMA`, by feature, then by sample and position.
+        A table of `ATTRIBUTION_SCHEMA`, by feature, then by sample and position; and of each feature what its rows sum
+        to and how much lies on padding.
 
     Raises:
         ValueError: If a feature's scores do not cover its records.
     """
-    return measured_rows(samples, index, attributions, decoders)[0]
-
-
-def measured_rows(
-    samples: Sequence[Mapping[str, Any]],
-    index: Sequence[int] | np.ndarray,
-    attributions: Mapping[str, Tensor],
-    decoders: Mapping[str, Decoder],
-) -> tuple[pa.Table, dict[str, Measured]]:
-    """`attribution_table`, and of each feature what its rows sum to and how much lies on padding."""
     if len(samples) != len(index):
-        raise ValueError(f"attribution_table: index must have one number per sample ({len(samples)}), got {len(index)}")
+        raise ValueError(f"measured_rows: index must have one number per sample ({len(samples)}), got {len(index)}")
     parts, measured = [], {}
     for feature, scores in attributions.items():
         entries = _entries(feature, samples, scores.detach().float().cpu().numpy(), decoders[feature])
@@ -241,7 +232,7 @@ def _entries(feature: str, samples: Sequence[Mapping[str, Any]], scores: np.ndar
         owner, place = owner[filled], place[filled]
         return _Entries(owner, None, place, code, time.filter(pa.array(filled)), scores, (owner, place))
     if dims != 2:
-        raise ValueError(f"attribution_table: feature {feature!r} must have records of 1 or 2 dimensions, got {dims}")
+        raise ValueError(f"measured_rows: feature {feature!r} must have records of 1 or 2 dimensions, got {dims}")
     step, column = np.nonzero(filled)
     code = decoder.codes.take(pa.array(column if decoder.multi_hot else flat[step, column]))
     owner, visit = owner[step], place[step]
@@ -297,7 +288,7 @@ def _check_cover(feature: str, scores: np.ndarray, lengths: np.ndarray) -> None:
     longest = int(lengths.max(initial=0))
     if scores.ndim < 2 or scores.shape[0] != len(lengths) or scores.shape[1] < longest:
         raise ValueError(
-            f"attribution_table: scores of feature {feature!r} must be [{len(lengths)}, S, …] with S at least "
+            f"measured_rows: scores of feature {feature!r} must be [{len(lengths)}, S, …] with S at least "
             f"{longest}, the longest record, got {list(scores.shape)}"
         )
 
@@ -320,7 +311,7 @@ def _times(feature: str, samples: Sequence[Mapping[str, Any]], lengths: np.ndarr
         elif len(time) == length:
             pieces.append(time.numpy().astype(np.float32))
         else:
-            raise ValueError(f"attribution_table: feature {feature!r} has {length} steps but {len(time)} times")
+            raise ValueError(f"measured_rows: feature {feature!r} has {length} steps but {len(time)} times")
     times = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.float32)
     return pa.array(times, pa.float32(), mask=np.isnan(times))
 

@@ -14,7 +14,7 @@ from pyhealth.models import Transformer
 
 import rollout
 from rollout.cohort.explain import describe_method
-from rollout.cohort.rows import attribution_table, feature_decoders
+from rollout.cohort.rows import feature_decoders, measured_rows
 from rollout.cohort.settings import check_settings
 from rollout.data.collate import pyhealth_collate
 from rollout.method import METHODS
@@ -34,7 +34,7 @@ def stock_rows(interpreter, samples, **options) -> pl.DataFrame:
     for number in range(len(samples)):
         sample = samples[number]
         relevance = interpreter.attribute(**pyhealth_collate([sample]), **options)
-        tables.append(pl.from_arrow(attribution_table([sample], [number], relevance, decoders)))
+        tables.append(pl.from_arrow(measured_rows([sample], [number], relevance, decoders)[0]))
     return pl.concat(tables)
 
 

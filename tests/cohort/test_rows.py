@@ -12,12 +12,7 @@ from pyhealth.datasets import create_sample_dataset
 from pyhealth.datasets.utils import collate_fn_dict_with_padding
 from pyhealth.processors import SequenceProcessor
 
-from rollout.cohort.rows import (
-    attribution_table,
-    feature_decoders,
-    prediction_table,
-    write_parquet,
-)
+from rollout.cohort.rows import feature_decoders, measured_rows, prediction_table, write_parquet
 from rollout.results.layout import ATTRIBUTION_SCHEMA, PREDICTION_SCHEMA
 
 SCHEMA = {
@@ -117,7 +112,7 @@ def in_order(rows: list[tuple]) -> list[tuple]:
 @pytest.mark.parametrize("feature", list(SCHEMA))
 def test_rows_are_those_of_the_raw_samples(dataset: Any, samples: list[dict[str, Any]], feature: str) -> None:
     scores, index = relevance(samples)[feature], [40, 41, 57]
-    table = attribution_table(samples, index, {feature: scores}, feature_decoders(dataset))
+    table, _ = measured_rows(samples, index, {feature: scores}, feature_decoders(dataset))
     assert table.schema == ATTRIBUTION_SCHEMA
     assert as_tuples(table) == in_order(slow_rows(feature, scores, index))
 
@@ -126,7 +121,7 @@ def test_a_batch_of_all_features_round_trips_through_parquet(
     dataset: Any, samples: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     scores = relevance(samples)
-    table = attribution_table(samples, np.arange(3), scores, feature_decoders(dataset))
+    table, _ = measured_rows(samples, np.arange(3), scores, feature_decoders(dataset))
     path = write_parquet(table, tmp_path / "attributions" / "part-00000.parquet")
     read = pq.read_table(path)
     assert read.schema == ATTRIBUTION_SCHEMA
@@ -137,35 +132,35 @@ def test_a_batch_of_all_features_round_trips_through_parquet(
 
 def test_scores_in_half_precision_or_with_a_gradient_are_taken(dataset: Any, samples: list[dict[str, Any]]) -> None:
     score = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0, 0], [0.5, 0.5, 0]], dtype=torch.bfloat16, requires_grad=True)
-    table = attribution_table(samples, [0, 1, 2], {"flat": score}, feature_decoders(dataset))
+    table, _ = measured_rows(samples, [0, 1, 2], {"flat": score}, feature_decoders(dataset))
     assert table["attribution"].to_pylist() == [0.5, 0.25, 0.25, 1.0, 0.5, 0.5]
 
 
 def test_padding_of_the_batch_leaves_no_rows(dataset: Any, samples: list[dict[str, Any]]) -> None:
     wide = torch.nn.functional.pad(torch.full((3, 3), 1 / 3), (0, 97), value=9.0)
-    table = attribution_table(samples, [0, 1, 2], {"flat": wide}, feature_decoders(dataset))
+    table, _ = measured_rows(samples, [0, 1, 2], {"flat": wide}, feature_decoders(dataset))
     assert table.num_rows == 6
     assert set(table["attribution"].to_pylist()) == {np.float32(1 / 3)}
 
 
 def test_a_sample_without_ids_has_null_ids(dataset: Any, samples: list[dict[str, Any]]) -> None:
     bare = [{"flat": samples[0]["flat"]}]
-    table = attribution_table(bare, [0], {"flat": torch.ones(1, 3)}, feature_decoders(dataset))
+    table, _ = measured_rows(bare, [0], {"flat": torch.ones(1, 3)}, feature_decoders(dataset))
     assert table["patient_id"].null_count == table["visit_id"].null_count == 3
 
 
 def test_an_empty_record_has_no_rows(dataset: Any) -> None:
     empty = [{"patient_id": "p", "flat": torch.empty(0, dtype=torch.long)}]
-    table = attribution_table(empty, [0], {"flat": torch.zeros(1, 0)}, feature_decoders(dataset))
+    table, _ = measured_rows(empty, [0], {"flat": torch.zeros(1, 0)}, feature_decoders(dataset))
     assert table.num_rows == 0
     assert table.schema == ATTRIBUTION_SCHEMA
 
 
 def test_scores_shorter_than_the_records_are_refused(dataset: Any, samples: list[dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match=r"feature 'flat' must be \[3, S, …\] with S at least 3.*got \[3, 2\]"):
-        attribution_table(samples, [0, 1, 2], {"flat": torch.zeros(3, 2)}, feature_decoders(dataset))
+        measured_rows(samples, [0, 1, 2], {"flat": torch.zeros(3, 2)}, feature_decoders(dataset))
     with pytest.raises(ValueError, match=r"index must have one number per sample \(3\), got 2"):
-        attribution_table(samples, [0, 1], {"flat": torch.zeros(3, 3)}, feature_decoders(dataset))
+        measured_rows(samples, [0, 1], {"flat": torch.zeros(3, 3)}, feature_decoders(dataset))
 
 
 def test_granularity_says_what_a_row_stands_for(dataset: Any) -> None:

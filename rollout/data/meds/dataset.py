@@ -251,12 +251,6 @@ class MedsDataset:
         """Feature → code → description, of the codes in the vocabulary that have one."""
         return {FEATURE: self.folder.described(self.vocabulary)}
 
-    @cached_property
-    def code_parents(self) -> dict[str, dict[str, list[str]]]:
-        """Feature → code → its parent codes, of the codes in the vocabulary that have some."""
-        parents = self.folder.parents()
-        return {FEATURE: {code: parents[code] for code in self.vocabulary if code in parents}}
-
 
 def collate_events(samples: Sequence[Mapping[str, Any]], padding: int = 0) -> dict[str, Any]:
     """Pad records on the right and stack them: hours with NaN, ids with the padding."""

@@ -71,8 +71,8 @@ def test_names_parents_and_vocabulary(root: Path) -> None:
     assert list(data.vocabulary)[:2] == ["<pad>", "<unk>"]
     assert list(data.vocabulary)[2:] == sorted(CODES)
     assert data.code_names["codes"]["LAB//HR"] == "The name of LAB//HR"
-    assert data.code_parents["codes"]["LAB//HR"] == ["LAB"]
-    assert "MEDS_BIRTH" not in data.code_parents["codes"]
+    assert data.folder.parents()["LAB//HR"] == ["LAB"]
+    assert "MEDS_BIRTH" not in data.folder.parents()
     assert data.vocabulary == fit_vocabulary(root)
 
 
