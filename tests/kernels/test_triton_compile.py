@@ -47,6 +47,8 @@ WARPS = 8  # every launch: two for each scheduler
 WARPS_OF_FULL_TENSOR_MEMORY = 4  # sm_100: a Triton that keeps six accumulators for float32 leaves room for one program
 WARPS_TO_HIDE_LOADS = 16  # rows from maps: one program loads while another adds
 WARPS_TO_HIDE_PRODUCTS = 12  # a program's products, exponentials and loads take turns: three programs of 4 warps
+# Bytes that a release is known to set aside in a few launches whatever is done, and never to touch in the inner loop.
+STACK = {"3.7.1": 16}
 _rows: list[str] = []
 
 
@@ -74,7 +76,8 @@ def compiled(
         f"{found.resident_warps} | {found.wide_loads} | "
         f"{found.count('HGMMA')} | {len(re.findall('SHFL', inner))} | {time.monotonic() - begun:.1f}"
     )
-    assert not found.spills, _rows[-1]
+    aside = 0 < found.stack <= STACK.get(triton.__version__, 0) and not re.search(r"\bLDL|\bSTL", inner)
+    assert aside or not found.spills, _rows[-1]
     full = found.tensor_columns == TENSOR_COLUMNS
     assert found.resident_warps >= (WARPS_OF_FULL_TENSOR_MEMORY if full else WARPS), _rows[-1]
     return found

@@ -95,12 +95,10 @@ def rows_split_kernel(
     if ONE_HOT:
         parts_before = tl.where(step == 1, 1, parts)
 
+    # What is read and written only at the end is found only there: there are no registers for it in between.
     start_ptr += chain.to(tl.int64) * S if not ONE_HOT else chain
-    out_ptr += chain.to(tl.int64) * S
     half = chains.to(tl.int64) * (PARTS * SP)
     partials_ptr += chain.to(tl.int64) * (PARTS * SP)
-    before_ptr = partials_ptr + (1 - step % 2) * half
-    partials_ptr += step % 2 * half
     ready_ptr += step.to(tl.int64) * chains + chain
 
     if part < parts:
@@ -139,16 +137,19 @@ def rows_split_kernel(
                     # Maps do not depend on w: a part waits only once its first block and row sums are on chip.
                     if unknown:
                         wait_for(ready_ptr - chains, parts_before)
+                        before_ptr = partials_ptr + (1 - step % 2) * half
                         w = sum_partials(before_ptr, parts_before, mine, n, PARTS, SP)
                         w_i = tl.gather(w, offs_w, 0)
                     if any_nonzero(w_i):
                         acc += rows * row_weights(w_i, sums, RENORMALIZE)[:, None]
             total = sum_rows(acc)
 
+        partials_ptr += step % 2 * half
         tl.store(partials_ptr + part * SP + offs_j, total, mask=offs_j < n)
         arrived = arrive(ready_ptr, 1)
         if (step == L - 1) & (arrived == parts - 1):
             w_out = sum_partials(partials_ptr, parts, offs_j, n, PARTS, SP)
+            out_ptr += chain.to(tl.int64) * S
             tl.store(out_ptr + offs_j, w_out, mask=offs_j < S)
 
 
