@@ -9,6 +9,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
+from rollout.method import METHODS
 from rollout_kernels import Method, _native, ops, reference
 from rollout_kernels._dispatch import choose, refusals, run
 from rollout_kernels._problem import Problem
@@ -49,6 +50,11 @@ def cases(device: torch.device) -> Iterator[Case]:
         for label, causal, query in (("row", False, 0), ("row, causal", True, -1), ("full", False, None)):
             problem = ops.qk_problem(queries, keys, query=query, causal=causal)
             yield Case(f"Q,K {kind} S=256 D=64, 2 heads a key head: {label}", problem, QK_BOUND)
+        values, gradients = ([random(4, h, 256, 64, dtype=dtype) for _ in range(3)] for h in (2, 4))
+        problem = ops.qk_problem(
+            queries, keys, query=0, values=values, output_gradients=gradients, method=METHODS["chefer"]
+        )
+        yield Case(f"Q,K,V {kind} S=256 D=64 and gradients at the output: row, chefer", problem, QK_BOUND)
 
 
 def lines(device: str | None = None) -> Iterator[tuple[str, bool]]:

@@ -15,11 +15,11 @@ from rollout.pyhealth.merged import CannotMergeError, MergedGradientCapture
 from rollout.pyhealth.protocol import Target, protocol_gradients, usable
 from rollout.pyhealth.readout import Relevance
 from rollout.pyhealth.watch import CheferInterpretable, MapCapture, Sites
-from rollout_kernels import Method
+from rollout_kernels import BackendError, Method
 
 __all__ = ["CheferRelevance", "GradientRollout"]
 
-FROM_OUTPUTS = ("auto", "torch", "reference")  # backends that weight maps from Q, K, V and the output's gradient
+FROM_OUTPUTS = ("auto", "triton", "torch", "reference")  # backends that weight maps from Q, K, V and dO
 
 
 class GradientRollout(RowInterpreter):
@@ -89,7 +89,7 @@ class GradientRollout(RowInterpreter):
                 if found is not None:
                     return found
             if self.backend in FROM_OUTPUTS:
-                with suppress(CannotFuseError):
+                with suppress(CannotFuseError, BackendError):  # the one named may serve stored maps
                     return self._by_rows(
                         FusedGradientCapture(self.model, sites, self.method, self.backend, target), data
                     )

@@ -118,7 +118,7 @@ def test_what_is_missing_or_misshapen_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             rollout.attention_rollout_qk(queries, keys, **(call | change))
-    with pytest.raises(BackendError, match="gradients are read beside stored maps only"):
+    with pytest.raises(BackendError, match="queries, keys, values and output gradients are float64"):
         rollout.attention_rollout_qk(queries, keys, backend="triton", **call)
 
 

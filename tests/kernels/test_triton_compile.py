@@ -246,6 +246,34 @@ def test_rows_from_qk(kernel: str, form: str, dtype: str, size: int, capability:
             assert found.resident_warps >= WARPS_TO_HIDE_PRODUCTS, _rows[-1]
 
 
+GRADIENT_CASES = [
+    ("gradients", form, dtype, size, capability)
+    for form in QK_FORMS
+    for dtype in DTYPES
+    for size in HEAD_DIMENSIONS
+    for capability in TABLES
+    if not (dtype == "fp32" and size == 128)  # these are fused first
+]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "form", "dtype", "size", "capability"),
+    as_parameters(GRADIENT_CASES, {case: qk_sampled(case) and case[3] >= 64 for case in GRADIENT_CASES}),
+)
+def test_gradient_weighted_columns_from_qk(kernel: str, form: str, dtype: str, size: int, capability: int) -> None:
+    config = launch.scores_launch(kernel, DTYPES[dtype], size, TABLES[capability])
+    constants = score_constants("columns", form, DTYPES[dtype], size, config)
+    constants |= {"GRADIENTS": 1, "HAS_SUMS": True, "NORMALIZE": True}
+    name = f"{kernel} {dtype} D{size} {config.block_m}x{config.block_n} w{config.num_warps}"
+    found = compiled(name, form, capability, columns_kernel, constants, config, "HGMMA|HMMA|UTC")
+    assert found.wide_loads > 0
+    if capability == 90:
+        assert found.count("HGMMA") > 0
+        assert len(re.findall("SHFL", found.inner_loop("HGMMA"))) == 0
+        if dtype == "bf16" and size <= 64:
+            assert found.resident_warps >= WARPS_TO_HIDE_PRODUCTS, _rows[-1]
+
+
 @pytest.mark.parametrize(
     ("kernel", "form", "dtype", "size", "capability"),
     as_parameters(QK_CASES, {case: case[1] == "all masks" and case[3:] == (128, 90) for case in QK_CASES}),

@@ -24,6 +24,7 @@ from rollout_kernels.method import Method
 from tests.support import card
 from tests.support.card import DEVICE, ON_CARD
 from tests.support.cases import poisoned_memory
+from tests.support.triton_cases import handed_on
 
 RUNNABLE = ON_CARD or os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not RUNNABLE, reason="no CUDA device is available")]
@@ -117,6 +118,22 @@ def test_bias_slopes_and_the_full_matrix_from_qk(fusion: str, dtype: str, size: 
         assert error(_triton.full_from_qk(whole), whole) <= QK_BOUND
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=["none", "causal"])
+@pytest.mark.parametrize("seq", QK_LENGTHS)
+@pytest.mark.parametrize("size", QK_SIZES)
+@pytest.mark.parametrize("dtype", TRIED)
+@pytest.mark.parametrize("method", ["chefer", "chefer_normalised", "grad_rollout"])
+def test_gradient_weighted_from_qk(method: str, dtype: str, size: int, seq: int, options: dict) -> None:
+    lengths = torch.tensor([seq, max(1, seq // 2)], device=DEVICE)
+    mask = torch.arange(seq, device=DEVICE).remainder(3).ne(1).expand(2, seq).contiguous()
+    for masks in ({"lengths": lengths}, {"key_mask": mask, "query_mask": mask}):
+        problem = qk_problem(2, seq, size, DTYPES[dtype], **masks, **options)
+        problem = replace(problem, method=rollout.METHODS[method], handed_on=handed_on(problem, 2, size))
+        assert error(_triton.rows_from_qk(problem), problem) <= QK_BOUND
+        whole = replace(problem, rows=None)
+        assert error(_triton.full_from_qk(whole), whole) <= QK_BOUND
+
+
 @on_card
 @pytest.mark.parametrize("split", [True, False], ids=["split", "resident"])
 @pytest.mark.parametrize(("dtype", "columns"), [("fp32", 2), ("fp32", 1), ("bf16", 4), ("bf16", 2), ("bf16", 1)])
@@ -140,6 +157,11 @@ def qk_rows(source: Tensor, lengths: Tensor, **options: Any) -> Tensor:
     return rollout.attention_rollout_qk(source.unbind(), source[..., :1, :, :].mul(0.5).unbind(), **options)
 
 
+def gradient_rows(source: Tensor, lengths: Tensor) -> Tensor:
+    values, slopes = source.flip(-1)[:, :, :1].unbind(), source.mul(-2).unbind()
+    return qk_rows(source, lengths, values=values, output_gradients=slopes, method="chefer_normalised")
+
+
 # Public calls as a model makes them, after what makes their maps, or queries and keys, of [L, B, H, S, S or D].
 FORMS: dict[str, tuple[int, Form]] = {
     "rows": (0, rows),
@@ -152,9 +174,10 @@ FORMS: dict[str, tuple[int, Form]] = {
     "full": (0, lambda scores, lengths: rows(scores, lengths, query=None)),
     "qk": (16, qk_rows),
     "qk-mask": (16, lambda source, lengths: qk_rows(source, lengths, key_mask=source[0, :, 0, :, 0] < 1, causal=True)),
+    "qk-gradients": (16, gradient_rows),
 }
 
-SOME = list(FORMS) if ON_CARD else ["rows-weights", "full", "qk-mask"]
+SOME = list(FORMS) if ON_CARD else ["rows-weights", "full", "qk-mask", "qk-gradients"]
 
 
 def inputs_of(name: str, batch: int, seq: int, layers: int = FEW, seed: int = 0) -> tuple[Form, Tensor, Tensor]:

@@ -20,7 +20,7 @@ RELEASES = ASKED_FOR or [
 ]  # fmt: skip
 
 INTERPRETED = {  # modules of tests that run in a process of the interpreter
-    "results": ("test_triton_interpret", "test_triton_interpret_qk", "test_triton_values"),
+    "results": ("test_triton_interpret", "test_triton_interpret_qk", "test_triton_values", "test_triton_gradients"),
     "schedules": ("test_triton_schedules", "test_scheduled_interpreter"),
 }
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rollout import METHODS
 from rollout_kernels import _problem, ops
 from rollout_kernels.method import Method
 from tests.support.memory_model import Fault, Race, StaleRead
@@ -61,17 +62,22 @@ def rows(query: int | Tensor) -> Run:
     return run
 
 
-def columns(module: ModuleType) -> Tensor:
+def columns(method: Method) -> Run:
     """Rows from Q and K by a module's `columns`: 3 blocks of columns, 3 layers, causal, a shorter sample."""
     torch.manual_seed(1)
-    queries, keys = ([torch.randn(2, 1, 40, 16) for _ in range(3)] for _ in "qk")
+    queries, keys, values, slopes = ([torch.randn(2, 1, 40, 16) for _ in range(3)] for _ in range(4))
     lse = [torch.randn(2, 1, 40) + 3 for _ in range(3)]
     problem = ops.qk_problem(
-        queries, keys, query=torch.rand(2, 40), lengths=torch.tensor([40, 17]), causal=True, logsumexp=lse
-    )
-    arguments = qk_inputs.qk_inputs(problem, True)
-    module.columns(arguments, launch.ScoresLaunch(block_m=16, block_n=16, num_warps=4, num_stages=1))
-    return arguments.out
+        queries, keys, query=torch.rand(2, 40), lengths=torch.tensor([40, 17]), causal=True, logsumexp=lse,
+        values=values, output_gradients=slopes, method=method,
+    )  # fmt: skip
+
+    def run(module: ModuleType) -> Tensor:
+        arguments = qk_inputs.qk_inputs(problem, True)
+        module.columns(arguments, launch.ScoresLaunch(block_m=16, block_n=16, num_warps=4, num_stages=1))
+        return arguments.out
+
+    return run
 
 
 def cases() -> dict[str, tuple[ModuleType, Run]]:
@@ -82,7 +88,8 @@ def cases() -> dict[str, tuple[ModuleType, Run]]:
     return {
         "rows_split one-hot": (ROWS, rows(-1)),
         "rows_split weights": (ROWS, rows(torch.randn(2, 1, 12))),
-        "columns": (COLUMNS, columns),
+        "columns": (COLUMNS, columns(Method())),
+        "columns of chefer": (COLUMNS, columns(METHODS["chefer"])),
     }
 
 
@@ -236,7 +243,8 @@ def calls() -> dict[str, tuple[Callable[[], Tensor], set[str]]]:
     """Calls of the package, and the kernels that each launches."""
     torch.manual_seed(3)
     maps = [torch.randn(2, 2, 12, 12).softmax(-1) for _ in range(2)]
-    queries, keys = ([torch.randn(1, 2, 20, 16) for _ in range(2)] for _ in "qk")
+    queries, keys, *handed = ([torch.randn(1, 2, 20, 16) for _ in range(2)] for _ in range(4))
+    by_gradients = {"values": handed[0], "output_gradients": handed[1], "method": METHODS["chefer_normalised"]}
     whole, row, above = ops.maps_problem(maps), ops.maps_problem(maps, query=3), Method(head_fusion="max")
 
     def from_qk(query: int | None, **options: object) -> _problem.QKProblem:
@@ -249,6 +257,10 @@ def calls() -> dict[str, tuple[Callable[[], Tensor], set[str]]]:
         "Q,K": (lambda: _triton.rows_from_qk(from_qk(3)), {"logsumexp_kernel", "columns_kernel"}),
         "Q,K max": (
             lambda: _triton.rows_from_qk(from_qk(3, method=above)),
+            {"logsumexp_kernel", "row_sums_kernel", "columns_kernel"},
+        ),
+        "Q,K chefer normalised": (
+            lambda: _triton.rows_from_qk(from_qk(3, **by_gradients)),
             {"logsumexp_kernel", "row_sums_kernel", "columns_kernel"},
         ),
         "Q,K full": (

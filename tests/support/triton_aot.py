@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 _SCALARS = {"residual": "fp32", "attention": "fp32", "scale": "fp32", "lse_scale": "fp32"}
 _POINTERS = {
     "maps_ptr": "*i64", "grads_ptr": "*i64", "queries_ptr": "*i64", "keys_ptr": "*i64", "lse_table_ptr": "*i64",
-    "bias_ptr": "*i64",
+    "handed_on_ptr": "*i64", "bias_ptr": "*i64",
     "lengths_ptr": "*i64", "key_valid_ptr": "*u8", "dead_ptr": "*u8", "ready_ptr": "*i32", "ticket_ptr": "*i32",
 }  # fmt: skip
 # What one multiprocessor has, by compute capability: threads, KiB of shared memory; registers are 64 Ki on each.

@@ -96,3 +96,24 @@ def error(result: Tensor, problem: _problem.Problem) -> float:
     assert result.dtype == torch.float32
     worst = float((result.double() - wanted).abs().max() / wanted.abs().max())
     return worst if math.isfinite(worst) else math.inf
+
+
+def handed_on(problem: _problem.QKProblem, groups: int, size: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Values of `groups` heads of `size` numbers and gradients at the outputs of every layer, NaN beyond each sample's
+    end.
+
+    The sign of ⟨dO_i, v_j⟩ is that of i and head times that of j, and no sum cancels: an entry that is all rounding
+    would be all of a row whose other entries are clamped. Of row 2 of the first sample nothing is left.
+    """
+    layers = []
+    for queries in problem.queries:
+        batch, heads, seq, _ = queries.shape
+        sign = torch.randn(batch, heads, seq, 1).sign()
+        sign[0, :, 2:3] = -1
+        slopes = torch.rand(batch, heads, seq, size).add(0.1) * sign
+        values = torch.rand(batch, groups, seq, size).add(0.1) * torch.randn(batch, 1, seq, 1).sign()
+        values[0] = values[0].abs()
+        for b, n in enumerate([] if problem.lengths is None else problem.lengths.tolist()):
+            values[b, :, n:], slopes[b, :, n:] = math.nan, math.nan
+        layers.append((values.to(queries), slopes.to(queries)))
+    return tuple(layers)

@@ -16,6 +16,7 @@ TABLES = {80: "sm_80", 89: "default", 90: "sm_90", 100: "sm_100", 120: "default"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAP_KERNELS = {"resident": rows_resident_kernel, "split": rows_split_kernel}
 SCORE_KERNELS = {"logsumexp": logsumexp_kernel, "columns": columns_kernel}
+GRADIENTS = {"FUSION": 1, "GRADIENTS": 2, "NORMALIZE": True, "HAS_DEAD": True}
 FUSED_KERNELS: dict[str, tuple[Any, dict[str, object]]] = {  # those of the launch "fused", with flags of their own
     "logsumexp": (logsumexp_kernel, {}),
     "weighted columns": (columns_kernel, {"FUSION": 3, "HAS_DEAD": True, "HAS_SUMS": False}),
@@ -24,11 +25,14 @@ FUSED_KERNELS: dict[str, tuple[Any, dict[str, object]]] = {  # those of the laun
     "matrix": (
         qk_matrix_kernel, {"FUSION": 1, "HAS_DEAD": True, "HAS_SUMS": True, "IDENTITY": False, "OUT_VEC": 4},
     ),
-    "columns by norms": (columns_kernel, {"FUSION": 4, "HAS_DEAD": False, "HAS_SUMS": True}),
-    "row sums by norms": (row_sums_kernel, {"FUSION": 4, "HAS_DEAD": False}),
+    "columns by norms": (columns_kernel, {"FUSION": 4, "HAS_DEAD": True, "HAS_SUMS": True}),
+    "row sums by norms": (row_sums_kernel, {"FUSION": 4, "HAS_DEAD": True}),
     "matrix by norms": (
-        qk_matrix_kernel, {"FUSION": 4, "HAS_DEAD": False, "HAS_SUMS": True, "IDENTITY": False, "OUT_VEC": 4},
+        qk_matrix_kernel, {"FUSION": 4, "HAS_DEAD": True, "HAS_SUMS": True, "IDENTITY": False, "OUT_VEC": 4},
     ),
+    "columns by gradients": (columns_kernel, {**GRADIENTS, "HAS_SUMS": True}),
+    "row sums by gradients": (row_sums_kernel, {**GRADIENTS, "RENORMALIZE": True}),
+    "matrix by gradients": (qk_matrix_kernel, {**GRADIENTS, "HAS_SUMS": True, "IDENTITY": False, "OUT_VEC": 4}),
 }  # fmt: skip
 MAP_FORMS = {  # the heaviest: max fusion, renormalised, ragged, a free top layer; then gradients, then the lightest
     "max": {"ONE_HOT": True, "HAS_LENGTHS": True, "RENORMALIZE": True, "FUSION": 1, "GRADIENTS": 0},
@@ -45,7 +49,7 @@ QK_FORMS = {
 
 NO_BIAS = {
     "HAS_BIAS": False, "BIAS_DTYPE": inputs.DTYPES[torch.float32], "BIAS_UNIT": True, "HAS_SLOPES": False,
-    "SOFTCAP": 0.0, "HAS_SINKS": False,
+    "SOFTCAP": 0.0, "HAS_SINKS": False, "GRADIENTS": 0, "NORMALIZE": False, "RENORMALIZE": True,
 }  # fmt: skip
 
 
@@ -70,6 +74,7 @@ def score_constants(
         **QK_FORMS[form], **NO_BIAS, **chosen, **config.blocks,
         "DTYPE": inputs.DTYPES[dtype], "VEC": 16 // dtype.itemsize, "ALIGNED": True, "UPCAST": False,
         "PRECISION": config.precision if dtype == torch.float32 else "ieee", "D": head_dimension,
+        "D_V": head_dimension,
     }  # fmt: skip
 
 

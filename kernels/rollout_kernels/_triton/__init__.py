@@ -62,19 +62,21 @@ def _dtype_refusals(name: str, tensors: Sequence[Tensor]) -> list[str]:
 def refusals_qk(problem: QKProblem) -> list[str]:
     """Why the kernels cannot compute this problem; empty when they can."""
     reasons = launch.target(problem.device).refusals()
-    tensors = (*problem.queries, *problem.keys)
-    reasons += _dtype_refusals("queries and keys", tensors)
-    if problem.method.normalize_attention:
-        reasons.append(NO_NORMALIZE)
+    given = {"queries": problem.queries, "keys": problem.keys}
     if problem.handed_on is not None:
-        reasons.append("gradients are read beside stored maps only")
-    for name, group in (("queries", problem.queries), ("keys", problem.keys)):
+        values, gradients = zip(*problem.handed_on, strict=True)
+        given |= {"values": values, "output gradients": gradients}
+    *names, last = given
+    reasons += _dtype_refusals(f"{', '.join(names)} and {last}", [t for group in given.values() for t in group])
+    for name, group in given.items():
         if len({t.shape for t in group}) > 1:
             reasons.append(f"layers differ in the shape of their {name}")
-    if problem.queries[0].shape[-1] not in HEAD_DIMENSIONS:
-        wanted = ", ".join(map(str, HEAD_DIMENSIONS))
-        reasons.append(f"head dimension {problem.queries[0].shape[-1]} is not one of {wanted}")
-    if any(t.stride(-1) != 1 for t in tensors):
+    wanted = ", ".join(map(str, HEAD_DIMENSIONS))
+    for owner, name in (("head dimension", "queries"), ("head dimension of values", "values")):
+        size = given[name][0].shape[-1] if name in given else HEAD_DIMENSIONS[0]
+        if size not in HEAD_DIMENSIONS:
+            reasons.append(f"{owner} {size} is not one of {wanted}")
+    if any(t.stride(-1) != 1 for t in (*problem.queries, *problem.keys)):
         reasons.append("queries or keys are not contiguous along the head dimension")
     biases = sorted({str(bias.dtype).removeprefix("torch.") for bias in problem.bias or () if bias is not None})
     if len(biases) > 1:
@@ -85,8 +87,6 @@ def refusals_qk(problem: QKProblem) -> list[str]:
         reasons.append("head_fusion is a Python function")
     if problem.method.values == "sum_then_norm":
         reasons.append("the norm of a sum over heads is not supported")
-    if problem.values is not None and problem.query_mask is not None and problem.has_bias:
-        reasons.append("values with both a bias and a query_mask are not supported")
     if problem.method.discard_ratio > 0:
         reasons.append("discard_ratio needs the order of a whole map, and from Q and K no map is held")
     return reasons
@@ -142,8 +142,8 @@ def full_from_maps(problem: Problem) -> Tensor:
 
 def rows_from_qk(problem: QKProblem) -> Tensor:
     """Start rows times R from queries and keys, [B, S] or [B, R, S] float32: one launch for the log-sum-exp unless it
-    was given, one for the row sums where a fusion other than a mean, or any with sinks, is renormalised, one for every
-    layer of the chain.
+    was given, one for the row sums where a fusion other than a mean, or any with sinks or gradients, is normalised or
+    renormalised, one for every layer of the chain.
 
     Args:
         problem: one that `refusals_qk` has nothing against.
@@ -154,8 +154,8 @@ def rows_from_qk(problem: QKProblem) -> Tensor:
         return shape_result(problem, arguments.out)
     with _on(problem.device):
         sums = _row_statistics(problem, arguments)
-        fused = qk_inputs.fuses_first(problem)
-        columns(arguments, _scores_launch("fused" if fused else "columns", problem), sums)
+        added = "columns" if problem.handed_on is None else "gradients"
+        columns(arguments, _scores_launch("fused" if qk_inputs.fuses_first(problem) else added, problem), sums)
     return shape_result(problem, arguments.out)
 
 
@@ -183,7 +183,7 @@ def full_from_qk(problem: QKProblem) -> Tensor:
 
 
 def _row_statistics(problem: QKProblem, arguments: qk_inputs.QKInputs) -> Tensor | None:
-    """Fills the log-sum-exp of every layer's rows unless it was given; the row sums of M_l where they are not known."""
+    """Fills the log-sum-exp of every layer's rows unless it was given, and what divides rows of M_l."""
     if arguments.lse is not None:
         logsumexp(arguments, _scores_launch("logsumexp", problem))
     if qk_inputs.needs_row_sums(problem):
@@ -193,9 +193,10 @@ def _row_statistics(problem: QKProblem, arguments: qk_inputs.QKInputs) -> Tensor
 
 def _scores_launch(kernel: str, problem: QKProblem) -> launch.ScoresLaunch:
     queries = problem.queries[0]
+    size = queries.shape[-1] if kernel == "logsumexp" else qk_inputs.widest_head(problem)
     name = launch.target(problem.device).table
     capped = problem.softcap is not None or problem.sinks is not None
-    return launch.scores_launch(kernel, queries.dtype, queries.shape[-1], name, problem.has_bias, capped)
+    return launch.scores_launch(kernel, queries.dtype, size, name, problem.has_bias, capped)
 
 
 def cannot_compile(error: Exception) -> bool:

@@ -23,7 +23,7 @@ FUSIONS = {
     "weights": layer.WEIGHTS.value,
     "norms": layer.NORMS.value,
 }
-_GRADIENTS = {
+GRADIENTS = {
     None: layer.NO_GRADIENTS.value,
     "clamp_then_fuse": layer.CLAMP_THEN_FUSE.value,
     "fuse_then_clamp": layer.FUSE_THEN_CLAMP.value,
@@ -120,7 +120,7 @@ def _flags(
 ) -> dict[str, object]:  # fmt: skip
     return {
         "ONE_HOT": one_hot, "HAS_LENGTHS": lengths, "RENORMALIZE": renormalize,
-        "FUSION": FUSIONS[fusion], "GRADIENTS": _GRADIENTS[gradients],
+        "FUSION": FUSIONS[fusion], "GRADIENTS": GRADIENTS[gradients],
         "DTYPE": DTYPES[dtype], "GRAD_DTYPE": DTYPES[grad_dtype],
         "VEC": vector, "PAIRS": pairs, "UNIT_COLUMN": unit,
     }  # fmt: skip

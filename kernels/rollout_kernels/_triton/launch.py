@@ -183,7 +183,8 @@ def scores_launch(
     biased: bool = False,
     capped: bool = False,
 ) -> ScoresLaunch:
-    """The launch of `"logsumexp"`, `"columns"`, or `"fused"` for all that fuse a tile over its heads.
+    """The launch of `"logsumexp"`, `"columns"`, `"gradients"` for columns of gradient-weighted maps, or `"fused"` for
+    all that fuse a tile over its heads.
 
     It does not depend on S: the same tiles serve every length. A bias takes the registers of one more tile: with it
     every kernel has the tiles of `"fused"`, turned over for the log-sum-exp, whose rows are queries; with a soft cap

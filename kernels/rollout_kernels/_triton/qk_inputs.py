@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ class QKInputs:
     """Arguments that the two kernels share or hand on.
 
     Attributes:
-        problem: what they were made from, masks of value-aware methods turned into a bias.
-        values: tables of queries, keys, log-sum-exp and biases, one after another, and head weights.
+        problem: what they were made from.
+        values: tables of queries, keys, log-sum-exp, biases, values and gradients, one after another; head weights.
         masks: uint8 [B, S] of valid keys and of dead rows, or None.
         slopes: float32 [L, H], ALiBi's, or None.
         norms: float32 [L, B, H + 1, S] of each head's transformed values, and last the residual's weight, or None.
@@ -32,7 +32,8 @@ class QKInputs:
         score_flags: the compile-time flags of every kernel.
         column_flags: those of all but the log-sum-exp.
         exact: whether products need no decomposition: 16-bit operands, or the interpreter, which knows none.
-        column_scalars: factor that makes the log-sum-exp base 2, residual, attention.
+        column_scalars: factor that makes the log-sum-exp base 2, residual, attention, queries a value head serves.
+        normalize: whether rows of F_l are divided by their sums before the residual is added; not where they sum to 1.
         lse: float32 [L, B, H, S] to be filled, base 2, or None when the caller gave it. With a bias [2, L, B, H, S],
             the maximum of each row and log2 of the sum after it, to be filled whatever the caller gave: beside a finite
             fill a log-sum-exp has no bits for the sum, and not all say by −inf that a row is forbidden every key.
@@ -50,6 +51,7 @@ class QKInputs:
     score_flags: dict[str, object]
     column_scalars: tuple[float, ...]
     column_flags: dict[str, object]
+    normalize: bool
     exact: bool
     lse: Tensor | None
     kept: list[Tensor]
@@ -84,10 +86,13 @@ class QKInputs:
 
     @property
     def column_pointers(self) -> tuple[Tensor, ...]:
-        """Table of the log-sum-exp, dead rows, head weights or norms."""
+        """Table of the log-sum-exp, dead rows, head weights or norms, table of values and gradients."""
         ready, dead = self._ready, self.masks[1]
         weights = ready.weights if self.norms is None else self.norms
-        return ready.table[8 * self.layers :], ready.table if dead is None else dead, weights
+        handed_on = ready.table
+        if self.problem.handed_on is not None:
+            handed_on = handed_on[(17 if self.problem.has_bias else 12) * self.layers :]
+        return ready.table[8 * self.layers :], ready.table if dead is None else dead, weights, handed_on
 
     def scratch(self) -> tuple[Tensor, Tensor, Tensor]:
         """A ticket, int32 [1]; counters, int32 [L·B·R]; w, float32 [2, B, R, S]. Zeros, and w[0] the start weights:
@@ -113,22 +118,22 @@ class QKInputs:
 
 def qk_inputs(problem: QKProblem, interpreting: bool) -> QKInputs:
     """The kernels' arguments for one problem."""
-    if problem.values is not None:
-        problem = _dead_rows_by_bias(problem)
     batch, heads, seq, size = problem.queries[0].shape
     rows = seq if problem.form == "full" else _starts(problem)
-    vector, aligned = _vectors((*problem.queries, *problem.keys))
+    handed_on = [_unit_rows(pair[part]) for part in (0, 1) for pair in problem.handed_on or ()]
+    vector, aligned = _vectors((*problem.queries, *problem.keys, *handed_on))
     valid, dead = _masks(problem)
     biased, unit = problem.has_bias, 1.0 if problem.has_bias else LOG2_E
-    lse, kept = None, []
+    lse, kept = None, handed_on
     if problem.logsumexp is None or biased:
         parts = (2,) if biased else ()
         lse = torch.empty(*parts, problem.layers, batch, heads, seq, dtype=torch.float32, device=problem.device)
         numbers = _filled_rows(lse[0] if biased else lse)
     else:
-        kept = [_unit_rows(t.float()) for t in problem.logsumexp]
-        numbers = _table(kept, 1)
+        given = [_unit_rows(t.float()) for t in problem.logsumexp]
+        kept, numbers = kept + given, _table(given, 1)
     numbers += _bias_table(problem) if biased else ()
+    numbers += _table(handed_on, vector)
     biases = [bias for bias in problem.bias or () if bias is not None]
     fusion, head_weights = str(problem.method.head_fusion), tuple[float, ...]()
     if problem.head_weights is not None:
@@ -139,7 +144,8 @@ def qk_inputs(problem: QKProblem, interpreting: bool) -> QKInputs:
     left, right = _window(problem)
     method = problem.method
     residual = method.residual if norms is None else 1.0  # which the norms have in them
-    known = method.renormalize and not needs_row_sums(problem)
+    summed = needs_row_sums(problem)
+    known = method.renormalize and not summed
     total = method.residual + method.attention_weight if known else 1.0
     return QKInputs(
         problem=problem,
@@ -171,8 +177,15 @@ def qk_inputs(problem: QKProblem, interpreting: bool) -> QKInputs:
         },
         column_scalars=(
             LOG2_E if lse is None else 1.0, residual / total, method.attention_weight / total,
+            heads // handed_on[0].shape[1] if handed_on else 1,
         ),
-        column_flags={"FUSION": inputs.FUSIONS[fusion], "HAS_DEAD": dead is not None},
+        column_flags={
+            "FUSION": inputs.FUSIONS[fusion],
+            "GRADIENTS": inputs.GRADIENTS[method.gradients],
+            "HAS_DEAD": dead is not None,
+            "D_V": handed_on[0].shape[-1] if handed_on else size,
+        },
+        normalize=method.normalize_attention and summed,
         exact=interpreting or problem.queries[0].dtype != torch.float32,
         lse=lse,
         kept=kept,
@@ -181,15 +194,26 @@ def qk_inputs(problem: QKProblem, interpreting: bool) -> QKInputs:
 
 
 def fuses_first(problem: QKProblem) -> bool:
-    """Whether heads are fused by the maximum, the minimum or norms, so that rows of F_l do not sum to 1."""
-    if problem.values is not None:
+    """Whether heads are fused before a row is weighted: by the maximum, the minimum or norms, to be clamped then, or as
+    two products of wide float32 heads leave no registers."""
+    if problem.values is not None or problem.method.gradients == "fuse_then_clamp":
+        return True
+    if problem.handed_on is not None and problem.queries[0].dtype == torch.float32 and widest_head(problem) > 64:
         return True
     return problem.head_weights is None and problem.method.head_fusion != "mean"
 
 
+def widest_head(problem: QKProblem) -> int:
+    """The head dimension of queries, or of values if that is more."""
+    sizes = [] if problem.handed_on is None else [problem.handed_on[0][0].shape[-1]]
+    return max([problem.queries[0].shape[-1], *sizes])
+
+
 def needs_row_sums(problem: QKProblem) -> bool:
-    """Whether M_l is renormalised and its row sums are not known: rows of F_l are no weighted mean of softmax rows."""
-    return problem.method.renormalize and (fuses_first(problem) or problem.sinks is not None)
+    """Whether a row of F_l or M_l is divided by its sum, and that is not known: rows of F_l are no weighted mean of
+    softmax rows."""
+    divided = problem.method.renormalize or problem.method.normalize_attention
+    return divided and (fuses_first(problem) or problem.sinks is not None or problem.handed_on is not None)
 
 
 def _norms(problem: QKProblem) -> Tensor:
@@ -200,20 +224,6 @@ def _norms(problem: QKProblem) -> Tensor:
         for layer in range(problem.layers)
     ]
     return torch.stack(layers)
-
-
-def _dead_rows_by_bias(problem: QKProblem) -> QKProblem:
-    """The same with a bias where a row may have no key: weighted by norms such a row is no constant, and a kernel with
-    a bias finds it out by itself."""
-    if problem.key_mask is None and problem.query_mask is None:
-        return problem
-    shape = (*problem.queries[0].shape[:3], problem.seq)
-    silent = torch.zeros(1, dtype=torch.float32, device=problem.device).view(1, 1, 1, 1)
-    if problem.query_mask is not None:
-        silent = silent.masked_fill(~problem.query_mask[:, None, :, None], -math.inf)
-    elif problem.has_bias:
-        return problem
-    return replace(problem, bias=(silent.expand(shape),) * problem.layers, query_mask=None)
 
 
 def _starts(problem: QKProblem) -> int:
@@ -265,7 +275,7 @@ def _masks(problem: QKProblem) -> tuple[Tensor | None, Tensor | None]:
     dead = before[:, last] == before[:, first]
     if rows is not None:
         dead = dead | rows
-    return valid.to(torch.uint8), dead.to(torch.uint8) if problem.values is None else None
+    return valid.to(torch.uint8), dead.to(torch.uint8)
 
 
 def _vectors(tensors: Sequence[Tensor]) -> tuple[int, bool]:

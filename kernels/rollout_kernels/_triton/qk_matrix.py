@@ -5,13 +5,13 @@ import triton.language as tl
 from torch import Tensor
 
 from rollout_kernels._triton.launch import ScoresLaunch
-from rollout_kernels._triton.layer import NORMS
+from rollout_kernels._triton.layer import NO_GRADIENTS, NORMS
 from rollout_kernels._triton.qk_fused_tile import fused_tile
 from rollout_kernels._triton.qk_inputs import QKInputs
 from rollout_kernels._triton.qk_tile import load_norms
 
 
-@triton.jit(do_not_specialize=["L", "B", "H", "S", "group", "left", "right", "layer", "stride_out"])
+@triton.jit(do_not_specialize=["L", "B", "H", "S", "group", "left", "right", "value_group", "layer", "stride_out"])
 def qk_matrix_kernel(
     # pointers
     queries_ptr,  # int64 [L, 4]: address, strides of batch, head and row of [B, H, S, D]
@@ -23,19 +23,22 @@ def qk_matrix_kernel(
     lse_table_ptr,  # int64 [L, 4]: the same of float32 [B, H, S], rows contiguous
     dead_ptr,  # uint8 [B, S]: rows that attend to no key
     head_weights_ptr,  # float32 [L, H], or [L, B, H + 1, S] when FUSION is NORMS
-    sums_ptr,  # float32 [L, B, S] when HAS_SUMS
+    handed_on_ptr,  # int64 [2, L, 4]: values and gradients, see `handed_matrices`, unless GRADIENTS is NO_GRADIENTS
+    sums_ptr,  # float32 [L, B, S] when HAS_SUMS, [2, L, B, S] when NORMALIZE
     out_ptr,  # float32 [B, S, row], rows of stride_out·OUT_VEC, all written
     residual_ptr,  # float32 [B, S], the diagonal left out, unless IDENTITY
     # sizes, weights
-    L, B, H, S, group, scale, left, right, lse_scale, residual, attention, layer, stride_out,
+    L, B, H, S, group, scale, left, right, lse_scale, residual, attention, value_group,
+    layer, stride_out,
     # flags
-    IDENTITY: tl.constexpr, FUSION: tl.constexpr, HAS_SUMS: tl.constexpr, HAS_DEAD: tl.constexpr,
+    IDENTITY: tl.constexpr, FUSION: tl.constexpr, GRADIENTS: tl.constexpr, HAS_DEAD: tl.constexpr,
+    HAS_SUMS: tl.constexpr, NORMALIZE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS_DTYPE: tl.constexpr, BIAS_UNIT: tl.constexpr, HAS_SLOPES: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     DTYPE: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     # blocks
-    OUT_VEC: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    OUT_VEC: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """This program computes BLOCK_M rows × BLOCK_N columns of M_l for one sample, 0 beyond its n×n block; without
     IDENTITY the residual's part of its diagonal is written apart."""
@@ -52,23 +55,28 @@ def qk_matrix_kernel(
     offs_j = start_j + tl.arange(0, BLOCK_N)
     rows = sample.to(tl.int64) * S + offs_i
 
+    UNEVEN: tl.constexpr = FUSION == NORMS or GRADIENTS != NO_GRADIENTS
     # A tile with no allowed entry has no head to look at; a bias may make any row uniform.
     wanted = (start_i < n) & (start_j < n)
-    if not HAS_BIAS:
-        if HAS_LEFT:
-            wanted = wanted & (start_j + BLOCK_N > start_i - left)
-        if HAS_RIGHT:
-            wanted = wanted & (start_j < start_i + BLOCK_M + right)
-    tile = fused_tile(
-        queries_ptr, keys_ptr, bias_ptr, slopes_ptr, lse_table_ptr, head_weights_ptr,
-        key_valid_ptr + sample.to(tl.int64) * S,
-        layer, sample, tl.where(wanted, H, 0), offs_i, offs_j, n, L, B, H, S, group, scale, lse_scale,
-        left, right, FUSION, HAS_KEY_MASK, HAS_LEFT, HAS_RIGHT, HAS_BIAS, BIAS_DTYPE, BIAS_UNIT, HAS_SLOPES,
-        SOFTCAP, HAS_SINKS, DTYPE, VEC, ALIGNED, D, PRECISION, UPCAST,
-    )  # fmt: skip
-    inside = (offs_i < n)[None, :] & (offs_j < n)[:, None]
+    reach = 0
     if HAS_DEAD:
         dead = tl.load(dead_ptr + rows, mask=offs_i < n, other=0) != 0
+        if UNEVEN:
+            reach = tl.max(tl.where(dead, n, 0), 0)
+    if not HAS_BIAS:
+        if HAS_LEFT:
+            wanted = wanted & (start_j + BLOCK_N > start_i - left - reach)
+        if HAS_RIGHT:
+            wanted = wanted & (start_j < start_i + BLOCK_M + right + reach)
+    tile = fused_tile(
+        queries_ptr, keys_ptr, bias_ptr, slopes_ptr, lse_table_ptr, head_weights_ptr, handed_on_ptr,
+        key_valid_ptr + sample.to(tl.int64) * S, dead_ptr + sample.to(tl.int64) * S,
+        layer, sample, tl.where(wanted, H, 0), offs_i, offs_j, n, L, B, H, S, group, value_group,
+        scale, lse_scale, left, right, FUSION, GRADIENTS, HAS_DEAD, HAS_KEY_MASK, HAS_LEFT, HAS_RIGHT, HAS_BIAS,
+        BIAS_DTYPE, BIAS_UNIT, HAS_SLOPES, SOFTCAP, HAS_SINKS, DTYPE, VEC, ALIGNED, D, D_V, PRECISION, UPCAST,
+    )  # fmt: skip
+    inside = (offs_i < n)[None, :] & (offs_j < n)[:, None]
+    if HAS_DEAD and not UNEVEN:
         tile = tl.where(dead[None, :] & inside, 0.0 if HAS_SINKS else 1.0 / n, tile)
 
     diagonal = tl.where(offs_i < n, residual, 0.0)
@@ -76,9 +84,12 @@ def qk_matrix_kernel(
         diagonal = residual * load_norms(head_weights_ptr, layer, sample, H, B, H, S, offs_i, n)
     tile = attention * tile
     if HAS_SUMS:
-        sums = tl.load(sums_ptr + layer.to(tl.int64) * B * S + rows, mask=offs_i < n, other=1.0)
-        diagonal = diagonal / sums
+        sums_ptr += layer.to(tl.int64) * B * S
+        sums = tl.load(sums_ptr + rows, mask=offs_i < n, other=1.0)
         tile = tile / sums[None, :]
+        if NORMALIZE:
+            sums = tl.load(sums_ptr + L.to(tl.int64) * B * S + rows, mask=offs_i < n, other=1.0)
+        diagonal = diagonal / sums
     if IDENTITY:
         tile += tl.where(offs_i[None, :] == offs_j[:, None], diagonal[None, :], 0.0)
     elif start_j == 0:
@@ -94,7 +105,7 @@ def qk_matrix(
     """Fills `out` (float32 [B, S, S], or a view of that size of rows a little longer, which are filled too) with M_l.
 
     Given `residual`, float32 [B, S], the identity's part of M_l goes there, and M_l is out + diag(residual). `sums`,
-    from `row_sums`, renormalises. Not yet run on a GPU.
+    from `row_sums`, normalises and renormalises. Not yet run on a GPU.
     """
     batch, seq, _ = out.shape
     vector = 4 if out.stride(1) % 4 == 0 else 1
@@ -104,5 +115,6 @@ def qk_matrix(
         out if residual is None else residual,
         *inputs.score_scalars, *inputs.column_scalars, layer, out.stride(1) // vector,
         **inputs.score_flags, **inputs.column_flags, IDENTITY=residual is None, HAS_SUMS=sums is not None,
-        OUT_VEC=vector, PRECISION="ieee" if inputs.exact else launch.precision, **launch.blocks, **launch.options,
+        NORMALIZE=inputs.normalize, OUT_VEC=vector,
+        PRECISION="ieee" if inputs.exact else launch.precision, **launch.blocks, **launch.options,
     )  # fmt: skip

@@ -32,6 +32,18 @@ def head_matrix(
 
 
 @triton.jit
+def handed_matrices(
+    handed_on_ptr,  # int64 [2, L, 4]: as of `head_matrix`, of values [B, H_v, S, D_v], then of gradients [B, H, S, D_v]
+    layer, sample, head, L, value_group,
+    DTYPE: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """As `head_matrix`, of the values that one head hands on and of the gradient at its output."""
+    v_matrix, stride_v = head_matrix(handed_on_ptr, layer, sample, head // value_group, DTYPE, VEC, ALIGNED)
+    g_matrix, stride_g = head_matrix(handed_on_ptr, L + layer, sample, head, DTYPE, VEC, ALIGNED)
+    return v_matrix, stride_v, g_matrix, stride_g
+
+
+@triton.jit
 def load_rows(matrix, stride_row, offs, n, D: tl.constexpr, UPCAST: tl.constexpr):
     """Rows `offs` of an [S, D] matrix, 0 beyond row n. The interpreter's 16-bit products are wrong: it upcasts."""
     offs_d = tl.arange(0, D)
