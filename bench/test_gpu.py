@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -27,13 +28,18 @@ pytestmark = pytest.mark.skipif(
 BF16, FP32 = torch.bfloat16, torch.float32
 OURS = "ours, triton"
 PEERS = (NAIVE, COMPILED, "PyHealth's arithmetic")
-BOUNDS = {"maps": 1e-6, "full": 1e-6, "qk": 3e-6}  # of max|err|/max|ref|; 16-bit Q,K products are exact too
+BOUNDS = {
+    "maps": 1e-6,
+    "full": 1e-6,
+    "qk": 3e-6,
+    "chefer": 3e-6,
+}  # of max|err|/max|ref|; 16-bit Q,K products are exact too
 LONGEST_CHECKED = 1024  # S that the oracle is for
 
 
 @dataclass(frozen=True)
 class Case:
-    """`kind` is maps, full, or qk; `given` hands the log-sum-exp over."""
+    """`kind` is maps, full, qk, or chefer; `given` hands the log-sum-exp over."""
 
     kind: str
     shape: Shape
@@ -54,14 +60,18 @@ CASES = {
     "qk-bf16-c3-given": Case("qk", Shape(8, 16, 4096, 24, 64), BF16, given=True),
     "qk-bf16-c3": Case("qk", Shape(8, 16, 4096, 24, 64), BF16),
     "qk-bf16-c4-given": Case("qk", Shape(1, 32, 65536, 32, 128), BF16, given=True),
+    "chefer-bf16-c1": Case("chefer", Shape(256, 8, 512, 4, 64), BF16),
 }
 SUBJECTS = {  # ours does the work of ours on any device
     "maps": MAPS | {OURS: MAPS["ours"]}, "full": FULL | {OURS: FULL["ours"]}, "qk": QK | KERNELS | {OURS: QK["ours"]},
+    "chefer": {OURS: replace(QK["ours"], method="chefer")},
 }  # fmt: skip
 
 
 def peers(case: Case) -> tuple[str, ...]:
     """Who is timed beside ours: of the longest rows nobody, and no naive chain where its maps would not fit."""
+    if case.kind == "chefer":
+        return ()
     if case.kind != "qk":
         return PEERS
     if case.shape.S > 2**15:
@@ -75,14 +85,16 @@ RUNS = [(name, provider) for name, case in CASES.items() for provider in (OURS, 
 
 @lru_cache(1)
 def inputs(case: Case) -> list[list[Tensor]]:
-    """L layers of maps, or of queries and of keys."""
+    """L layers of maps, or of queries and of keys; of values and of gradients at the attention's output beside them."""
     torch.manual_seed(0)
     b, h, s, layers, d = case.shape.B, case.shape.H, case.shape.S, case.shape.L, case.shape.D
-    if case.kind != "qk":
+    if not d:
         scores = (torch.randn(b, h, s, s, device=host.DEVICE) for _ in range(layers))
         return [[each.mul_(2).softmax(-1).to(case.dtype) for each in scores]]
-    made = [torch.randn(b, h, s, d, device=host.DEVICE, dtype=case.dtype) for _ in range(2 * layers)]
-    return [made[:layers], made[layers:]]
+    kinds = 4 if case.kind == "chefer" else 2
+    return [
+        [torch.randn(b, h, s, d, device=host.DEVICE, dtype=case.dtype) for _ in range(layers)] for _ in range(kinds)
+    ]
 
 
 def logsumexp(q: Tensor, k: Tensor) -> Tensor:
@@ -101,7 +113,15 @@ def ours(case: Case, given: list[list[Tensor]], lse: list[Tensor] | None) -> Cal
     rows = torch.zeros(len(given[0][0]), dtype=torch.long, device=host.DEVICE)
     if case.kind == "maps":
         return lambda: rollout.attention_rollout(*given, query=rows, backend="triton", validate=False)
-    return lambda: rollout.attention_rollout_qk(*given, query=rows, logsumexp=lse, backend="triton", validate=False)
+    options = {"query": rows, "logsumexp": lse, "backend": "triton", "validate": False} | by_gradients(case, given[2:])
+    return lambda: rollout.attention_rollout_qk(*given[:2], **options)
+
+
+def by_gradients(case: Case, handed_on: list[list[Tensor]]) -> dict[str, Any]:
+    """The arguments of `attention_rollout_qk` for a gradient-weighted method."""
+    if case.kind != "chefer":
+        return {}
+    return {"values": handed_on[0], "output_gradients": handed_on[1], "method": case.kind}
 
 
 def reference(case: Case, method: str, long: bool) -> tuple[Tensor, Callable[[Tensor], Tensor], float]:
@@ -111,7 +131,11 @@ def reference(case: Case, method: str, long: bool) -> tuple[Tensor, Callable[[Te
         return ones, lambda row: row.double().sum(-1), 1e-3
     first = [[layer[:1] for layer in layers] for layers in inputs(case)]
     query = None if case.kind == "full" else 0
-    exact = oracle.from_qk(*first, method) if case.kind == "qk" else oracle.from_maps(*first, method, query)
+    if case.kind == "chefer":
+        options = by_gradients(case, first[2:])
+        exact = rollout.attention_rollout_qk(*first[:2], query=0, backend="reference", **options).double()
+    else:
+        exact = oracle.from_qk(*first, method) if case.kind == "qk" else oracle.from_maps(*first, method, query)
     return exact, lambda result: result[:1], BOUNDS[case.kind]
 
 
@@ -133,6 +157,6 @@ def test_kernel(name: str, provider: str, measure: Callable[..., None], quick: b
         info["tolerance"] = 5e-2  # the peers add in the maps' own dtype
     if provider == FLEX:
         info["run"] = partial(info["run"], lse)
-    if provider in (OURS, FLEX) and case.kind == "qk" and not case.given:
-        info["flop"] *= 2  # without the log-sum-exp every score is made twice
+    if provider in (OURS, FLEX) and case.shape.D and not case.given:
+        info["flop"] *= 2 if case.kind == "qk" else 3  # without the log-sum-exp every score is made twice
     measure(**info, reference=exact, part=part, suite="kernels on a GPU", provider=provider, case=name)

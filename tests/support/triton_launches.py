@@ -15,7 +15,7 @@ from rollout_kernels._triton.rows_split import rows_split_kernel
 TABLES = {80: "sm_80", 89: "default", 90: "sm_90", 100: "sm_100", 120: "default"}  # compute capability -> its table
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAP_KERNELS = {"resident": rows_resident_kernel, "split": rows_split_kernel}
-SCORE_KERNELS = {"logsumexp": logsumexp_kernel, "columns": columns_kernel}
+SCORE_KERNELS = {"logsumexp": logsumexp_kernel, "columns": columns_kernel, "gradients": columns_kernel}
 GRADIENTS = {"FUSION": 1, "GRADIENTS": 2, "NORMALIZE": True, "HAS_DEAD": True}
 FUSED_KERNELS: dict[str, tuple[Any, dict[str, object]]] = {  # those of the launch "fused", with flags of their own
     "logsumexp": (logsumexp_kernel, {}),
@@ -67,9 +67,11 @@ def score_constants(
 ) -> dict[str, object]:
     """Of `SCORE_KERNELS` without a bias; head weights and rows that attend to no key come with "all masks"."""
     chosen: dict[str, object] = {"ONE_HOT": True}
-    if kernel == "columns":
+    if kernel != "logsumexp":
         all_masks = form == "all masks"
         chosen = {"FUSION": 3 if all_masks else 0, "HAS_DEAD": all_masks, "HAS_SUMS": False}
+    if kernel == "gradients":
+        chosen |= {"GRADIENTS": 1, "HAS_SUMS": True, "NORMALIZE": True}
     return {
         **QK_FORMS[form], **NO_BIAS, **chosen, **config.blocks,
         "DTYPE": inputs.DTYPES[dtype], "VEC": 16 // dtype.itemsize, "ALIGNED": True, "UPCAST": False,
