@@ -107,7 +107,7 @@ def attention_rollout_qk(
         queries: L tensors [B, H, S, D], input side first.
         keys: L tensors [B, H_kv, S, D]; H a multiple of H_kv (grouped-query attention: head h reads h // (H / H_kv)).
         query, lengths, method, backend, validate: as in `attention_rollout`. A method of supplied matrices is refused;
-            one with gradients takes `values` and `output_gradients`, on the torch and reference backends.
+            one with gradients takes `values` and `output_gradients`.
         key_mask: bool [B, S], True = may be attended; combined with `lengths` by AND.
         query_mask: bool [B, S], False = this row attends nothing, hence is uniform over the keys of its sample.
         causal: row i attends to columns j ≤ i only.

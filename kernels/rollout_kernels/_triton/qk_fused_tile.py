@@ -63,7 +63,8 @@ def fused_tile(
     """F_l[i, j] at [j, i], 0 beyond the sample's n×n block. A row of a head that a bias forbids every key is uniform, 0
     with sinks; one that masks forbid every key too where heads are weighted key by key, and else 0 and the caller's to
     fill. `heads` is H, or 0 where no entry is allowed."""
-    UNEVEN: tl.constexpr = FUSION == NORMS or GRADIENTS != NO_GRADIENTS
+    BY_KEY: tl.constexpr = HAS_DEAD and (FUSION == NORMS or GRADIENTS != NO_GRADIENTS)
+    FILLED: tl.constexpr = HAS_BIAS or BY_KEY
     i = offs_i[None, :]
     j = offs_j[:, None]
     inside = (i < n) & (j < n)
@@ -74,7 +75,9 @@ def fused_tile(
         allowed = allowed & (j >= i - left)
     if HAS_RIGHT:
         allowed = allowed & (j <= i + right)
-    filled = inside if HAS_BIAS or (HAS_DEAD and UNEVEN) else allowed
+    dead = offs_i < 0
+    if BY_KEY:
+        dead = tl.load(dead_ptr + offs_i, mask=offs_i < n, other=0) != 0
 
     fused = tl.zeros(inside.shape, tl.float32)
     if FUSION == MAX:
@@ -86,6 +89,8 @@ def fused_tile(
         k_matrix, stride_k = head_matrix(keys_ptr, layer, sample, head // group, DTYPE, VEC, ALIGNED)
         lse_matrix, _ = head_matrix(lse_table_ptr, layer, sample, head, tl.float32, 1, False)
         lse, rest = load_lse(lse_matrix, L.to(tl.int64) * B * H * S, offs_i, n, lse_scale, HAS_BIAS)
+        if BY_KEY:
+            lse = tl.where(dead, float("-inf"), lse)
 
         scores = chunked_product(k_matrix, stride_k, offs_j, q_matrix, stride_q, offs_i, n, DTYPE, D, PRECISION, UPCAST)
         scores = cap(scores * scale, SOFTCAP)
@@ -93,13 +98,9 @@ def fused_tile(
             scores, bias_ptr, slopes_ptr, layer, sample, head, H, i, j, n, HAS_BIAS, BIAS_DTYPE, BIAS_UNIT, HAS_SLOPES
         )
         p = softmax_entries(scores, lse[None, :], rest[None, :], HAS_BIAS)
-        if HAS_BIAS or (HAS_DEAD and UNEVEN):
+        if FILLED:
             p = tl.where(allowed, p, 0.0)
-        if HAS_BIAS:
             p = tl.where(lse[None, :] == float("-inf"), 0.0 if HAS_SINKS else 1.0 / n, p)
-        if HAS_DEAD and UNEVEN:
-            dead = tl.load(dead_ptr + offs_i, mask=offs_i < n, other=0) != 0
-            p = tl.where(dead[None, :], 0.0 if HAS_SINKS else 1.0 / n, p)
         if GRADIENTS != NO_GRADIENTS:
             v_matrix, stride_v, g_matrix, stride_g = handed_matrices(
                 handed_on_ptr, layer, sample, head, L, value_group, DTYPE, VEC, ALIGNED
@@ -124,4 +125,4 @@ def fused_tile(
         fused = fused / H
     if GRADIENTS == FUSE_THEN_CLAMP:
         fused = clamp_below(fused)
-    return tl.where(filled, fused, 0.0)
+    return tl.where(inside if FILLED else allowed, fused, 0.0)
