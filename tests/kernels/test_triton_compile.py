@@ -287,7 +287,8 @@ def test_fused_tiles_and_biases_from_qk(kernel: str, dtype: str, size: int, capa
     constants = fused_constants(kernel, DTYPES[dtype], size, config)
     name = f"fused {kernel} {dtype} D{size} {config.block_m}x{config.block_n} w{config.num_warps}"
     found = compiled(name, "everything", capability, FUSED_KERNELS[kernel][0], constants, config, "HGMMA|HMMA|UTC")
-    assert found.wide_loads > 0
+    whole = size * DTYPES[dtype].itemsize * max(config.block_m, config.block_n) // (32 * config.num_warps)
+    assert found.wide_loads > 0 or whole < 16  # bytes of a tile for each thread
     assert (found.count("HGMMA") > 0) == (capability == 90)
 
 

@@ -16,7 +16,8 @@ from pyhealth.interpret.api import CheferInterpretable
 from pyhealth.interpret.methods import CheferRelevance as Stock
 from pyhealth.models import Transformer
 
-from rollout.pyhealth import CheferRelevance, MissingFeatureError
+from rollout.pyhealth import CheferRelevance, GradientRollout, MissingFeatureError
+from rollout_kernels import BackendError
 from tests.pyhealth.test_dropin import MODELS, cohort, tables
 from tests.pyhealth.test_state import Boom, footprint
 from tests.support.pyhealth_models import (
@@ -86,6 +87,14 @@ def test_against_the_formula_in_float64(layers: int) -> None:
         torch.testing.assert_close(ours[key].double(), full[:, 0], atol=1e-5, rtol=1e-4)
         assert double[key].dtype == torch.float64
         torch.testing.assert_close(double[key], full[:, 0], atol=1e-11, rtol=1e-9)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may serve what is asked")
+@pytest.mark.parametrize("backend", ["triton", "native"])
+def test_a_backend_that_cannot_weight_maps_from_the_output_is_asked_for_stored_ones(backend: str) -> None:
+    interpreter = GradientRollout(transformer("flat"), "chefer", backend=backend)
+    with pytest.raises(BackendError, match=f"^attention_rollout: backend='{backend}' cannot serve this call"):
+        interpreter.attribute(**batch("flat"))
 
 
 @cache

@@ -35,11 +35,9 @@ from rollout_kernels._triton.qk_tile import (
 @triton.jit
 def chunked_product(
     a_matrix, stride_a, offs_a, b_matrix, stride_b, offs_b, n,
-    DTYPE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Rows `offs_a` of one [S, D] matrix times rows `offs_b` of another, some columns at a time."""
-    # Two tiles and their thirds beside those of entries: a wide head takes too many registers at once.
-    CHUNK: tl.constexpr = min(D, 32 if DTYPE == tl.float32 else 64)  # noqa: SIM300
+    """Rows `offs_a` of one [S, D] matrix times rows `offs_b` of another, CHUNK columns at a time."""
     product = tl.zeros((offs_a.shape[0], offs_b.shape[0]), tl.float32)
     for first in range(0, D, CHUNK):
         b = load_rows(b_matrix + first, stride_b, offs_b, n, CHUNK, UPCAST)
@@ -63,6 +61,11 @@ def fused_tile(
     """F_l[i, j] at [j, i], 0 beyond the sample's n×n block. A row of a head that a bias forbids every key is uniform, 0
     with sinks; one that masks forbid every key too where heads are weighted key by key, and else 0 and the caller's to
     fill. `heads` is H, or 0 where no entry is allowed."""
+    # Two tiles and their thirds beside those of entries: a wide head takes too many registers at once. With two
+    # products each takes half as much at a time: loads of one are not all made while the other is formed.
+    WIDEST: tl.constexpr = (32 if DTYPE == tl.float32 else 64) // (1 if GRADIENTS == NO_GRADIENTS else 2)  # noqa: SIM300
+    CHUNK: tl.constexpr = min(D, WIDEST)
+    CHUNK_V: tl.constexpr = min(D_V, WIDEST)
     BY_KEY: tl.constexpr = HAS_DEAD and (FUSION == NORMS or GRADIENTS != NO_GRADIENTS)
     FILLED: tl.constexpr = HAS_BIAS or BY_KEY
     i = offs_i[None, :]
@@ -92,7 +95,7 @@ def fused_tile(
         if BY_KEY:
             lse = tl.where(dead, float("-inf"), lse)
 
-        scores = chunked_product(k_matrix, stride_k, offs_j, q_matrix, stride_q, offs_i, n, DTYPE, D, PRECISION, UPCAST)
+        scores = chunked_product(k_matrix, stride_k, offs_j, q_matrix, stride_q, offs_i, n, D, CHUNK, PRECISION, UPCAST)
         scores = cap(scores * scale, SOFTCAP)
         scores = add_bias(
             scores, bias_ptr, slopes_ptr, layer, sample, head, H, i, j, n, HAS_BIAS, BIAS_DTYPE, BIAS_UNIT, HAS_SLOPES
@@ -106,7 +109,7 @@ def fused_tile(
                 handed_on_ptr, layer, sample, head, L, value_group, DTYPE, VEC, ALIGNED
             )
             p *= chunked_product(
-                v_matrix, stride_v, offs_j, g_matrix, stride_g, offs_i, n, DTYPE, D_V, PRECISION, UPCAST
+                v_matrix, stride_v, offs_j, g_matrix, stride_g, offs_i, n, D_V, CHUNK_V, PRECISION, UPCAST
             )
         if GRADIENTS == CLAMP_THEN_FUSE:
             p = clamp_below(p)
