@@ -14,7 +14,7 @@ def test_every_check_is_good_and_says_what_does_not_serve() -> None:
     report = list(doctor.lines("cpu"))
     checks = [line for line, _ in report if re.match(r"(ok |BAD) ", line)]
     assert all(good for _, good in report)
-    assert len(checks) == 14
+    assert len(checks) == 16
     assert all("(not triton: tensors are on cpu" in line for line in checks)
     by_native = ["row, ragged, max fusion", "row"] if _native.unusable() is None else []
     for line in checks:
