@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rollout._capture.read_rows import positions_read
 from rollout.cohort.explain import chain_of
 from rollout.cohort.settings import OWN_PATH_OFF, WORDS
 from rollout.data.classes import did_you_mean
@@ -46,7 +47,6 @@ from rollout.runfile.hugging_face import (
     longest_input,
     predict_events,
 )
-from rollout.runfile.read_rows import positions_read
 
 MEDS = "MEDS"
 """The `[dataset] class` of such a run file."""

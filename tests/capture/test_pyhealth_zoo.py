@@ -10,13 +10,10 @@ from torch import Tensor, nn
 pytest.importorskip("pyhealth", reason="PyHealth's models need the pyhealth extra")
 
 import rollout
-from rollout.pyhealth import AttentionRollout
 from tests.support.capture_family import check, prepared
 from tests.support.capture_pyhealth import PYHEALTH, SETS, E, H, calls_of
 from tests.support.capture_table import assert_in_table, cases
 from tests.support.oracles import array, assert_close, joint_rollout, rollout_matrices
-
-READ_AT_0 = ["TransformersModel (BERT)", "TorchvisionModel (ViT)"]
 
 
 def recorded(model: Any, inputs: dict[str, Any], part: nn.Module | None = None, **options: Any) -> Any:
@@ -95,21 +92,3 @@ def test_mole_rec_by_its_part() -> None:
     (maps,) = sets.maps(nn.Sequential(part), {**SETS, "input": given[0]}, tape)["layers"]
     assert maps.shape == (1, 2, 5, 5)
     assert_close(tape.maps(0), maps, "qk")
-
-
-@pytest.mark.parametrize("name", READ_AT_0)
-def test_what_the_interpreter_says_of_a_model_without_readout_is_true(name: str) -> None:
-    """Row 0 of the one stream: the pooler of a BERT reads it, and the head of a ViT."""
-    family = PYHEALTH[name]
-    model, inputs = prepared(family, family.implementations[0])
-    with pytest.raises(TypeError, match=r"Missing: .*with rollout.capture\(model\) as tape: .*; tape.rollout\(0\)"):
-        AttentionRollout(model)
-    tape = recorded(model, inputs)
-    (stream,) = tape.streams
-    (maps,) = family.maps(copy.deepcopy(model), inputs, tape).values()
-    (row,) = tape.rollout(0).values()
-    assert_close(row, rollout_matrices(maps, rollout.METHODS["rollout"])[:, 0], "qk")
-    assert stream.startswith("model.")
-    assert row.sum(1).tolist() == pytest.approx([1.0] * 3)
-    if family.padding in inputs:
-        assert (array(row)[inputs[family.padding].numpy() == 0] == 0).all()
