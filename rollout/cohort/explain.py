@@ -77,7 +77,7 @@ class PyHealthExplain:
     def __call__(self, model: Any, batch: Batch) -> Explained:
         """One forward pass, and one backward for a class-specific method."""
         interpreter = self.interpreter(model)
-        with _outputs(model) as outputs:
+        with model_outputs(model) as outputs:
             relevance = interpreter.attribute(self.target_class, **batch)
         output = outputs[-1] if outputs else {}
         target = None
@@ -99,7 +99,7 @@ class PyHealthExplain:
 
 
 @contextmanager
-def _outputs(model: torch.nn.Module) -> Iterator[list[Mapping[str, Any]]]:
+def model_outputs(model: torch.nn.Module) -> Iterator[list[Mapping[str, Any]]]:
     """What the model returns from each of its forward passes while it is open."""
     outputs: list[Mapping[str, Any]] = []
 

@@ -39,7 +39,8 @@ class CapturedRollout:
         if reading.predicts and query is None:
             raise ValueError(
                 f"{NAME}: query must name a position for a {kind}, got None: each of its positions "
-                f"({reading.position}) predicts {reading.predicts}, and none is read for all; query=-1 is the last of each sample"
+                f"({reading.position}) predicts {reading.predicts}, and none is read for all; query=-1 is the last of "
+                f"each sample"
             )
         if not reading.predicts and query is not None:
             raise ValueError(
@@ -66,19 +67,20 @@ class CapturedRollout:
             CaptureError: The model ran an attention that cannot be recorded exactly.
             ValueError: A sample has no position `query`.
         """
-        rows, call = self.rows(data)
+        rows, call, _ = self.rows(data)
         return self.reading.shape(rows, call)
 
-    def rows(self, data: Mapping[str, Any]) -> tuple[Relevance, Call]:
-        """By stream the row [B, S] of every position of it, and how the model was called."""
+    def rows(self, data: Mapping[str, Any]) -> tuple[Relevance, Call, Any]:
+        """By stream the relevance of every position, [B, S]; how the model was called; and the position read."""
         check_features(list(self.reading.features or self.model.feature_keys), dict(data), NAME)
         recording = capture(self.model, shared_layers=True, cross_attention=self.reading.cross_attention)
         with torch.inference_mode(), self._calls(data) as calls, recording as tape:
             self.model(**data)
         call, query = calls[-1], self._query(calls[-1], tape.streams)
         if self.reading.cross_attention:
-            return tape.encoder_decoder_rollout(query, method=self.method, backend=self.backend), call
-        return tape.rollout(query, method=self.method, backend=self.backend), call
+            return tape.encoder_decoder_rollout(query, method=self.method, backend=self.backend), call, query
+        lengths = None if self.reading.lengths is None else self.reading.lengths(call)
+        return tape.rollout(query, lengths=lengths, method=self.method, backend=self.backend), call, query
 
     def _query(self, call: Call, streams: tuple[str, ...]) -> Any:
         """As a tape takes it: a position of each sample's own, long [B], where its length is known."""

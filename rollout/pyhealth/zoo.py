@@ -16,8 +16,9 @@ from torch.nn import functional
 from rollout._capture.read_rows import positions_read
 from rollout.errors import CaptureError
 from rollout.files import first_line
+from rollout.pyhealth.entries import Entries, Patches, Tokens
 
-__all__ = ["PAIR", "READINGS", "Call", "Reading", "reading_of", "why_unread"]
+__all__ = ["PAIR", "READINGS", "Call", "Reading", "is_read", "reading_of", "why_unread"]
 
 Rows = dict[str, Tensor]
 
@@ -58,6 +59,11 @@ class Reading:
         predicts: What is predicted from each position; empty where the prediction reads position 0 alone.
         check: Refuses, by a ValueError, a model of the class that reads something else, or that cannot be read.
         cross_attention: Whether it is an encoder with a decoder.
+        entries: The entries of the feature that rows of a cohort are written for; None: the codes of its visits.
+        rows: As `shape`, for these entries; None: as `shape` gives them.
+        each: Whether a code of a visit has a score of its own.
+        predicted: Whether what is predicted from a position stands there in `y_prob`.
+        no_cohort: Why a cohort of the model cannot be attributed; None: it can.
     """
 
     part: str
@@ -68,28 +74,40 @@ class Reading:
     predicts: str = ""
     check: Callable[[Any], None] = lambda model: None
     cross_attention: bool = False
+    entries: Callable[[Any], Entries] | None = None
+    rows: Callable[[Rows, Call], Rows] | None = None
+    each: bool = False
+    predicted: bool = True
+    no_cohort: str | None = None
+
+    def entry_rows(self, rows: Rows, call: Call) -> Rows:
+        """Relevance of what rows of a cohort are written for."""
+        return (self.rows or self.shape)(rows, call)
+
+
+def is_read(kind: type) -> bool:
+    """Whether it is known how models of a class are read."""
+    return _known(kind, READINGS) is not None
 
 
 def reading_of(model: Any) -> Reading | None:
     """What is known of a model; None: it is none of these, or runs by a forward of its own."""
-    name = _known(model, READINGS)
-    if name == "TorchvisionModel" and not _is_vit(model):
+    name = None if "forward" in vars(model) else _known(type(model), READINGS)
+    if name is None or (name == "TorchvisionModel" and not _is_vit(model)):
         return None
-    return None if name is None else READINGS[name]
+    return READINGS[name]
 
 
 def why_unread(model: Any) -> str | None:
     """Why a model of PyHealth's that attends has no relevance by position; None: it is not known."""
-    name = _known(model, UNREAD)
+    name = _known(type(model), UNREAD)
     return None if name is None else UNREAD[name]
 
 
-def _known(model: Any, names: Mapping[str, Any]) -> str | None:
-    for kind in type(model).__mro__:
+def _known(model: type, names: Mapping[str, Any]) -> str | None:
+    for kind in model.__mro__:
         if kind.__module__.startswith("pyhealth.models.") and kind.__name__ in names:
-            own = getattr(type(model), "forward", None) is getattr(kind, "forward", None) and "forward" not in vars(
-                model
-            )
+            own = getattr(model, "forward", None) is getattr(kind, "forward", None)
             return kind.__name__ if own else None
     return None
 
@@ -150,11 +168,45 @@ def _tokens(rows: Rows, call: Call) -> Rows:
     return {call.feature: row}
 
 
+MOST = 256
+"""Tokens that a TransformersModel reads of a text."""
+
+
+def tokens_of(model: Any) -> Tokens:
+    """The tokens that a model of texts reads: a TransformerDeID's has a `max_length`, and takes words."""
+    most = getattr(model, "max_length", None)
+    return Tokens(model.tokenizer, MOST if most is None else most, most is not None)
+
+
+def _token_rows(rows: Rows, call: Call) -> Rows:
+    """Relevance of the text's own tokens, [B, S']."""
+    (row,) = rows.values()
+    tokens, ids = tokens_of(call.model), call.kwargs["input_ids"]
+    own = call.kwargs["attention_mask"].bool() & ~tokens.is_special(ids)
+    for b, text in enumerate(call.data[call.feature]):
+        if ids[b, own[b]].tolist() != tokens(text).tolist():
+            raise ValueError(
+                f"the tokens that the {type(call.model).__name__} read must be the first {tokens.most} of its text, "
+                f"those of text {b} are not"
+            )
+    order = (~own).long().argsort(dim=1, stable=True)[:, : int(own.sum(1).max())]
+    return {call.feature: row.masked_fill(~own, 0).gather(1, order)}
+
+
+def patches_of(model: Any) -> Patches:
+    """The patches that a ViT cuts an image into."""
+    return Patches(model.model.image_size // model.model.patch_size)
+
+
+def _patch_rows(rows: Rows, call: Call) -> Rows:
+    (row,) = rows.values()
+    return {call.feature: row[:, 1:]}
+
+
 def _image(rows: Rows, call: Call) -> Rows:
     """[B, 1, H, W] as PyHealth's relevance of images; the class token's own is left out."""
     (row,) = rows.values()
-    side = call.model.model.image_size
-    across = side // call.model.model.patch_size
+    side, across = call.model.model.image_size, patches_of(call.model).across
     patches = row[:, 1:].unflatten(1, (1, across, across))
     if call.data.get("interpolate", True):
         patches = functional.interpolate(patches, size=(side, side), mode="bilinear", align_corners=False)
@@ -204,24 +256,33 @@ def _pairs(rows: Rows, call: Call) -> Rows:
 
 TOKENS = "a token of its tokenizer, such as [CLS]"
 READINGS: Mapping[str, Reading] = {
-    "TransformersModel": Reading("model", TOKENS, _tokens, check=_check_pooled),
-    "TorchvisionModel": Reading("model", "the class token, then the patches row by row", _image),
-    "TransformerDeID": Reading("encoder", TOKENS, _tokens, _masked, predicts="its own label", check=_check_padding),
+    "TransformersModel": Reading(
+        "model", TOKENS, _tokens, _masked, check=_check_pooled, entries=tokens_of, rows=_token_rows,
+    ),
+    "TorchvisionModel": Reading(
+        "model", "the class token, then the patches row by row", _image, entries=patches_of, rows=_patch_rows,
+    ),
+    "TransformerDeID": Reading(
+        "encoder", TOKENS, _tokens, _masked, predicts="its own label", check=_check_padding, entries=tokens_of,
+        rows=_token_rows,
+    ),
     "GPT2": Reading(
         "gpt2", "a token of the stream [BOS] codes [VISIT_DELIM] codes … [EOS]", _codes, _masked, ("visits",),
-        predicts="the next token",
+        predicts="the next token", each=True,
     ),
     "HALO": Reading(
         "halo_model", "the start, an empty one, then a visit each", _visits, _visits_end, ("visits",),
-        predicts="the next visit",
+        predicts="the next visit", predicted=False,  # it gives 0 where none follows
     ),
     "PromptEHR": Reading(
         "bart", "a token of the decoder, [EOS] and [CODE_PROMPT] first", lambda rows, call: rows, _labelled,
         ("visits",), predicts="the next token", cross_attention=True,
+        no_cohort="it masks other codes of a record in each call, and has two relevances for a code",
     ),
     "MedLink": Reading(
         "", "a code of the queries or of the corpus", _pairs, features=("s_q", "s_p"),
         predicts="a score for every code, of which the largest counts",
+        no_cohort="it takes pairs of records, which samples are not",
     ),
 }  # fmt: skip
 UNREAD: Mapping[str, str] = {

@@ -244,8 +244,10 @@ def read_events(
                 )
             if type(value) is not options[key] or (type(value) is int and value < 1):
                 raise ValueError(f"{path}: [{name}] arguments.{key} must be {_TYPES[options[key]]}, got {value!r}")
-    if settings.get("readout", "model") != "model" or "target_class" in settings:
-        raise ValueError(f"{path}: [run] readout and target_class are of PyHealth's models, not of transformers'")
+    if settings.get("readout", "model") != "model" or "target_class" in settings or "query" in settings:
+        raise ValueError(
+            f"{path}: [run] readout, target_class and query are of PyHealth's models, not of transformers'"
+        )
     refit = model["vocabulary"] == REFIT
     if not refit and not below("model", "vocabulary").is_file():
         raise ValueError(f"{path}: [model] vocabulary must be a file, got {below('model', 'vocabulary')}: no such file")
