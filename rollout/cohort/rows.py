@@ -99,8 +99,8 @@ def _decoder(feature: str, processor: Any, padding_ids: Mapping[str, int | None]
     except NotImplementedError:
         raise ValueError(
             f"attribute_cohort: the entries of feature {feature!r} must be known, those of a "
-            f"{type(processor).__name__} are known of a model that rollout.pyhealth explains, a TransformersModel say; "
-            "for another, give vocabularies= with the ids that stand for them, collate= and explain="
+            f"{type(processor).__name__} are where a TransformersModel or TransformerDeID is attributed; else give "
+            "vocabularies= with the ids that stand for them, collate= and explain="
         ) from None
     paired = len(schema) > 1
     codes = getattr(processor, "code_vocab", None)

@@ -146,8 +146,14 @@ def attribute_cohort(
             "attribute_cohort: equal_lengths must not be False for a method that looks at the whole map: its numbers "
             "would depend on the padding of a batch; leave it out"
         )
-    reading = reading_of(model) if explain is None and vocabularies is None else None
-    source = open_source(dataset, collate, vocabularies, padding_ids, entries_of(model, reading))
+    reading = reading_of(model) if explain is None else None
+    entries = entries_of(model, reading)
+    if entries and vocabularies is not None:
+        raise ValueError(
+            f"attribute_cohort: vocabularies must be left out for a {type(model).__name__}, which makes the entries of "
+            f"{', '.join(entries)} itself"
+        )
+    source = open_source(dataset, collate, vocabularies, padding_ids, entries)
     if backend == "triton" and (where or device_of(model)).type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
         raise ValueError("attribute_cohort: backend='triton' needs a CUDA device; use 'auto'")
     functions = _functions_of_the_caller(source, chain, explain)

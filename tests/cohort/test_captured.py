@@ -165,6 +165,18 @@ def test_query_is_refused_where_nothing_takes_it(tmp_path: Path) -> None:
         rollout.attribute_cohort(model, data("text")[0], tmp_path / "out", explain=print, **QUIET)
 
 
+def test_what_a_model_makes_itself_is_not_taken_out_of_a_record(tmp_path: Path) -> None:
+    for name, kind, why in (
+        (VIT, "images", "what a TorchvisionModel makes of a record has relevance by attribute_cohort"),
+        (TEXT, "text", "evaluate_cohort: the entries of feature 'text' must be known"),
+    ):
+        model, dataset = made(name, kind)
+        with pytest.raises(ValueError, match=why):
+            rollout.evaluate_cohort(model, dataset, tmp_path / "out", methods=["rollout"], replacement="pad")
+        with pytest.raises(ValueError, match=f"vocabularies must be left out for a {type(model).__name__}"):
+            rollout.attribute_cohort(model, dataset, tmp_path / "out", vocabularies={"text": {"fever": 1}}, **QUIET)
+
+
 def test_a_run_goes_on_and_another_tokenizer_is_another_run(tmp_path: Path) -> None:
     model, dataset = made(TEXT, "text")
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -67,6 +67,16 @@ def test_text_is_read_at_its_first_token(family: Any, kind: str, method: str) ->
     assert not ours["text"].is_inference()
 
 
+@pytest.mark.parametrize("method", ["pyhealth", "discard", "chefer_rollout"])
+def test_padding_changes_nothing(method: str) -> None:
+    model, inputs = made(TEXT)
+    interpreter = AttentionRollout(model, method=method)
+    together = interpreter.attribute(**inputs)["text"]
+    for b, text in enumerate(inputs["text"]):
+        (row,) = interpreter.attribute(text=[text], label=inputs["label"][b : b + 1])["text"]
+        assert_close(together[b : b + 1, : len(row)], row[None], "qk")
+
+
 def test_an_image_is_read_at_its_class_token() -> None:
     model, inputs = made(VIT)
     wanted = torch.tensor(matrix(VIT, model, inputs)[:, 0, 1:]).view(3, 1, 4, 4)
