@@ -29,6 +29,7 @@ class CapturedRollout:
         backend: As in `rollout.attention_rollout`.
 
     Raises:
+        TypeError: `query` is no position.
         ValueError: `query` is missing or has no meaning; the method needs more; the model cannot be read.
     """
 
@@ -47,6 +48,8 @@ class CapturedRollout:
                 f"{NAME}: query is for models whose every position predicts; the prediction of a {kind} reads position "
                 f"0 ({reading.position}), got {query!r}"
             )
+        if isinstance(query, bool) or not isinstance(query, int | Tensor | Mapping | None):
+            raise TypeError(f"{NAME}: query must be an int, long [B] or float [B, S], got {query!r}")
         known = PAIR if reading.features == tuple(PAIR) else ()
         if isinstance(query, Mapping) and not (query and set(query) <= set(known)):
             raise ValueError(
@@ -90,7 +93,12 @@ class CapturedRollout:
         if self.reading.lengths is None or (isinstance(query, Tensor) and query.is_floating_point()):
             return query
         lengths = self.reading.lengths(call)
-        wanted = torch.as_tensor(query, device=lengths.device).expand_as(lengths)
+        wanted = torch.as_tensor(query, device=lengths.device)
+        if wanted.dim() and wanted.shape != lengths.shape:
+            raise ValueError(
+                f"{NAME}: query must name a position of each of {len(lengths)} samples, got {list(wanted.shape)}"
+            )
+        wanted = wanted.expand_as(lengths)
         rows = torch.where(wanted < 0, wanted + lengths, wanted)
         outside = ((rows < 0) | (rows >= lengths)).nonzero()
         if len(outside):

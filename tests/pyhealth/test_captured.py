@@ -207,6 +207,23 @@ def test_a_position_must_be_named(name: str) -> None:
             AttentionRollout(model, query={"s_q": 1})
 
 
+@pytest.mark.parametrize("query", [True, "last", 1.0], ids=str)
+def test_a_position_is_a_number(query: Any) -> None:
+    with pytest.raises(TypeError, match=r"query must be an int, long \[B\] or float"):
+        AttentionRollout(made("GPT2")[0], query=query)
+
+
+def test_positions_are_of_the_batch() -> None:
+    model, inputs = made(DEID)
+    with pytest.raises(ValueError, match=r"query must name a position of each of 3 samples, got \[2\]"):
+        AttentionRollout(model, query=torch.tensor([1, 2])).attribute(**inputs)
+    weights = torch.zeros(3, 7, dtype=torch.float64)
+    weights[:, 0], weights[:, 2] = 0.25, 2.0
+    full = matrix(DEID, model, inputs)
+    ours = AttentionRollout(model, query=weights).attribute(**inputs)["text"]
+    assert_close(ours, 0.25 * full[:, 0] + 2.0 * full[:, 2], "qk")
+
+
 def test_a_position_must_not_be_named_where_one_is_read() -> None:
     with pytest.raises(ValueError, match=r"of a TransformersModel reads position 0 \(a token of its tokenizer"):
         AttentionRollout(made(TEXT)[0], query=0)
