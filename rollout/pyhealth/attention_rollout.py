@@ -54,7 +54,7 @@ class AttentionRollout(RowInterpreter):
     image's size, or with `attribute(interpolate=False)` the patches' own [B, 1, h, w]; that of the class token is left
     out. Where each position predicts, `query` names one: of a TransformerDeID the relevance is [B, S], of GPT2 and HALO
     that of `visits` as they are given, of PromptEHR that of the decoder's inputs and of the encoder's by stream, of
-    MedLink that of `s_q` and of `s_p`.
+    MedLink that of `s_q` and of `s_p`. Such a model is refused in training mode.
 
     Nothing is left on the model: no hook, no map, no flag, no `.grad`, also after an exception. `model.eval()` is
     called once, here; a model put back in training mode is attributed with its dropout, as by PyHealth.
