@@ -38,7 +38,7 @@ class CapturedExplain:
         if why is not None:
             raise ValueError(
                 f"attribute_cohort: a cohort of a {type(model).__name__} cannot be attributed: {why}; attribute its "
-                f"batches by rollout.pyhealth.AttentionRollout(model, query=…)"
+                f"batches by rollout.pyhealth.AttentionRollout"
             )
 
     def captured(self, model: Any) -> Any:

@@ -52,7 +52,8 @@ class AttentionRollout(RowInterpreter):
     is recorded by `rollout.capture`, no map made: of a TransformersModel the relevance of its tokens [B, S], of a
     TorchvisionModel that is a ViT that of the image [B, 1, H, W], as PyHealth gives it: of the patches, bilinear to the
     image's size, or with `attribute(interpolate=False)` the patches' own [B, 1, h, w]; that of the class token is left
-    out. Where each position predicts, `query` names one: of a TransformerDeID the relevance is [B, S], of GPT2 and HALO
+    out; of a ConCare that of each column of a feature, at all its steps, for the columns as its pooling weighs them.
+    Where each position predicts, `query` names one: of a TransformerDeID the relevance is [B, S], of GPT2 and HALO
     that of `visits` as they are given, of PromptEHR that of the decoder's inputs and of the encoder's by stream, of
     MedLink that of `s_q` and of `s_p`. Such a model is refused in training mode.
 

@@ -1,7 +1,8 @@
 """Rollout of PyHealth models without readout methods, from the queries and keys that `rollout.capture` records."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,6 +77,8 @@ class CapturedRollout:
     def rows(self, data: Mapping[str, Any]) -> tuple[Relevance, Call, Any]:
         """By stream the relevance of every position, [B, S]; how the model was called; and the position read."""
         check_features(list(self.reading.features or self.model.feature_keys), dict(data), NAME)
+        if self.reading.pooled is not None:
+            return self._pooled(self.reading.pooled(self.model), data), Call(self.model, data, (), data), None
         recording = capture(self.model, shared_layers=True, cross_attention=self.reading.cross_attention)
         with torch.inference_mode(), self._calls(data) as calls, recording as tape:
             self.model(**data)
@@ -84,6 +87,21 @@ class CapturedRollout:
             return tape.encoder_decoder_rollout(query, method=self.method, backend=self.backend), call, query
         lengths = None if self.reading.lengths is None else self.reading.lengths(call)
         return tape.rollout(query, lengths=lengths, method=self.method, backend=self.backend), call, query
+
+    def _pooled(self, parts: Mapping[str, tuple[str, str]], data: Mapping[str, Any]) -> Relevance:
+        """By feature the row that the weights of its pooling are."""
+        weights: dict[str, Tensor] = {}
+        with torch.inference_mode(), ExitStack() as stack:
+            tapes = {}
+            for key, (attends, weighs) in parts.items():
+                tapes[key] = stack.enter_context(capture(self.model.get_submodule(attends)))
+                keep = partial(_keep_weights, weights, key)
+                stack.callback(self.model.get_submodule(weighs).register_forward_hook(keep).remove)
+            self.model(**data)
+        found = {}
+        for key, tape in tapes.items():
+            (found[key],) = tape.rollout(weights[key], method=self.method, backend=self.backend).values()
+        return found
 
     def _query(self, call: Call, streams: tuple[str, ...]) -> Any:
         """As a tape takes it: a position of each sample's own, long [B], where its length is known."""
@@ -122,3 +140,7 @@ class CapturedRollout:
             yield calls
         finally:
             handle.remove()
+
+
+def _keep_weights(weights: dict[str, Tensor], key: str, _: Any, __: Any, output: tuple[Tensor, Tensor]) -> None:
+    weights[key] = output[1]

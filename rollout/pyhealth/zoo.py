@@ -59,6 +59,8 @@ class Reading:
         predicts: What is predicted from each position; empty where the prediction reads position 0 alone.
         check: Refuses, by a ValueError, a model of the class that reads something else, or that cannot be read.
         cross_attention: Whether it is an encoder with a decoder.
+        pooled: For a model that weighs the positions of its one attention by a softmax of its own: feature → the path
+            of what attends, and of what gives the weights [B, S] as its second output, which are the row read.
         entries: The entries of the feature that rows of a cohort are written for; None: the codes of its visits.
         rows: As `shape`, for these entries; None: as `shape` gives them.
         each: Whether a code of a visit has a score of its own.
@@ -74,6 +76,7 @@ class Reading:
     predicts: str = ""
     check: Callable[[Any], None] = lambda model: None
     cross_attention: bool = False
+    pooled: Callable[[Any], dict[str, tuple[str, str]]] | None = None
     entries: Callable[[Any], Entries] | None = None
     rows: Callable[[Rows, Call], Rows] | None = None
     each: bool = False
@@ -246,6 +249,27 @@ def _visits_end(call: Call) -> Tensor:
     return visits[..., layout.code_vocab_size + layout.label_vocab_size + 1].argmax(1) + 1
 
 
+def _weighed(model: Any) -> dict[str, tuple[str, str]]:
+    """The parts of a ConCare, of each feature of several positions; a single one attends to itself."""
+    return {
+        key: (f"concare.{key}.MultiHeadedAttention", f"concare.{key}.FinalAttentionQKV")
+        for key in model.dynamic_feature_keys
+        if model.concare[key].input_dim + bool(model.concare[key].static_dim) > 1
+    }
+
+
+def _columns(rows: Rows, call: Call) -> Rows:
+    """A column's relevance in each of its steps; codes are one column; that of the static features is left out."""
+    relevance = {}
+    for key in call.model.dynamic_feature_keys:
+        value = call.data[key]
+        row = rows.get(key, torch.ones(len(value), 1, device=call.model.device))
+        ones = [1] * (value.dim() - 2)
+        columns = value.shape[2] if call.model._proc_types[key] == "other" else 1
+        relevance[key] = row[:, :columns].view(len(value), *ones, columns).expand(value.shape)
+    return relevance
+
+
 PAIR = {"s_q": "bwd_", "s_p": "fwd_"}
 """What MedLink is given → how the stream of it begins: queries are read backward in time, the corpus forward."""
 
@@ -265,6 +289,10 @@ READINGS: Mapping[str, Reading] = {
     "TransformerDeID": Reading(
         "encoder", TOKENS, _tokens, _masked, predicts="its own label", check=_check_padding, entries=tokens_of,
         rows=_token_rows,
+    ),
+    "ConCare": Reading(
+        "", "a column of a feature, and the static features as one more", _columns, pooled=_weighed,
+        no_cohort="its positions are the columns of a record, and rows are written of its steps",
     ),
     "GPT2": Reading(
         "gpt2", "a token of the stream [BOS] codes [VISIT_DELIM] codes … [EOS]", _codes, _masked, ("visits",),
@@ -286,9 +314,6 @@ READINGS: Mapping[str, Reading] = {
     ),
 }  # fmt: skip
 UNREAD: Mapping[str, str] = {
-    "ConCare": "its one attention is over features, between a pooling over time and one over features by weights of "
-    "its own, so that no row of it is what the prediction reads; record it by "
-    "rollout.capture(model.concare[feature].MultiHeadedAttention)",
     "MoleRec": "its attention is over the set of all substructures, the same for every patient, so that it says "
     "nothing of a record; record it by rollout.capture(model.layer.substructure_interaction_module)",
 }

@@ -16,8 +16,8 @@ from rollout.runfile.hugging_face import check_folder
 
 OF_FOLDERS, FOLDER = ("TransformersModel", "TransformerDeID"), "model_name"
 """PyHealth's models around one of transformers, and the argument that names it."""
-UNNAMED = ("TorchvisionModel", "PromptEHR", "MedLink")
-"""Models of PyHealth's that are read, for which no dataset and task can be named that make samples."""
+UNNAMED = ("TorchvisionModel", "PromptEHR", "MedLink", "ConCare")
+"""Models of PyHealth's that are read, but of no cohort, or of none that a dataset and task can be named for."""
 SHOWN = 4
 """Differences between weights and model that an error lists."""
 MOST_SIZE, MOST_LAYERS = 65_536, 1_024

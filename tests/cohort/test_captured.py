@@ -141,6 +141,7 @@ def test_de_identification_for_a_token_named(tmp_path: Path) -> None:
 REFUSED = {
     "MedLink": ("pairs", {"query": -1}, "cohort of a MedLink cannot be attributed: it takes pairs of records"),
     "PromptEHR (BART)": ("stream", {"query": -1}, "cohort of a PromptEHR cannot be attributed: it masks other codes"),
+    "ConCare": ("labs", {}, "cohort of a ConCare cannot be attributed: its positions are the columns of a record"),
     "GPT2": ("stream", {}, "query must name a position for a GPT2, got None"),
     TEXT: ("text", {"query": 1}, "query is for models whose every position predicts"),
     VIT: ("images", {"method": "value_norm"}, "method must not measure values for a TorchvisionModel"),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from pyhealth import models
+from pyhealth.datasets import create_sample_dataset, get_dataloader
 from pyhealth.models import MoleRec, TransformersModel
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,6 +17,7 @@ import rollout
 from rollout.pyhealth import AttentionRollout, MissingFeatureError
 from tests.support.capture_family import Family, prepared
 from tests.support.capture_pyhealth import (
+    CODES,
     PYHEALTH,
     SWIN,
     E,
@@ -23,6 +25,7 @@ from tests.support.capture_pyhealth import (
     batch,
     bert,
     calls_of,
+    data,
     model_of,
     text_batch,
     text_model,
@@ -130,6 +133,33 @@ def test_halo_gives_a_visit_to_its_codes() -> None:
             assert_close(ours[b], torch.tensor(wanted[b, row, 2:5])[:, None].expand(ours[b].shape), "qk")
 
 
+@pytest.mark.parametrize("static", [None, "age"])
+def test_con_care_by_the_weights_of_its_pooling(static: str | None) -> None:
+    """Two features, codes among them, and static ones, which are a position of their own."""
+    schema = {"labs": "tensor", "codes": "sequence", **({"age": "tensor"} if static else {})}
+    samples = [
+        {"patient_id": f"p{i}", "labs": data("labs")[0][i]["labs"].tolist(), "codes": CODES[i], "label": i % 2}
+        | ({"age": [0.1 * i, 1.0]} if static else {})
+        for i in range(3)
+    ]
+    dataset = create_sample_dataset(samples, schema, {"label": "binary"}, dataset_name="both")
+    inputs = next(iter(get_dataloader(dataset, batch_size=3, shuffle=False)))
+    torch.manual_seed(0)
+    model = models.ConCare(dataset, static, hidden_dim=E, num_head=H).eval()
+    ours = AttentionRollout(model).attribute(**inputs)
+    assert sorted(ours) == ["codes", "labs"]
+    for key, columns in (("labs", 5), ("codes", 1)):
+        pooling, weights = model.concare[key].FinalAttentionQKV, []
+        with pooling.register_forward_hook(lambda *seen, kept=weights: kept.append(seen[2][1])), torch.no_grad():
+            model(**inputs)
+        maps = model.concare[key].MultiHeadedAttention.attn.mean(1)
+        chain = 0.5 * torch.eye(columns + bool(static)) + 0.5 * maps
+        wanted = (weights[0][:, None] @ chain)[:, 0, :columns]
+        assert ours[key].shape == inputs[key].shape
+        in_steps = wanted[:, None].expand(ours[key].shape) if key == "labs" else wanted.expand(3, 3)
+        assert_close(ours[key], in_steps, "qk")
+
+
 def test_prompt_ehr_by_decoder_and_encoder() -> None:
     model, inputs = made(PROMPT)
     twin = copy.deepcopy(model.bart)
@@ -164,13 +194,15 @@ def test_med_link_by_queries_and_corpus(query: Any) -> None:
             assert_close(row[b], full[b, wanted[b] % lengths[b]], "qk")
 
 
-@pytest.mark.parametrize("name", [TEXT, VIT, *QUERIES])
+@pytest.mark.parametrize("name", [TEXT, VIT, "ConCare", *QUERIES])
 def test_nothing_is_left(name: str) -> None:
     model, inputs = made(name)
     inputs.pop("attention_mask", None)
     model.requires_grad_(False)
     weight = next(model.parameters())
     weight.grad = torch.ones_like(weight)
+    forget = (lambda: vars(model.concare["labs"].MultiHeadedAttention).update(attn=None)) if name == "ConCare" else dict
+    forget()  # a ConCare keeps the map of each of its calls, captured or not
     before = state(model)
     interpreter = AttentionRollout(model, query=QUERIES.get(name))
     with torch.no_grad():
@@ -178,6 +210,7 @@ def test_nothing_is_left(name: str) -> None:
     with torch.inference_mode():
         second = interpreter.attribute(target_class_idx=1, **inputs)
     assert all(torch.equal(first[key], second[key]) for key in first)
+    forget()
     assert_nothing_left(model, before)
     assert bool((weight.grad == 1).all())
 
@@ -189,6 +222,7 @@ def test_nothing_is_left(name: str) -> None:
     broken = state(model)
     with pytest.raises(RuntimeError, match="out of order"):
         interpreter.attribute(**inputs)
+    forget()
     assert_nothing_left(model, broken)
     with pytest.raises(MissingFeatureError, match="AttentionRollout: the batch must hold every feature"):
         interpreter.attribute(label=torch.zeros(3))
@@ -267,10 +301,5 @@ def test_who_is_not_known_gets_pyhealths_error() -> None:
     for model in (model_of("text", OwnForward, bert())(""), swin, model_of("visits", models.RETAIN)("")):
         with pytest.raises(TypeError, match=plain):
             AttentionRollout(model)
-    con_care = made("ConCare")[0]
-    with pytest.raises(
-        TypeError, match=r"Missing: .* its one attention is over features.* rollout.capture\(model.conc"
-    ):
-        AttentionRollout(con_care)
     with pytest.raises(TypeError, match="the same for every patient"):
         AttentionRollout(MoleRec.__new__(MoleRec))
