@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 import rollout
 from rollout.pyhealth import AttentionRollout
+from rollout.report import write_report
 from rollout.results.verify import verify_folder
 from tests.support.capture_pyhealth import PYHEALTH, TEXTS, VISITS, bert, data
 from tests.support.toy_cohort import assert_same
@@ -99,9 +100,11 @@ def test_a_row_for_every_patch(tmp_path: Path) -> None:
     assert (run.failed, cohort.granularity) == (0, {"image": "code"})
     for number in range(3):
         rows, (relevance, output) = cohort.sample(number), alone(model, dataset, number)
+        assert rows["position"].to_list() == list(range(16))
         assert rows["code"].to_list() == [f"patch {row},{column}" for row in range(4) for column in range(4)]
         assert rows["attribution"].to_list() == pytest.approx(relevance.flatten().tolist(), abs=1e-6)
         assert rows["y_prob"][0].to_list() == pytest.approx(output["y_prob"][0].tolist(), abs=1e-6)
+    assert "patch 3,3" in write_report(tmp_path).read_text()
 
 
 @pytest.mark.parametrize(("name", "kind"), [("GPT2", "stream"), ("HALO", "many hot")])
@@ -126,6 +129,7 @@ def test_the_codes_of_a_stream_for_a_position_named(tmp_path: Path, name: str, k
         last = len(cells) + len(visits) - 1  # the last code, behind [BOS] and between marks
         assert rows["y_prob"][0].to_list() == pytest.approx(output["y_prob"][0, last].tolist(), abs=1e-6)
         assert len(rows["y_prob"][0]) == len(vocabulary) + 3
+    assert "visits" in write_report(tmp_path).read_text()
 
 
 def test_de_identification_for_a_token_named(tmp_path: Path) -> None:
