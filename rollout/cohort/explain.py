@@ -72,12 +72,16 @@ class PyHealthExplain:
         classes = getattr(model, "get_output_size", lambda: None)()
         if self.target_class is not None and classes is not None and self.target_class >= max(classes, 2):
             raise ValueError(f"attribute_cohort: target_class must be below {classes}, got {self.target_class}")
-        self.interpreter(model)
+        if getattr(self.interpreter(model), "captured", None) is not None:
+            raise ValueError(
+                f"what a {type(model).__name__} makes of a record has relevance by attribute_cohort; it is no entry of "
+                "the record that could be taken out"
+            )
 
     def __call__(self, model: Any, batch: Batch) -> Explained:
         """One forward pass, and one backward for a class-specific method."""
         interpreter = self.interpreter(model)
-        with _outputs(model) as outputs:
+        with model_outputs(model) as outputs:
             relevance = interpreter.attribute(self.target_class, **batch)
         output = outputs[-1] if outputs else {}
         target = None
@@ -99,7 +103,7 @@ class PyHealthExplain:
 
 
 @contextmanager
-def _outputs(model: torch.nn.Module) -> Iterator[list[Mapping[str, Any]]]:
+def model_outputs(model: torch.nn.Module) -> Iterator[list[Mapping[str, Any]]]:
     """What the model returns from each of its forward passes while it is open."""
     outputs: list[Mapping[str, Any]] = []
 

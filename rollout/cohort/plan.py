@@ -117,6 +117,8 @@ def _shape(value: Any) -> Hashable:
 
 
 def _length(value: Any, decoder: Decoder) -> int:
+    if decoder.entries is not None:
+        return len(decoder.entries(value))
     if decoder.value is not None and isinstance(value, tuple | list):
         value = value[decoder.value]
     dims = getattr(value, "ndim", 1)

@@ -143,7 +143,9 @@ def _read_parts(
         begun = time.perf_counter()
         read = _read(source, parts[number], without, stop)
         lengths = np.array(read.lengths, dtype=np.int64).reshape(len(read.samples), len(source.decoders))
-        batches = plan.batches(lengths, [plan.group_of(sample) for sample in read.samples])
+        sizes = map(tuple, lengths if plan.equal_lengths else lengths[:, :0])  # a text has no size of its own
+        groups = [(plan.group_of(sample), size) for sample, size in zip(read.samples, sizes, strict=True)]
+        batches = plan.batches(lengths, groups)
         seconds = time.perf_counter() - begun
         for places in batches:
             begun = time.perf_counter()

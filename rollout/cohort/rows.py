@@ -1,7 +1,7 @@
 """Attributions and predictions as Arrow tables, one row per real entry of a record, and as Parquet files."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -38,6 +38,7 @@ class Decoder:
         nested: Whether a record is a list of visits, each with codes.
         whole: Whether a numeric record is one step to a model, however many numbers it holds.
         padding: The id that stands for no code; None when every id is a code.
+        entries: What makes ids [S] of a record that holds none, such as the tokens of a text; None: it holds them.
     """
 
     value: int | None
@@ -47,11 +48,16 @@ class Decoder:
     nested: bool
     whole: bool = False
     padding: int | None = 0
+    entries: Callable[[Any], Tensor] | None = None
 
     @property
     def has_ids(self) -> bool:
         """Whether the records are ids of codes, of which one may be padding."""
-        return self.codes is not None and not self.multi_hot
+        return self.codes is not None and not self.multi_hot and self.entries is None
+
+    def values(self, record: Any) -> Tensor:
+        """The ids or numbers of a record."""
+        return _part(record, self.value) if self.entries is None else self.entries(record)
 
     @property
     def granularity(self) -> str:
@@ -63,18 +69,39 @@ class Decoder:
         return "feature" if self.multi_hot else "code"
 
 
-def feature_decoders(dataset: Any, padding_ids: Mapping[str, int | None] = NO_PADDING_IDS) -> dict[str, Decoder]:
+def feature_decoders(
+    dataset: Any,
+    padding_ids: Mapping[str, int | None] = NO_PADDING_IDS,
+    entries: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Decoder]:
     """Return a decoder for each input feature of a PyHealth `SampleDataset`, from its fitted processors.
 
     Args:
         dataset: The samples.
         padding_ids: Feature → the id that stands for no code; of the others it is that of the processor's `<pad>`.
+        entries: Feature → what makes its entries, of those that a model makes itself.
     """
-    return {key: _decoder(key, processor, padding_ids) for key, processor in dataset.input_processors.items()}
+    return {
+        key: entries_decoder(entries[key]) if key in entries else _decoder(key, processor, padding_ids)
+        for key, processor in dataset.input_processors.items()
+    }
+
+
+def entries_decoder(entries: Any) -> Decoder:
+    """Return the decoder of a feature whose entries a model makes itself (`rollout.pyhealth.entries`)."""
+    codes = vocabulary_array(entries.vocabulary)
+    return Decoder(None, None, codes, multi_hot=False, nested=False, padding=None, entries=entries)
 
 
 def _decoder(feature: str, processor: Any, padding_ids: Mapping[str, int | None]) -> Decoder:
-    schema = tuple(processor.schema())
+    try:
+        schema = tuple(processor.schema())
+    except NotImplementedError:
+        raise ValueError(
+            f"attribute_cohort: the entries of feature {feature!r} must be known, those of a "
+            f"{type(processor).__name__} are where a TransformersModel or TransformerDeID is attributed; else give "
+            "vocabularies= with the ids that stand for them, collate= and explain="
+        ) from None
     paired = len(schema) > 1
     codes = getattr(processor, "code_vocab", None)
     labels = getattr(processor, "label_vocab", None)
@@ -215,7 +242,7 @@ class _Entries:
 
 
 def _entries(feature: str, samples: Sequence[Mapping[str, Any]], scores: np.ndarray, decoder: Decoder) -> _Entries:
-    values = [_part(sample[feature], decoder.value) for sample in samples]
+    values = [decoder.values(sample[feature]) for sample in samples]
     dims = values[0].dim() if values else 1
     if decoder.codes is None:
         return _step_entries(feature, samples, values, scores, decoder)

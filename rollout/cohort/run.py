@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from rollout.cohort.attributing import Attribute
+from rollout.cohort.captured import entries_of, explain_of, reading_of
 from rollout.cohort.code import python_version
-from rollout.cohort.explain import Explain, PyHealthExplain, chain_of, describe_method
+from rollout.cohort.explain import Explain, chain_of, describe_method
 from rollout.cohort.identity import function_identity, model_identity, read_state
 from rollout.cohort.plan import Plan
 from rollout.cohort.session import Session, device_of, settled
@@ -41,6 +42,7 @@ def attribute_cohort(
     readout: str = "model",
     backend: str = "auto",
     target_class: int | None = None,
+    query: int | None = None,
     batch_samples: int = 256,
     part_samples: int = 2048,
     equal_lengths: bool | None = None,
@@ -85,8 +87,8 @@ def attribute_cohort(
     batch that runs out of memory is halved, which the manifest notes.
 
     Args:
-        model: A PyHealth model with the attention readout methods; any module, with `explain`. It is put back as it
-            was: device, training mode, hooks.
+        model: A PyHealth model that `rollout.pyhealth` explains; any module, with `explain`. It is put back as it was:
+            device, training mode, hooks.
         dataset: A PyHealth `SampleDataset`; or anything with `len` and `[i]` that gives mappings, with
             `vocabularies` and `collate`, such as a `rollout.data.meds.MedsDataset`. A feature that its mapping
             `time_units` names is a pair of times and values.
@@ -106,6 +108,9 @@ def attribute_cohort(
         backend: As in `rollout.attention_rollout`.
         target_class: Class to explain, for class-specific methods; None: the one predicted, per sample. It is written
             to `predictions/` as `target_class`.
+        query: Of PyHealth's models whose every position predicts (TransformerDeID, GPT2, HALO) the position whose
+            relevance is wanted, as in `rollout.pyhealth.AttentionRollout`: −1 is each record's last. `predictions/` has
+            what is predicted from there (of HALO nothing), and no label.
         batch_samples: Most samples in a batch.
         part_samples: Samples in a part: what is done again at most after a kill.
         equal_lengths: Batch only samples of equal length in every feature, so that none is padded: each gets the
@@ -131,7 +136,7 @@ def attribute_cohort(
     for module in ("pyarrow", "tqdm"):
         require(module, "cohort")
     chosen = {"workers": workers, "readout": readout, "backend": backend, "target_class": target_class}
-    _check(chosen)
+    _check({**chosen, "query": query})
     where = check_where(model, device, client, workers)
     chain = chain_of(method)
     whole_map = chain is not None and chain.needs_whole_map and explain is None
@@ -141,14 +146,24 @@ def attribute_cohort(
             "attribute_cohort: equal_lengths must not be False for a method that looks at the whole map: its numbers "
             "would depend on the padding of a batch; leave it out"
         )
-    source = open_source(dataset, collate, vocabularies, padding_ids)
+    reading = reading_of(model) if explain is None else None
+    entries = entries_of(model, reading)
+    if entries and vocabularies is not None:
+        raise ValueError(
+            f"attribute_cohort: vocabularies must be left out for a {type(model).__name__}, which makes the entries of "
+            f"{', '.join(entries)} itself"
+        )
+    source = open_source(dataset, collate, vocabularies, padding_ids, entries)
     if backend == "triton" and (where or device_of(model)).type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
         raise ValueError("attribute_cohort: backend='triton' needs a CUDA device; use 'auto'")
     functions = _functions_of_the_caller(source, chain, explain)
     if explain is None:
-        explain = PyHealthExplain(chain, readout, backend, target_class)
+        ours = explain_of(reading, chain, readout, backend, target_class, query)
         with settled(model, None):
-            explain.check(model)
+            ours.check(model)
+        explain = ours
+    elif query is not None:
+        raise ValueError(f"attribute_cohort: query is not handed to explain, which says what it explains; got {query}")
     work = Work(model, source, Attribute(explain, class_specific(chain)), plan)
     identity = {
         "model": model_identity(model),
@@ -156,15 +171,17 @@ def attribute_cohort(
         "method": describe_method(method),
         "plan": vars(plan).copy(),
         **{key: value for key, value in chosen.items() if key != "workers"},
+        **({} if query is None else {"query": query}),
         **{name: function_identity(function, [model, dataset]) for name, function in functions.items()},
         "python": python_version(),
     }
     state = partial(read_state, model, functions, [model, dataset])
+    each = chain is None or (reading is not None and reading.each)
     begun = Manifest.of(
         identity,
         class_specific(chain),
         state=state(),
-        granularity={feature: _scored(decoder.granularity, chain) for feature, decoder in source.decoders.items()},
+        granularity={feature: _scored(decoder.granularity, each) for feature, decoder in source.decoders.items()},
         time=source.time,
         labels=source.labels,
     )
@@ -178,14 +195,15 @@ def attribute_cohort(
         store.close()
 
 
-def _scored(granularity: str, chain: Method | None) -> str:
-    """What has a score of its own: without a chain, whose positions are visits, every code."""
-    return "code" if granularity == "visit" and chain is None else granularity
+def _scored(granularity: str, each: bool) -> str:
+    """What has a score of its own: every code where a position is no visit, as where there is no chain."""
+    return "code" if granularity == "visit" and each else granularity
 
 
 def _check(settings: Mapping[str, Any]) -> None:
-    if settings["target_class"] is not None:
-        check_count("target_class", settings["target_class"], _named("target_class"))
+    for key in ("target_class", "query"):
+        if settings[key] is not None:
+            check_count(key, settings[key], _named(key))
     for key in ("readout", "backend"):
         check_word(key, settings[key], _named(key))
 

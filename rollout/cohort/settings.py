@@ -18,7 +18,7 @@ OWN_PATH_OFF = ":own_path=false"
 READOUTS = ("model", "forward")
 COUNTS = {
     "batch_tokens": (1, 2**24), "batch_samples": (1, 2**16), "part_samples": (1, 2**20), "workers": (1, 512),
-    "target_class": (0, 2**20), "seed": (0, 2**32 - 1), "leave_one_out": (0, 4096),
+    "target_class": (0, 2**20), "query": (-(2**20), 2**20), "seed": (0, 2**32 - 1), "leave_one_out": (0, 4096),
 }  # fmt: skip
 """Whole numbers: the least and the most. Past the most it is a slip of the pen, or no machine has the memory."""
 WORDS = {
@@ -27,7 +27,7 @@ WORDS = {
     "backend": tuple(BACKENDS),
 }
 SETTINGS = ("method", "batch_tokens", "batch_samples", "part_samples", "device", "workers", "readout", "backend",
-            "target_class", "equal_lengths")  # fmt: skip
+            "target_class", "query", "equal_lengths")  # fmt: skip
 
 
 def check_settings(settings: Mapping[str, Any], named: Callable[[str], str]) -> None:

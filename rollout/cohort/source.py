@@ -46,6 +46,7 @@ def open_source(
     collate: Collate | None = None,
     vocabularies: Mapping[str, Mapping[str, int] | None] | None = None,
     padding_ids: Mapping[str, int | None] | None = None,
+    entries: Mapping[str, Any] | None = None,
 ) -> Source:
     """Look at a dataset: what it holds and how its entries are read back.
 
@@ -57,6 +58,7 @@ def open_source(
         padding_ids: Feature → the id that stands for no code, None when every id is a code. A feature that is left out
             has that of its vocabulary's `<pad>` or `[PAD]`, which PyHealth's processors have; 0 where the
             vocabulary has neither that nor a code 0.
+        entries: Feature of PyHealth's → `rollout.pyhealth.entries.Entries`, of which its model makes them itself.
 
     Raises:
         TypeError: If it cannot be indexed, a needed argument is missing, or a padding id is no int.
@@ -78,7 +80,7 @@ def open_source(
         }
         schema: Any = {feature: dict(codes or {}) for feature, codes in vocabularies.items()}
     elif hasattr(dataset, "input_processors"):
-        decoders = feature_decoders(dataset, stated)
+        decoders = feature_decoders(dataset, stated, entries or {})
         schema = _schema(dataset)
     else:
         raise TypeError(
@@ -102,6 +104,8 @@ def open_source(
         "fingerprint": digest_of([len(dataset), schema]),
         CONTENT: sampled_content(dataset, len(dataset)),
     }
+    if entries:
+        description["entries"] = {feature: digest_of(one.described) for feature, one in entries.items()}
     time = {feature: _time_unit(dataset, feature) for feature, one in decoders.items() if one.time is not None}
     return Source(dataset, collate, decoders, description, time, _label_names(dataset))
 

@@ -76,7 +76,8 @@ def check_model_class(model: Any, where: str) -> None:
     if missing:
         raise ValueError(
             f"{where}: PyHealth's {model.__name__} has no attention readout (it lacks {', '.join(missing)}); "
-            "Transformer and StageAttentionNet have. For other models there is rollout.capture"
+            "Transformer and StageAttentionNet have, and TransformersModel, TransformerDeID, GPT2 and HALO do without. "
+            "For other models there is rollout.capture"
         )
 
 

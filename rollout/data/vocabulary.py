@@ -337,5 +337,6 @@ _STATES: dict[str, dict[str, _Kind]] = {
     "MultiLabelProcessor": {"label_vocab": _LABELS},
     "RegressionLabelProcessor": {},
     "RawProcessor": {},
+    "TextProcessor": {},
 }  # fmt: skip
 WAY_OUT = "build the model and the dataset in Python instead: rollout attribute --entry package.module:function"

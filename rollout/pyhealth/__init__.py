@@ -4,7 +4,8 @@
 
 The same numbers, shapes, device and dtype. They also run where PyHealth's cannot: under `torch.no_grad()` and
 `torch.inference_mode()`, with frozen parameters, in float16, for sequences beyond `max_seq_len`, for empty features,
-and for a StageAttentionNet of flat features. `FrozenGradient` is signed and class-specific, and no chain.
+and for a StageAttentionNet of flat features; `AttentionRollout` also for TransformersModel, ViT and others that have no
+readout methods. `FrozenGradient` is signed and class-specific, and no chain.
 """
 
 from rollout.errors import brought_by

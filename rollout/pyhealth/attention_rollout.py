@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rollout.api import attention_rollout
 from rollout.method import METHODS, get_method
+from rollout.pyhealth.captured import CapturedRollout, Query
 from rollout.pyhealth.fused import CannotFuseError, FusedCapture, can_fuse
 from rollout.pyhealth.interpreter import RowInterpreter
 from rollout.pyhealth.merged import CannotMergeError, MergedCapture
@@ -19,6 +20,7 @@ from rollout.pyhealth.protocol import protocol_maps
 from rollout.pyhealth.readout import Relevance
 from rollout.pyhealth.residual import CannotMeasureError, residuals_of
 from rollout.pyhealth.watch import READOUT_METHODS, MapCapture, Sites, attention_sites
+from rollout.pyhealth.zoo import reading_of, why_unread
 from rollout_kernels import Method
 from rollout_kernels._dispatch import BACKENDS
 from rollout_kernels.method import HEAD_FUSIONS, HeadFusion
@@ -46,11 +48,21 @@ class AttentionRollout(RowInterpreter):
     back, as do half precision, autocast, dropout, a mask that is not made of valid positions, and an open
     `rollout.capture`. A method that measures values runs on all positions, and is refused where maps are all there is.
 
+    A model of PyHealth's without the three, of which it is known what its attention is over (`rollout.pyhealth.zoo`),
+    is recorded by `rollout.capture`, no map made: of a TransformersModel the relevance of its tokens [B, S], of a
+    TorchvisionModel that is a ViT that of the image [B, 1, H, W], as PyHealth gives it: of the patches, bilinear to the
+    image's size, or with `attribute(interpolate=False)` the patches' own [B, 1, h, w]; that of the class token is left
+    out; of a ConCare that of each column of a feature, at all its steps, for the columns as its pooling weighs them.
+    Where each position predicts, `query` names one: of a TransformerDeID the relevance is [B, S], of GPT2 and HALO
+    that of `visits` as they are given, of PromptEHR that of the decoder's inputs and of the encoder's by stream, of
+    MedLink that of `s_q` and of `s_p`. Such a model is refused in training mode.
+
     Nothing is left on the model: no hook, no map, no flag, no `.grad`, also after an exception. `model.eval()` is
     called once, here; a model put back in training mode is attributed with its dropout, as by PyHealth.
 
     Args:
-        model: has `set_attention_hooks`, `get_attention_layers` and `get_relevance_tensor`.
+        model: has `set_attention_hooks`, `get_attention_layers` and `get_relevance_tensor`, or is one of the others
+            above.
         head_fusion: `"mean"`: PyHealth's numbers. `"max"`, `"min"`, or a tensor of head weights [H] or [L, H]: fused
             so, and renormalised.
         method: a name in `rollout.METHODS` or a `rollout.Method`, instead of `head_fusion`; gradient-free ones only.
@@ -61,11 +73,15 @@ class AttentionRollout(RowInterpreter):
         readout: `"model"`: the row `get_relevance_tensor` picks. `"forward"`: the row the forward pass predicted from.
             They differ for a StageAttentionNet with `stagenet_tensor` features, whose readout takes its mask from the
             raw values while the model takes it from their embedding. PyHealth's own two models only.
+        query: of a model whose every position predicts, the position wanted: an int, −1 being each sample's last, long
+            [B], or weights over the positions float [B, S]; of MedLink also one of each, `{"s_q": …, "s_p": …}`.
 
     Raises:
         ValueError: unknown `head_fusion`, `method`, `backend` or `readout`; `head_fusion` and `method` both given; a
-            method that needs gradients; one that measures values, of a model where they are not seen.
-        TypeError: the model lacks a readout method; `head_fusion` or `method` is of the wrong type.
+            method that needs gradients; one that measures values, of a model where they are not seen; `query` is
+            missing, or given where the model says which row it reads.
+        TypeError: the model lacks a readout method, and is none of the others above; `head_fusion` or `method` is of
+            the wrong type.
 
     Source: Abnar & Zuidema 2020, arXiv:2005.00928, section 3.
     """
@@ -78,6 +94,7 @@ class AttentionRollout(RowInterpreter):
         method: str | Method | None = None,
         backend: str = "auto",
         readout: str = "model",
+        query: Query | None = None,
     ) -> None:
         self.method = _resolve_method(head_fusion, method)
         if backend not in BACKENDS:
@@ -85,18 +102,25 @@ class AttentionRollout(RowInterpreter):
         if readout not in READOUTS:
             raise ValueError(f"AttentionRollout: readout must be one of {READOUTS}, got {readout!r}")
         missing = [name for name in READOUT_METHODS if not hasattr(model, name)]
-        if missing:
-            raise TypeError(
-                f"AttentionRollout: model must have the attention readout methods {', '.join(READOUT_METHODS)}; got "
-                f"{type(model).__name__}. Missing: {', '.join(missing)}. They say which row the model reads; where you "
-                f"know it, record the attention and take that row: with rollout.capture(model) as tape: "
-                f"model(**batch); tape.rollout(0)"
+        reading = reading_of(model) if missing else None
+        if missing and reading is None:
+            raise TypeError(_missing(model, missing))
+        if query is not None and reading is None:
+            raise ValueError(
+                f"AttentionRollout: query is for models whose every position predicts; which row a "
+                f"{type(model).__name__} reads, its get_relevance_tensor says, got {query!r}"
             )
         super().__init__(model)
         self.head_fusion = head_fusion
         self.backend = backend
         self.readout = readout
-        self._check_values(attention_sites(model))
+        self.captured = None
+        if reading is None:
+            self._check_values(attention_sites(model))
+        elif readout != "model":
+            raise ValueError(_no_forward(model))
+        else:
+            self.captured = CapturedRollout(model, reading, query, self.method, backend)
 
     def attribute(self, target_class_idx: int | None = None, **data: Any) -> Relevance:
         """The relevance of every input position for the row the model reads.
@@ -116,15 +140,14 @@ class AttentionRollout(RowInterpreter):
             ValueError: the method measures values, and they are not seen any more, or a mask is not made of valid
                 positions.
         """
+        if self.captured is not None:
+            return self.captured.attribute(data)
         return super().attribute(target_class_idx, **data)
 
     def _by_protocol(self, data: dict[str, Any], target_class_idx: int | None) -> Relevance:
         self._check_values(None)
         if self.readout == "forward":
-            raise ValueError(
-                "AttentionRollout: readout='forward' needs PyHealth's own Transformer or StageAttentionNet, "
-                f"got {type(self.model).__name__} with attention or readout methods of its own; use readout='model'"
-            )
+            raise ValueError(_no_forward(self.model))
         maps = protocol_maps(self.model, data)
         matrices = {key: self._rollout(maps.pop(key), None) for key in list(maps)}
         return self._read_matrices(matrices, data)
@@ -171,6 +194,8 @@ class AttentionRollout(RowInterpreter):
 
     def describe_path(self) -> str:
         """How batches are run on this model as it is, and where it is not the fastest way, why."""
+        if self.captured is not None:
+            return "with its own attention, queries and keys recorded by rollout.capture"
         sites = attention_sites(self.model)
         if sites is None:
             return f"by PyHealth's protocol, the full matrix: {NOT_OWN}"
@@ -186,6 +211,25 @@ class AttentionRollout(RowInterpreter):
         """Rows [B, S] of the rollout, or all of it [B, S, S], in the maps' dtype; a NaN stays in its sample."""
         result = attention_rollout(maps, query=rows, method=self.method, backend=self.backend, validate=False)
         return result.to(_stock_dtype(maps[0]))
+
+
+def _missing(model: Any, missing: list[str]) -> str:
+    why = why_unread(model)
+    advice = (
+        "They say which row the model reads; where you know it, record the attention and take that row: with "
+        "rollout.capture(model) as tape: model(**batch); tape.rollout(0)"
+    )
+    return (
+        f"AttentionRollout: model must have the attention readout methods {', '.join(READOUT_METHODS)}; got "
+        f"{type(model).__name__}. Missing: {', '.join(missing)}. {advice if why is None else 'Of it, ' + why}"
+    )
+
+
+def _no_forward(model: Any) -> str:
+    return (
+        "AttentionRollout: readout='forward' needs PyHealth's own Transformer or StageAttentionNet, "
+        f"got {type(model).__name__} with attention or readout methods of its own; use readout='model'"
+    )
 
 
 def _unmeasured(model: Any, why: str) -> ValueError:

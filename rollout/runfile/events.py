@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rollout._capture.read_rows import positions_read
 from rollout.cohort.explain import chain_of
 from rollout.cohort.settings import OWN_PATH_OFF, WORDS
 from rollout.data.classes import did_you_mean
@@ -46,7 +47,6 @@ from rollout.runfile.hugging_face import (
     longest_input,
     predict_events,
 )
-from rollout.runfile.read_rows import positions_read
 
 MEDS = "MEDS"
 """The `[dataset] class` of such a run file."""
@@ -244,8 +244,10 @@ def read_events(
                 )
             if type(value) is not options[key] or (type(value) is int and value < 1):
                 raise ValueError(f"{path}: [{name}] arguments.{key} must be {_TYPES[options[key]]}, got {value!r}")
-    if settings.get("readout", "model") != "model" or "target_class" in settings:
-        raise ValueError(f"{path}: [run] readout and target_class are of PyHealth's models, not of transformers'")
+    if settings.get("readout", "model") != "model" or "target_class" in settings or "query" in settings:
+        raise ValueError(
+            f"{path}: [run] readout, target_class and query are of PyHealth's models, not of transformers'"
+        )
     refit = model["vocabulary"] == REFIT
     if not refit and not below("model", "vocabulary").is_file():
         raise ValueError(f"{path}: [model] vocabulary must be a file, got {below('model', 'vocabulary')}: no such file")

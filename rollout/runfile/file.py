@@ -48,11 +48,13 @@ from rollout.runfile.hugging_face import AUTO
 from rollout.runfile.settings import SETTINGS, check_settings
 from rollout.runfile.toml import write_toml
 from rollout.runfile.weights import (
+    FOLDER,
     build_model,
     check_model,
     differences,
     load_model,
     read_weights,
+    takes_folder,
     weights_digest,
     write_weights,
 )
@@ -170,8 +172,12 @@ def _read(path: Path) -> RunFile | EventsRun:
         task_arguments=task.get("arguments", {}),
         workers=dataset.get("workers", 1),
     )
+    arguments = dict(model.get("arguments", {}))
+    if takes_folder(model["class"]) and isinstance(arguments.get(FOLDER), str):
+        found = _below(folder, arguments[FOLDER], f"{path}: [model] arguments.{FOLDER}")
+        arguments[FOLDER] = str(found.absolute())
     try:
-        check_model(model["class"], model.get("arguments", {}))
+        check_model(model["class"], arguments)
         source.check()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -181,7 +187,7 @@ def _read(path: Path) -> RunFile | EventsRun:
         weights=below("model", "weights"),
         vocabulary=vocabulary,
         source=source,
-        arguments=model.get("arguments", {}),
+        arguments=arguments,
         cache=below("dataset", "cache") if "cache" in dataset else None,
         output=below("run", "output") if "output" in run else None,
         settings=settings,
@@ -304,6 +310,8 @@ def save_model(
     write_vocabulary(dataset, folder / VOCABULARY, write_weights(model, folder / WEIGHTS))
     if source is None:
         return folder
+    if takes_folder(name):
+        arguments[FOLDER] = _from(folder, Path(arguments[FOLDER]))
     tables: dict[str, dict[str, Any]] = {
         "model": {"class": name, "weights": WEIGHTS, "vocabulary": VOCABULARY, "arguments": arguments},
         "dataset": {

@@ -1,7 +1,7 @@
 """A Hugging Face sequence classifier over event tokens: read from a folder, and its records explained.
 
 Nothing is downloaded and no code of a folder is run. Which row of the rollout is wanted is not looked up by the name of
-the architecture: `rollout.runfile.read_rows` finds out which positions the classifier's head reads.
+the architecture: `rollout._capture.read_rows` finds out which positions the classifier's head reads.
 """
 
 from collections.abc import Iterator, Mapping

@@ -12,7 +12,12 @@ from rollout.cohort.digest import digest_of
 from rollout.data.classes import check_arguments, check_model_class, named_class
 from rollout.data.quiet import quiet_pyhealth
 from rollout.files import write_whole
+from rollout.runfile.hugging_face import check_folder
 
+OF_FOLDERS, FOLDER = ("TransformersModel", "TransformerDeID"), "model_name"
+"""PyHealth's models around one of transformers, and the argument that names it."""
+UNNAMED = ("TorchvisionModel", "PromptEHR", "MedLink", "ConCare")
+"""Models of PyHealth's that are read, but of no cohort, or of none that a dataset and task can be named for."""
 SHOWN = 4
 """Differences between weights and model that an error lists."""
 MOST_SIZE, MOST_LAYERS = 65_536, 1_024
@@ -62,12 +67,42 @@ def check_model(name: str, arguments: Mapping[str, Any]) -> None:
         ValueError: If PyHealth has no such model, it has no attention readout, or it does not take an argument.
     """
     model = named_class("model", name, "[model] class")
-    check_model_class(model, "[model] class")
+    if not is_read_by_run_files(model):
+        check_model_class(model, "[model] class")
     check_arguments(model, arguments, ("dataset",), "[model] arguments")
+    if takes_folder(name):
+        check_pretrained(arguments)
     for key, value in arguments.items():
         most = MOST_LAYERS if key.endswith("layers") else MOST_SIZE
         if type(value) is int and not 0 <= value <= most:
             raise ValueError(f"[model] arguments: {key} must be from 0 to {most:,}, got {value}")
+
+
+def is_read_by_run_files(model: type) -> bool:
+    """Whether rollout knows how a model without readout methods is read, and a run file can give it samples."""
+    from rollout.pyhealth.zoo import is_read
+
+    return is_read(model) and model.__name__ not in UNNAMED
+
+
+def takes_folder(name: str) -> bool:
+    """Whether a model of PyHealth's reads its architecture and tokenizer from a folder, or downloads them."""
+    return name in OF_FOLDERS
+
+
+def check_pretrained(arguments: Mapping[str, Any]) -> None:
+    """Refuse all but a local folder that holds architecture, weights and tokenizer, and no code.
+
+    Raises:
+        ValueError: naming what lacks.
+    """
+    given = arguments.get(FOLDER)
+    if given is None or not Path(given).is_dir():
+        raise ValueError(
+            f"[model] arguments: {FOLDER} must be a folder with config.json, model.safetensors and the tokenizer's "
+            f"files, for nothing is downloaded, got {given!r}: no such folder"
+        )
+    check_folder(Path(given), f"[model] arguments: {FOLDER}")
 
 
 def build_model(name: str, arguments: Mapping[str, Any], dataset: Any, device: str = "cpu") -> Any:

@@ -1,6 +1,7 @@
 """`rollout.capture` of PyHealth's models beyond the two of its interpreters: right against their maps, or refused."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,14 +10,15 @@ from torch import Tensor, nn
 
 pytest.importorskip("pyhealth", reason="PyHealth's models need the pyhealth extra")
 
+from pyhealth.models import GraphCare, graphcare
+from pyhealth.models._graphcare.bat_gnn import BiAttentionGNNConv
+
 import rollout
 from rollout.pyhealth import AttentionRollout
 from tests.support.capture_family import check, prepared
-from tests.support.capture_pyhealth import PYHEALTH, SETS, E, H, calls_of
+from tests.support.capture_pyhealth import PYHEALTH, SETS, E, H, batch, calls_of, data
 from tests.support.capture_table import assert_in_table, cases
 from tests.support.oracles import array, assert_close, joint_rollout, rollout_matrices
-
-READ_AT_0 = ["TransformersModel (BERT)", "TorchvisionModel (ViT)"]
 
 
 def recorded(model: Any, inputs: dict[str, Any], part: nn.Module | None = None, **options: Any) -> Any:
@@ -97,19 +99,35 @@ def test_mole_rec_by_its_part() -> None:
     assert_close(tape.maps(0), maps, "qk")
 
 
-@pytest.mark.parametrize("name", READ_AT_0)
-def test_what_the_interpreter_says_of_a_model_without_readout_is_true(name: str) -> None:
-    """Row 0 of the one stream: the pooler of a BERT reads it, and the head of a ViT."""
-    family = PYHEALTH[name]
-    model, inputs = prepared(family, family.implementations[0])
-    with pytest.raises(TypeError, match=r"Missing: .*with rollout.capture\(model\) as tape: .*; tape.rollout\(0\)"):
+def test_graph_care_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its messages along edges are no attention of every position to every other; what it needs of torch-geometric
+    stands in here."""
+
+    def propagate(layer: Any, edges: Tensor, x: Tensor, edge_attr: Tensor, attn: Tensor) -> Tensor:
+        messages = layer.message(x_j=x[edges[0]], edge_attr=edge_attr, attn_j=attn[edges[0]])
+        return torch.zeros_like(x).index_add(0, edges[1], messages)
+
+    def added(x: Tensor, graph_of: Tensor) -> Tensor:
+        return x.new_zeros(int(graph_of.max()) + 1, x.shape[1]).index_add(0, graph_of, x)
+
+    stand_ins = {
+        "HAS_PYG": True,
+        "global_add_pool": added,
+        "global_mean_pool": lambda x, graph_of: added(x, graph_of) / added(torch.ones_like(x), graph_of),
+        "pyg_softmax": lambda x, graph_of: x.exp() / added(x.exp(), graph_of)[graph_of],
+    }
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(graphcare, name, value, raising=False)
+    monkeypatch.setattr(BiAttentionGNNConv, "propagate", propagate, raising=False)
+    knowledge = SimpleNamespace(num_entities=6, num_relations=2, node_features=None)
+    model = GraphCare(data("pairs")[0], knowledge, hidden_dim=E, num_layers=2).eval()
+    ring = torch.stack([torch.arange(9), (torch.arange(9) + 1) % 9])
+    ids = {"node_ids": torch.arange(9) % 6, "edge_type": torch.arange(9) % 2, "batch": torch.arange(9) // 3}
+    graph = SimpleNamespace(edge_index=ring, **ids)
+    inputs = {**batch("pairs"), "codes": graph, "d_codes": graph}
+    with torch.no_grad():
+        assert model(**inputs)["y_prob"].shape == (3, 1)
+    with pytest.raises(rollout.CaptureError, match=r"BiAttentionGNNConv at gnn_layers.0 ran, and no softmax attention"):
+        recorded(model, inputs)
+    with pytest.raises(TypeError, match=r"got GraphCare. Missing"):
         AttentionRollout(model)
-    tape = recorded(model, inputs)
-    (stream,) = tape.streams
-    (maps,) = family.maps(copy.deepcopy(model), inputs, tape).values()
-    (row,) = tape.rollout(0).values()
-    assert_close(row, rollout_matrices(maps, rollout.METHODS["rollout"])[:, 0], "qk")
-    assert stream.startswith("model.")
-    assert row.sum(1).tolist() == pytest.approx([1.0] * 3)
-    if family.padding in inputs:
-        assert (array(row)[inputs[family.padding].numpy() == 0] == 0).all()

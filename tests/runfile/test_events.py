@@ -236,7 +236,7 @@ TABLES: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "too few": ({"dataset": {"arguments": {"max_events": 0}}}, r"max_events must be a whole number, got 0"),
     "not said": ({"model": {"arguments": {"first": "[CLS]"}}}, r"vocabulary has '\[SEP\]': say with .*arguments.last"),
     "no such token": ({"model": {"arguments": {"first": "<s>", "last": ""}}}, "'<s>' is not in the vocabulary"),
-    "readout": ({"run": {"readout": "forward"}}, "readout and target_class are of PyHealth's models"),
+    "readout": ({"run": {"readout": "forward"}}, "readout, target_class and query are of PyHealth's"),
     "gradients": ({"run": {"method": "chefer"}}, "must need nothing but attention for a model of transformers"),
     "frozen gradient": ({"run": {"method": "frozen_gradient"}}, "must need nothing but attention"),
 }  # fmt: skip

@@ -77,8 +77,8 @@ def batch(kind: str) -> dict[str, Any]:
 
 
 @cache
-def bert() -> str:
-    """A folder with a small random BERT and its tokenizer, gone when the process ends."""
+def bert(config_class: Any = BertConfig, model_class: Any = BertModel) -> str:
+    """A folder with a small random BERT, or a relative of it, and its tokenizer, gone when the process ends."""
     folder = tempfile.mkdtemp(prefix="tiny-bert-")
     atexit.register(shutil.rmtree, folder)
     words = sorted({word for text in TEXTS for word in text.split()})
@@ -86,17 +86,17 @@ def bert() -> str:
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
     BertTokenizerFast(str(vocabulary)).save_pretrained(folder)
     torch.manual_seed(1)
-    config = BertConfig(
+    config = config_class(
         vocab_size=5 + len(words), hidden_size=E, num_hidden_layers=3, num_attention_heads=H, intermediate_size=2 * E,
         initializer_range=0.5,
     )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
+    model_class(config).save_pretrained(folder)
     return folder
 
 
-def text_model(kind: str, cls: Any, part: str) -> Callable[[str], Any]:
+def text_model(kind: str, cls: Any, part: str, folder: Callable[[], str] = bert) -> Callable[[str], Any]:
     def make(implementation: str) -> Any:
-        model = model_of(kind, cls, bert())(implementation)
+        model = model_of(kind, cls, folder())(implementation)
         getattr(model, part).set_attn_implementation(implementation)
         return model
 

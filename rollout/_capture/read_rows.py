@@ -1,6 +1,7 @@
 """Which positions the head of a sequence classifier reads, found out by asking it.
 
-Of what the model computes for each position, the logits take in some and not others. The gradient says which: it is
+Of what the model computes for each position, the logits (or what else it gives of all of them) take in some and not
+others. The gradient says which: it is
 exactly 0 at a position that is not read, and the same at all where their mean is. It is taken at the last module that
 still gives a state per position, so that what comes after it (pooling, dense layers) is the head.
 """
@@ -12,17 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rollout._capture import capture
+from rollout._capture.entry import capture
 
 Inputs = Mapping[str, Tensor]
 
 
-def positions_read(model: nn.Module, inputs: Inputs) -> str:
+def logits_of(output: Any) -> Tensor:
+    """The logits [B, K] of a classifier's output."""
+    found: Tensor = output.logits
+    return found
+
+
+def positions_read(model: nn.Module, inputs: Inputs, head: Callable[[Any], Tensor] = logits_of) -> str:
     """What the logits read: `first` position, `last` one that is there, or the `mean` of those that are.
 
     Args:
         model: The classifier, in evaluation mode. It is left as it was.
-        inputs: `input_ids` and `attention_mask` [B, S] of records of different lengths, padded on the right.
+        inputs: `input_ids` and `attention_mask` [B, S] of records of different lengths, padded on the right; what else
+            the model takes.
+        head: Gives, of the model's output, what is asked about, [B, K].
 
     Raises:
         CaptureError: The model cannot be captured exactly.
@@ -33,7 +42,7 @@ def positions_read(model: nn.Module, inputs: Inputs) -> str:
     if len(tape.streams) != 1:
         raise ValueError(f"the model must have one stack of attention layers, got {', '.join(tape.streams)}")
     mask, top = inputs["attention_mask"].bool(), model.get_submodule(tape.modules()[-1])
-    slopes = _slopes(model, inputs, _last_with_positions(model, inputs, top))
+    slopes = _slopes(model, inputs, _last_with_positions(model, inputs, top), head)
     read = slopes.abs().amax(-1) > 0
     places = torch.arange(mask.shape[1])
     if torch.equal(read, (places == 0).expand_as(read)):
@@ -70,8 +79,8 @@ def _last_with_positions(model: nn.Module, inputs: Inputs, top: nn.Module) -> nn
     return last
 
 
-def _slopes(model: nn.Module, inputs: Inputs, module: nn.Module) -> Tensor:
-    """The gradient of a combination of the logits by what a module gives, [B, S, E]."""
+def _slopes(model: nn.Module, inputs: Inputs, module: nn.Module, head: Callable[[Any], Tensor]) -> Tensor:
+    """The gradient of a combination of what the head gives by what a module gives, [B, S, E]."""
     leaves: list[Tensor] = []
 
     def replace(_: nn.Module, __: Any, output: Any) -> Any:
@@ -81,7 +90,7 @@ def _slopes(model: nn.Module, inputs: Inputs, module: nn.Module) -> Tensor:
         return (leaves[-1], *output[1:]) if isinstance(output, tuple) else leaves[-1]
 
     with _hooked([module], replace), torch.enable_grad():
-        logits = model(**inputs).logits
+        logits = head(model(**inputs))
     weights = torch.arange(1.0, logits.numel() + 1).view_as(logits).to(logits)
     (slopes,) = torch.autograd.grad((logits * weights).sum(), leaves[-1])
     return slopes.detach()
