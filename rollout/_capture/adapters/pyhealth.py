@@ -105,7 +105,7 @@ def _through_attention(
             masks = memo(shared if same else mask, "pyhealth", lambda: _masks(mask))  # type: ignore[arg-type]
         return Record(queries=query, keys=key, **masks)
 
-    handed = Handed(output[0], lambda each: each, lambda: value)
+    handed = Handed(output[0], lambda each: each, lambda: value, query)
     for recording in found:
         recording.attended(module, (query, key, value), output[0], make, _streams.get(module), handed=handed)
         recording.give(output)
