@@ -18,7 +18,7 @@ class Node:
     Attributes:
         number: of no other; what it was made of has smaller ones.
         parents: what it was made of.
-        root: the first that has the same numbers, in whatever shape, and but for a factor.
+        root: the first that has the same numbers, in whatever shape and order of dimensions, and but for a factor.
     """
 
     number: int
@@ -68,7 +68,7 @@ class Lineage:
             parents: their nodes before it ran.
             changed: those that it wrote: they and their views are in a new state.
             made: what it gave.
-            same: that has the numbers of the first argument, but for a factor.
+            same: that has the numbers of the first argument, in the sense of `Node.root`.
         """
         storages = {tensor.untyped_storage()._cdata for tensor in changed}
         for reference, node in list(self._nodes.values()) if storages else ():

@@ -81,16 +81,6 @@ class Held:
         batch, seq = self.path.size
         return tensor.reshape(seq, batch, -1).transpose(0, 1) if self.seq_first else tensor.reshape(batch, seq, -1)
 
-    def once(self, name: str) -> None:
-        """Its numbers are used by a function.
-
-        Raises:
-            CaptureError: not for the first time.
-        """
-        if self.read:
-            raise self.path.refuse(f"hands what it gives to {self.read[0]} and to {name}")
-        self.read.append(name)
-
 
 class Residuals:
     """Follows the attentions' outputs of one call of a model.
@@ -138,7 +128,7 @@ class Residuals:
         """
         for path in self._paths:
             if not path.found:
-                raise path.refuse("was not seen to be added to anything that its queries are made of")
+                raise path.refuse("was not seen to be added to what its queries are made of")
 
     def before(self, name: str, args: Any, kwargs: Any, changed: list[Tensor]) -> Callable[[Any], None]:
         """A function is about to run; what is returned is called with what it gave.
@@ -160,7 +150,7 @@ class Residuals:
     def _after(self, use: Use, parents: tuple[Node, ...], steps: list[Held | CaptureError | None], output: Any) -> None:
         made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in made if leaf.is_floating_point() or leaf.is_complex()]
-        same = use.keeps or use.scales
+        same = use.keeps or use.scales or use.turns
         self._lineage.note(use.given, parents, use.changed, made, same)
         for step in steps if made or use.changed else ():
             if isinstance(step, CaptureError):
@@ -182,6 +172,8 @@ class Residuals:
             return held if use.given[0] is tensor else None
         if held.added:
             return self._step_of_sum(use, tensor, held)
+        if held.read:
+            return held.path.refuse(f"hands what it gives to {held.read[0]} and to {use.name}")
         if held.weights is None:
             return held if use.turns else self._project(use, tensor, held)
         if use.turns and use.swaps_rows:
@@ -190,8 +182,8 @@ class Residuals:
             return self._add(use, tensor, held)
         factor = use.factor(tensor, held.weights.shape[-1])
         if factor is None:
-            return held.path.refuse(f"hands W_O·o to {use.name} before it is added to anything")
-        held.once(use.name)
+            return held.path.refuse(f"hands W_O·o to {use.name} before it is added to what its queries are made of")
+        held.read.append(use.name)
         row = factor.detach().reshape(-1) if isinstance(factor, Tensor) else factor
         expected = None if held.expected is None else held.expected * row
         return replace(held, weights=held.weights * row, expected=expected, read=[])
@@ -207,7 +199,7 @@ class Residuals:
         found = use.map(tensor)
         if found is None or held.path.heads is None:
             return held.path.refuse(f"hands the output of its heads to {use.name} before any W_O")
-        held.once(use.name)
+        held.read.append(use.name)
         (matrix, bias), heads = found, held.path.heads()
         held.path.heads = None
         seq_first = _seq_first(tensor, heads)
@@ -225,7 +217,7 @@ class Residuals:
         other = use.beside(tensor)
         if not isinstance(other, Tensor) or torch.broadcast_shapes(other.shape, tensor.shape) != tensor.shape:
             return held.path.refuse(f"hands W_O·o {list(tensor.shape)} to an {use.name} that is not of two such things")
-        held.once(use.name)
+        held.read.append(use.name)
         expected = None if held.expected is None else held.expected + held.rows(other.expand_as(tensor))
         held = replace(held, expected=expected, read=[])
         if not held.path.queries.is_made_of(self._lineage.node(other)):
