@@ -402,11 +402,13 @@ def name_of(module: nn.Module) -> str:
 
 
 @contextmanager
-def whole(module: nn.Module) -> Iterator[list[Recording]]:
-    """A module whose call is one operation to every capture that is open on it: they are given."""
+def whole(module: nn.Module, *given: Any) -> Iterator[list[Recording]]:
+    """A module whose call, with what is `given`, is one operation to every capture that is open on it: they come."""
     with ExitStack() as stack:
         found = recordings_of(module)
         for recording in found:
+            if recording.residuals is not None:
+                recording.residuals.enter(type(module).__name__, given)
             stack.enter_context(recording.aside())
         stack.enter_context(unwatched())
         yield found

@@ -9,7 +9,7 @@ Source: Kobayashi et al. 2021 (EMNLP), arXiv:2109.07152, for x + W_O·o, of whic
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -140,12 +140,27 @@ class Residuals:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         use = Use(plain, args, kwargs, given, changed)
         parents = tuple(self._lineage.node(tensor) for tensor in given)
-        steps = []
-        for tensor in {id(tensor): tensor for tensor in given}.values():
-            reference, held = self._held.get(id(tensor), (None, []))
-            if reference is not None and reference() is tensor:
-                steps += [self._step(use, tensor, each) for each in held]
+        steps = [self._step(use, tensor, held) for tensor, held in self._among(given)]
         return partial(self._after, use, parents, steps)
+
+    def enter(self, name: str, given: Any) -> None:
+        """A module that runs as one operation is about to.
+
+        Raises:
+            CaptureError: it is handed an output.
+        """
+        for _, held in self._among(tree_leaves(given)):
+            if not held.added:
+                raise held.path.refuse(f"hands what it gives to {name}")
+
+    def _among(self, given: Iterable[Any]) -> list[tuple[Tensor, Held]]:
+        """What is held of these."""
+        found: list[tuple[Tensor, Held]] = []
+        for key, tensor in {id(tensor): tensor for tensor in given}.items():
+            reference, held = self._held.get(key, (None, []))
+            if reference is not None and reference() is tensor:
+                found += [(tensor, each) for each in held]
+        return found
 
     def _after(self, use: Use, parents: tuple[Node, ...], steps: list[Held | CaptureError | None], output: Any) -> None:
         made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -222,8 +237,8 @@ class Residuals:
         held = replace(held, expected=expected, read=[])
         if not held.path.queries.is_made_of(self._lineage.node(other)):
             return held
-        if held.path.found or other.shape != tensor.shape:
-            return held.path.refuse("is added to two things that its queries are made of")
+        if other.shape != tensor.shape:
+            return held.path.refuse(f"is {list(tensor.shape)} and is added to {list(other.shape)}")
         assert held.weights is not None
         written = {each.untyped_storage()._cdata for each in use.changed}
         inputs = other.clone() if written and other.untyped_storage()._cdata in written else other

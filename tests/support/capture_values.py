@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rollout.tape import Tape
+
 B, S, E, H = 2, 6, 8, 2
+METHODS = ("value_norm", "kobayashi")
 
 
 @dataclass
@@ -44,6 +47,15 @@ def explicit(layers: Sequence[Taken], name: str) -> Tensor:
         product = matrix if product is None else matrix @ product
     assert product is not None
     return product
+
+
+def agree(tape: Tape, layers: list[Taken], lengths: list[int] | None = None) -> None:
+    """What the tape gives is what the formulas give, on the rows that count."""
+    assert len(tape.layers()) == len(layers)
+    for method in METHODS:
+        (found,), wanted = tape.rollout(method=method).values(), explicit(layers, method)
+        for b, n in enumerate(lengths or [wanted.shape[1]] * len(wanted)):
+            torch.testing.assert_close(found[b, :n], wanted[b, :n].detach(), atol=1e-12, rtol=1e-10)
 
 
 class Layer(nn.Module):

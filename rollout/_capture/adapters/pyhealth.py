@@ -94,7 +94,7 @@ def _through_attention(
     mask: Tensor | None = None,
     dropout: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
-    with whole(module) as found:
+    with whole(module, query, key, value) as found:
         output: tuple[Tensor, Tensor] = call(query, key, value, mask=mask, dropout=dropout)
 
     def make() -> Record:

@@ -103,7 +103,7 @@ def _through_crossing(module: nn.Module, call: Forward, *args: Any, **kwargs: An
 
 def _attend(module: nn.Module, call: Forward, args: Any, kwargs: Any, crossing: bool) -> Any:
     assert isinstance(module, nn.MultiheadAttention)
-    with whole(module) as found:
+    with whole(module, args, kwargs) as found:
         output = call(*args, **kwargs)
         inside = _inside.get()
         if inside is not None:
@@ -173,7 +173,7 @@ def _through_layer(module: nn.Module, call: Forward, *args: Any, **kwargs: Any) 
     inside = _inside.get()
     if inside is not None:
         return _run_layer(module, inside, recordings_of(module), call, args, kwargs)
-    with whole(module) as found, _running_inside() as inside:
+    with whole(module, args, kwargs) as found, _running_inside() as inside:
         output = _run_layer(module, inside, found, call, args, kwargs)
     _tell(found, module.self_attn, inside, _source(*args, **kwargs), output)
     return output
@@ -219,7 +219,7 @@ def _through_encoder(module: nn.Module, call: Forward, src: Tensor, *args: Any, 
     length = src.shape[1] if isinstance(src, Tensor) and not src.is_nested and src.dim() == 3 else None
     outer = _padded_length.set(length)
     try:
-        with whole(module) as found, _running_inside() as inside:
+        with whole(module, src) as found, _running_inside() as inside:
             output = call(src, *args, **kwargs)
     finally:
         _padded_length.reset(outer)
