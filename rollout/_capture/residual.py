@@ -155,12 +155,12 @@ class Residuals:
 
     def _among(self, given: Iterable[Any]) -> list[tuple[Tensor, Held]]:
         """What is held of these."""
-        found: list[tuple[Tensor, Held]] = []
-        for key, tensor in {id(tensor): tensor for tensor in given}.items():
-            reference, held = self._held.get(key, (None, []))
-            if reference is not None and reference() is tensor:
-                found += [(tensor, each) for each in held]
-        return found
+        tensors: dict[int, Tensor] = {id(tensor): tensor for tensor in given}
+        return [(tensor, held) for tensor in tensors.values() for held in self._of(tensor)]
+
+    def _of(self, tensor: Tensor) -> list[Held]:
+        reference, held = self._held.get(id(tensor), (None, []))
+        return held if reference is not None and reference() is tensor else []
 
     def _after(self, use: Use, parents: tuple[Node, ...], steps: list[Held | CaptureError | None], output: Any) -> None:
         made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -176,9 +176,7 @@ class Residuals:
 
     def _hold(self, tensor: Tensor, held: Held) -> None:
         key = id(tensor)
-        reference, before = self._held.get(key, (None, []))
-        kept = before if reference is not None and reference() is tensor else []
-        kept = [each for each in kept if each.path is not held.path]
+        kept = [each for each in self._of(tensor) if each.path is not held.path]
         self._held[key] = weakref.ref(tensor, lambda _: self._held.pop(key, None)), [*kept, held]
 
     def _step(self, use: Use, tensor: Tensor, held: Held) -> Held | CaptureError | None:
