@@ -58,9 +58,9 @@ class Use:
     @property
     def swaps_rows(self) -> bool:
         """Whether it changes the first two dimensions of three with each other."""
-        first, *dims = self.args
-        if first.dim() != 3 or self.kwargs:
+        if not self.args or self.args[0].dim() != 3 or self.kwargs:
             return False
+        dims = self.args[1:]
         if self.name == "permute":
             dims = dims[0] if len(dims) == 1 else dims
             return [dim % 3 for dim in dims] == [1, 0, 2]
@@ -83,7 +83,7 @@ class Use:
         if isinstance(other, Tensor):
             if other.numel() != 1 and (other.numel() != width or other.shape[-1] != width):
                 return None
-        elif isinstance(other, bool) or not isinstance(other, int | float):
+        elif isinstance(other, bool) or not isinstance(other, int | float) or other == 0:
             return None
         return 1.0 / other if self.name in OVER else other
 
@@ -91,7 +91,8 @@ class Use:
         """The matrix [in, out] that a tensor's last dimension is mapped by, and what is added; None when none is."""
         if self.name == "linear":
             named = dict(zip(("input", "weight", "bias"), self.args, strict=False)) | self.kwargs
-            first, matrix, bias = named["input"], named["weight"].mT, named.get("bias")
+            first, matrix, bias = named.get("input"), named.get("weight"), named.get("bias")
+            matrix = matrix.mT if isinstance(matrix, Tensor) and matrix.dim() == 2 else None
         elif self.name == "addmm" and not self.kwargs and len(self.args) == 3:
             bias, first, matrix = self.args
         elif self.name in ("matmul", "mm") and not self.kwargs and len(self.args) == 2:

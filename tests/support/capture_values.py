@@ -198,6 +198,10 @@ REFUSED: dict[str, tuple[Callable[[Layer, Tensor, Tensor], Tensor], str]] = {
     ),
     "an activation": (lambda at, x, o: x + at.proj(merge(o)).relu(), "W_O·o to relu before"),
     "subtracted": (lambda at, x, o: x - at.proj(merge(o)), "W_O·o to sub before"),
+    "a factor of 0": (lambda at, x, o: x + at.proj(merge(o)) * 0, "W_O·o to mul before"),
+    "turned by name": (
+        lambda at, x, o: x + torch.transpose(input=at.proj(merge(o)), dim0=1, dim1=2).mT, "W_O·o to transpose before"
+    ),
     "added more than once": (lambda at, x, o: torch.add(x, at.proj(merge(o)), alpha=2), "not of two such things"),
     "concatenated": (lambda at, x, o: at.mlp[1](torch.cat([x, at.proj(merge(o))], 1)[:, :S]), "W_O·o to cat before"),
     "stored": (store, "W_O·o to setitem before"),
