@@ -75,11 +75,12 @@ class Frozen(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name not in rules.ATTRIBUTES:
-            args, kwargs = tree_map(self._detached, (args, kwargs))
-        elif name == "__get__" and id(args[0]) in self._parameters:
-            found = func(*args, **kwargs)  # its T, its requires_grad
-            return found.detach() if isinstance(found, Tensor) else found
+        if any(id(leaf) in self._parameters for leaf in tree_leaves((args, kwargs))):
+            if name == "__get__":  # its T, its requires_grad
+                found = func(*args, **kwargs)
+                return found.detach() if isinstance(found, Tensor) else found
+            if name not in rules.ATTRIBUTES:
+                args, kwargs = tree_map(self._detached, (args, kwargs))
         if name in rules.QUESTIONS or name in rules.NEW:
             return func(*args, **kwargs)
         read = args[:1] if name in rules.SHAPED_AS else (args, kwargs)
