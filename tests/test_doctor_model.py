@@ -45,6 +45,7 @@ def good(): return Model().eval(), BATCH
 def positional(): return Model().eval(), tuple(BATCH.values())
 def mixed(): return Model(True).eval(), BATCH
 def alone(): return Model().eval()
+def encoder(): return nn.TransformerEncoderLayer(8, 2, 8, batch_first=True).eval(), BATCH["x"]
 def training(): return nn.TransformerEncoderLayer(8, 2, 8)
 def wrong(): return 3
 def wrong_first(): return 3, BATCH
@@ -78,8 +79,17 @@ def test_what_is_captured_and_what_is_not(name: str) -> None:
             "left out, attention over another sequence: cross (MultiheadAttention)",
             "did not attend in this call: spare_attention (OwnAttention)",
             "its output with a capture is the same, bit for bit",
+            "value_norm and kobayashi are not for it: capture: with values=True an attention must be seen to be "
+            "multiplied by one W_O and added to a residual, x + W_O·o, and OwnAttention at blocks.0 hands the output "
+            "of its heads to add before any W_O: leave values=True out",
         ],
     )
+
+
+def test_what_the_value_aware_methods_need_can_be_had() -> None:
+    status, lines = doctor("encoder")
+    assert status == 0
+    assert lines[-1] == "value_norm and kobayashi can be had: capture(model, values=True)"
 
 
 def test_a_refusal_says_why_and_what_could_be_had_all_the_same() -> None:

@@ -42,7 +42,20 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in PASSED or self._seer.muted:
+        if self._seer.muted:
+            return func(*args, **kwargs)
+        residuals = self._seer.residuals
+        if residuals is None or name in PASSED - {"__get__"}:
+            return self._run(func, name, args, kwargs)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            done = residuals.before(name, args, kwargs, written(func, name, args, kwargs))
+        output = self._run(func, name, args, kwargs)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            done(output)
+        return output
+
+    def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        if name in PASSED:
             return func(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
             return self._fused(func, *args, **kwargs)

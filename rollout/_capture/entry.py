@@ -43,6 +43,7 @@ def capture(
     allow: str | None = None,
     cross_attention: bool = False,
     gradients: bool = False,
+    values: bool = False,
 ) -> "Capture":
     """Record what rollout needs of a forward pass, while the model keeps its fast attention.
 
@@ -78,6 +79,10 @@ def capture(
         gradients: record what `Tape.take_gradients` goes back to: of each layer also the values [B, H_v, S, D_v], and
             its place in autograd's graph, which the tape then keeps. The model must be called with autograd on, and
             something that it embeds must require gradients.
+        values: record what `value_norm` and `kobayashi` need: of each layer also the values [B, H_v, S, D_v], W_O
+            [H, D_v, E] (a weight of the model, not copied, with the factors of a LayerScale in it) and the residual x
+            [B, S, E] that W_O·A·v is added to. They are followed from the attention to that sum in every call; what
+            does something else with its output in between is refused.
 
     Returns:
         A context manager that gives the `rollout.tape.Tape`.
@@ -93,7 +98,7 @@ def capture(
     if allow not in (None, ATTENTION_LAYERS_ONLY):
         raise ValueError(f"capture: allow must be None or {ATTENTION_LAYERS_ONLY!r}, got {allow!r}")
     options = {"shared_layers": shared_layers, "allowed": allow is not None, "cross_attention": cross_attention}
-    options["gradients"] = gradients
+    options |= {"gradients": gradients, "values": values}
     return Capture(model, **options)
 
 

@@ -79,8 +79,8 @@ _lock = threading.Lock()
 _known: WeakKeyDictionary[nn.Module, dict[Any, Plans]] = WeakKeyDictionary()
 
 
-def plans_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], asked: bool) -> Plans:
-    """What is known of calls of this form, of the model as it is now, `asked` for its cross-attention or not."""
+def plans_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], asked: tuple[bool, ...]) -> Plans:
+    """What is known of calls of this form, of the model as it is now, `asked` for the same."""
     kinds = tuple((type(module), foreign_forward(module) is not None, registered(module)) for module in model.modules())
     options = tuple(sorted((name, _form(value)) for name, value in kwargs.items()))
     form = (kinds, tuple(map(_form, args)), options, asked)

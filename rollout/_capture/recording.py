@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,13 +19,14 @@ from rollout._capture.calls import Watch, unwatched
 from rollout._capture.patch import Around, around_forward
 from rollout._capture.plans import Plans, Site, batch_sizes, plans_of
 from rollout._capture.probe import CROSS, SELF, STALE, Study
-from rollout._capture.refusals import nothing_found, refuse_dropout
+from rollout._capture.refusals import nothing_found, refuse_dropout, refuse_lengths, refuse_shape
+from rollout._capture.residual import Residuals
 from rollout._capture.running import running_module
-from rollout._capture.seen import Heads, Seen, batched, check, make_record
+from rollout._capture.seen import Seen, batched, check, make_record
 from rollout._capture.streams import stream_names
 from rollout.errors import CaptureError
 from rollout.tape import Record, Tape
-from rollout.tape.handed import Handed, Slope
+from rollout.tape.handed import Handed
 
 __all__ = [
     "ATTENTION_LAYERS_ONLY",
@@ -53,16 +54,18 @@ class Recording:
         allowed: bool,
         cross_attention: bool,
         gradients: bool,
+        values: bool,
     ) -> None:
         self.model = model
         self.tape = Tape(type(model).__name__)
         self.paths = {module: path for path, module in model.named_modules()}
         self.shared_layers, self.allowed, self.cross_attention = shared_layers, allowed, cross_attention
-        self.gradients = gradients
+        self.gradients, self.values = gradients, values
         self._watched, self._looked_at = watched, looked_at
         self.depth, self.muted = 0, 0
         self.memo: dict[Any, tuple[Any, Any]] = {}
         self.study: Study | None = None
+        self.residuals: Residuals | None = None
         self._plans, self._sites, self._batches = Plans(), list[Site](), frozenset[int]()
         self._ran: set[tuple[str, nn.Module, bool]] = set()
 
@@ -79,9 +82,10 @@ class Recording:
             return
         refuse_dropout(self.model)
         self._forget()
-        self._plans = plans_of(self.model, args, kwargs, self.cross_attention)
+        self._plans = plans_of(self.model, args, kwargs, (self.cross_attention, self.values))
         self._batches = batch_sizes((args, kwargs))
         self.study = Study(self.model, (args, kwargs)) if self._plans.wanted else None
+        self.residuals = Residuals(self.study is not None) if self.values else None
         self.depth += 1
         try:
             with ExitStack() as stack:
@@ -95,7 +99,7 @@ class Recording:
         finally:
             self.depth -= 1
             self.memo.clear()
-            self.study = None
+            self.study = self.residuals = None
 
     def _forget(self) -> None:
         self.tape.clear()
@@ -107,6 +111,8 @@ class Recording:
         """The pass ended: refuse one that recorded nothing."""
         if not self._sites:
             raise CaptureError(nothing_found(self.model))
+        if self.residuals is not None:
+            self.residuals.finish()
         if self.study is None:
             self.tape.notes = self._plans.notes(self._sites)
             self._refuse_findings(self.tape.notes)
@@ -158,28 +164,13 @@ class Recording:
                     f"capture: {where} does something to its scores or maps that cannot be recorded exactly "
                     f"({seen.broken}): give rollout.register_capture a function for it"
                 )
-            self._refuse_shape(where, seen.queries, seen.heads)
+            refuse_shape(where, seen.queries, len(batched(seen.queries, seen.heads)), self._batches)
             entry = make_record(seen, module, self.memoized)
             if self.study is not None:
                 check(seen, entry, where)
             return entry
 
         self.attended(module, states, batched(seen.output, seen.heads), make, handed=seen.handed)
-
-    def _refuse_shape(self, where: str, queries: Tensor, heads: Heads | None) -> None:
-        if queries.dim() > 4:
-            raise CaptureError(
-                f"capture: {where} must attend in [B, H, S, D], got queries {list(queries.shape)}: it attends within "
-                f"parts of a sequence, which other layers cut differently"
-            )
-        sizes = sorted(self._batches)
-        batch = len(batched(queries, heads))
-        if queries.dim() > 2 and batch != 1 and sizes and batch not in self._batches:
-            raise CaptureError(
-                f"capture: {where} must attend over one sequence for each sample of the batch, got {batch} "
-                f"sequences for inputs of {' or '.join(map(str, sizes))}: it attends within parts of a sample "
-                f"(windows, axes, frames), or over heads folded into the batch in a way that was not seen"
-            )
 
     def attended(
         self,
@@ -225,7 +216,7 @@ class Recording:
         site = self._site(Site(path, stream), states, crossing, standing)
         crosses, entry = site.kind == CROSS, None
         if not crosses:
-            self._refuse_lengths(module, states)
+            refuse_lengths(self.name(module), *(state.shape[-2] for state in states[:2]))
         if not crosses or self.cross_attention:
             self._refuse_again(module, stream, crosses, states[0])
             with torch.no_grad():
@@ -237,23 +228,29 @@ class Recording:
             self.tape.left_out += (path,)
         else:
             self._ran.add((stream, module, crosses))
-            slope = None
-            if self.gradients and not crosses:
-                entry, slope = self._with_gradients(module, entry, handed)
-            self.tape.add(stream if name is None else name, path, entry, site.source, slope)
+            stream = stream if name is None else name
+            if crosses:
+                self.tape.add(stream, path, entry, site.source)
+            else:
+                self._add(module, stream, entry, handed)
 
-    def _with_gradients(self, module: nn.Module, entry: Record, handed: Handed | None) -> tuple[Record, Slope]:
-        """The record with its values, and where the gradient of the output arrives."""
-        where = self.name(module)
-        if handed is None:
-            raise CaptureError(
-                f"capture: gradients are taken at the output of an attention, and what {where} hands on is not known, "
-                f"as of a function of one's own, or of torch's fast path of an encoder layer that is frozen: leave "
-                f"gradients=True out, or call requires_grad_() on the model"
-            )
-        slope = handed.slope(where)
-        with torch.no_grad():
-            return replace(entry, values=handed.values()), slope
+    def _add(self, module: nn.Module, stream: str, entry: Record, handed: Handed | None) -> None:
+        """Keep the record of a self-attention, and with it what was asked for beside."""
+        path, where, slope = self.paths[module], self.name(module), None
+        if self.gradients:
+            if handed is None or handed.output is None:
+                raise CaptureError(
+                    f"capture: gradients are taken at the output of an attention, and what {where} hands on is not "
+                    f"known, as of a function of one's own, or of torch's fast path of an encoder layer that is "
+                    f"frozen: leave gradients=True out, or call requires_grad_() on the model"
+                )
+            slope = handed.slope(where)
+        if handed is not None and (self.gradients or self.values):
+            with torch.no_grad():
+                entry = replace(entry, values=handed.values())
+        at = self.tape.add(stream, path, entry, slope=slope)
+        if self.residuals is not None:
+            self.residuals.begin(where, (entry.batch, entry.seq), handed, partial(self.tape.measure, stream, at))
 
     def _site(self, site: Site, states: Sequence[Tensor], crossing: bool, standing: bool) -> Site:
         if self.study is None:
@@ -323,24 +320,6 @@ class Recording:
         """A module that its own function says is no self-attention has run."""
         path = self.paths[module]
         self._sites.append(Site(path, self.streams[path][0], CROSS))
-
-    def _refuse_lengths(self, module: nn.Module, states: Sequence[Tensor]) -> None:
-        queries, keys = (state.shape[-2] for state in states[:2])
-        if queries == keys:
-            return
-        why = (
-            "run the whole sequence at once, without a filled key-value cache (use_cache=False); generation steps "
-            "cannot be recorded, nor keys of a shortened sequence"
-        )
-        if 1 in (queries, keys):
-            why += (
-                "; where it pools a sequence into one position, capture the part of the model that holds the other "
-                "attentions, and call the model"
-            )
-        raise CaptureError(
-            f"capture: {self.name(module)} must attend over the positions it is given, got {queries} queries and "
-            f"{keys} keys: {why}"
-        )
 
     def _refuse_again(self, module: nn.Module, stream: str, crosses: bool, state: Tensor) -> None:
         if (stream, module, crosses) not in self._ran or self.shared_layers:
@@ -423,11 +402,13 @@ def name_of(module: nn.Module) -> str:
 
 
 @contextmanager
-def whole(module: nn.Module) -> Iterator[list[Recording]]:
-    """A module whose call is one operation to every capture that is open on it: they are given."""
+def whole(module: nn.Module, *given: Any) -> Iterator[list[Recording]]:
+    """A module whose call, with what is `given`, is one operation to every capture that is open on it: they come."""
     with ExitStack() as stack:
         found = recordings_of(module)
         for recording in found:
+            if recording.residuals is not None:
+                recording.residuals.enter(type(module).__name__, given)
             stack.enter_context(recording.aside())
         stack.enter_context(unwatched())
         yield found

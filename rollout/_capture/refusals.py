@@ -3,7 +3,7 @@
 import re
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rollout._capture.patch import is_compiled
 from rollout.errors import CaptureError
@@ -11,6 +11,53 @@ from rollout.errors import CaptureError
 ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
 # What attributes that hold an attention, or what stands in its place, are called.
 MIXER = re.compile(r"att(entio)?n|mixer|xca|mh[cs]?a", re.IGNORECASE)
+
+
+def refuse_shape(where: str, queries: Tensor, batch: int, batches: frozenset[int]) -> None:
+    """Attention within parts of a sequence, or of a sample.
+
+    Args:
+        where: its module, for messages.
+        queries: as it attended with them.
+        batch: B of theirs.
+        batches: B of the model's inputs, the ones it may be.
+
+    Raises:
+        CaptureError: it is.
+    """
+    if queries.dim() > 4:
+        raise CaptureError(
+            f"capture: {where} must attend in [B, H, S, D], got queries {list(queries.shape)}: it attends within "
+            f"parts of a sequence, which other layers cut differently"
+        )
+    if queries.dim() > 2 and batch != 1 and batches and batch not in batches:
+        raise CaptureError(
+            f"capture: {where} must attend over one sequence for each sample of the batch, got {batch} "
+            f"sequences for inputs of {' or '.join(map(str, sorted(batches)))}: it attends within parts of a sample "
+            f"(windows, axes, frames), or over heads folded into the batch in a way that was not seen"
+        )
+
+
+def refuse_lengths(where: str, queries: int, keys: int) -> None:
+    """Self-attention of S queries over other than S keys.
+
+    Raises:
+        CaptureError: it is.
+    """
+    if queries == keys:
+        return
+    why = (
+        "run the whole sequence at once, without a filled key-value cache (use_cache=False); generation steps "
+        "cannot be recorded, nor keys of a shortened sequence"
+    )
+    if 1 in (queries, keys):
+        why += (
+            "; where it pools a sequence into one position, capture the part of the model that holds the other "
+            "attentions, and call the model"
+        )
+    raise CaptureError(
+        f"capture: {where} must attend over the positions it is given, got {queries} queries and {keys} keys: {why}"
+    )
 
 
 def refuse_dropout(model: nn.Module, caller: str = "capture") -> None:

@@ -1,6 +1,7 @@
 """One attention as it was seen to run, brought into the form of a `Record`, and checked against what it gave."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from rollout.errors import CaptureError
 from rollout.tape import Record
 from rollout.tape.handed import Handed
 
-__all__ = ["Heads", "Seen", "batched", "check", "make_record"]
+__all__ = ["Heads", "Seen", "batched", "check", "make_record", "rounding"]
 
 # max|error| of a map, or of A·V against max|V|, by the dtype it was computed in: rounding, never another mask or scale.
 BOUNDS = {torch.float64: 1e-5, torch.float32: 2e-3}
@@ -60,6 +61,7 @@ class Seen:
             self.output if self.given is None else self.given,
             lambda each: batched(each.movedim(self.rows, -2), self.heads),
             lambda: batched(self.values, self.heads),
+            self.queries,
         )
 
 
@@ -125,6 +127,13 @@ def _ungrouped(keys: Tensor, module: nn.Module) -> Tensor:
     return first.squeeze(2).contiguous() if torch.equal(parts, first.expand_as(parts)) else keys
 
 
+def rounding(kinds: Iterable[torch.dtype], device: torch.device) -> float:
+    """How far what was computed in such dtypes may be from what is recomputed, against the largest number."""
+    if torch.is_autocast_enabled(device.type):
+        return HALF_BOUND
+    return max(BOUNDS.get(kind, HALF_BOUND) for kind in kinds)
+
+
 def check(seen: Seen, entry: Record, where: str) -> None:
     """Compare a record with what the attention gave, in the first and the last sample.
 
@@ -134,9 +143,7 @@ def check(seen: Seen, entry: Record, where: str) -> None:
     values, output = batched(seen.values, seen.heads), batched(seen.output, seen.heads)
     maps = None if seen.maps is None else (seen.maps if seen.maps.dim() == 4 else batched(seen.maps, seen.heads))
     kinds = {seen.queries.dtype, seen.output.dtype, *(() if seen.maps is None else (seen.maps.dtype,))}
-    bound = max(BOUNDS.get(kind, HALF_BOUND) for kind in kinds)
-    if torch.is_autocast_enabled(seen.queries.device.type):
-        bound = HALF_BOUND
+    bound = rounding(kinds, seen.queries.device)
     for b in {0, entry.batch - 1}:
         one = _sample(entry, b)
         expected, allowed = one.maps(), one.allowed()

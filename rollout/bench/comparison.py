@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rollout.api import attention_rollout, attention_rollout_qk
-from rollout.bench import end_to_end, table
+from rollout.bench import end_to_end, methods, table
 from rollout.bench.chains import (
     NAIVE,
     PRODUCTS,
@@ -73,7 +73,7 @@ def run(
             **machine,
             "settings": asdict(settings),
             "ceilings": asdict(ceilings),
-            "rows": [{**asdict(row), "speedup": row.speedup, "share": row.share} for row in rows],
+            "rows": [{**asdict(row), "speedup": row.speedup, "share": row.share, "cost": row.cost} for row in rows],
         }
         write_json(record, file)
     return not any(row.wrong for row in rows)
@@ -83,8 +83,10 @@ def _rows(settings: Settings, pyhealth: bool) -> Iterator[Row]:
     for measure in (rows_from_maps, rows_from_qk):
         for seq in settings.sequences:
             yield measure(settings, seq)
+    yield from methods.rows_from_qk(settings)
     if pyhealth:
         yield from end_to_end.rows(settings)
+        yield from methods.rows_of_whole_calls(settings)
 
 
 def rows_from_maps(settings: Settings, seq: int) -> Row:

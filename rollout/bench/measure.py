@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-OURS = "ours"
+OURS, PLAIN = "ours", "rollout"
 MOST_ROUNDS, FEWEST_ROUNDS = 99, 3
 CACHE_WHEN_UNKNOWN = 64 * 2**20  # bytes
 HEAD_START = 2_000_000  # cycles of a GPU, a millisecond at 2 GHz
@@ -67,6 +67,11 @@ class Row:
     def share(self) -> float | None:
         """The floor's time over ours: 1 where ours takes no longer than the work that cannot be left out."""
         return self._over_ours(self.floor)
+
+    @property
+    def cost(self) -> float | None:
+        """Our time over the peer's, which is that of plain rollout; None where the peer is another."""
+        return 1 / self.speedup if self.peer == PLAIN and self.speedup else None
 
     def _over_ours(self, name: str) -> float | None:
         return self.seconds[name] / self.seconds[OURS] if {name, OURS} <= self.seconds.keys() else None
@@ -260,10 +265,20 @@ def alternate(
 
 
 def compare(
-    row: Row, runs: Runs, reference: Tensor, allowed: Mapping[str, float], seconds: float, device: torch.device
+    row: Row,
+    runs: Runs,
+    reference: Tensor,
+    allowed: Mapping[str, float],
+    seconds: float,
+    device: torch.device,
+    *,
+    first: int | None = None,
 ) -> Row:
-    """`row` with the errors of those that `allowed` names, and with the times and memory of the right and the floor."""
-    error = {name: relative_error(runs[name](), reference) for name in allowed}
+    """`row` with the errors of those that `allowed` names, and with the times and memory of the right and the floor.
+
+    With `first`, the reference is of that many samples, the first ones.
+    """
+    error = {name: relative_error(runs[name]()[:first], reference) for name in allowed}
     wrong = tuple(f"{name} is {error[name]:.1e} off float64, allowed {most:.0e}"
                   for name, most in allowed.items() if not error[name] <= most)  # fmt: skip
     right = {name: run for name, run in runs.items() if name not in allowed or error[name] <= allowed[name]}

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from rollout.bench.measure import OURS, Ceilings, Row, device_name
+from rollout.bench.measure import OURS, PLAIN, Ceilings, Row, device_name
 from rollout.bench.settings import Settings
 
 PACKAGES = ("attention-rollout", "torch", "numpy", "triton", "pyhealth")
-CASE, FLOOR = 20, 28  # characters of the first column, and of that of the floor
+CASE, FLOOR = 26, 28  # characters of the first column, and of that of the floor
 NOTES = """Medians of alternating calls, caches flushed before each, every result checked against float64 first.
 Share: the time of the work that cannot be left out, over ours; it is measured in the same turns, and is no rollout.
 Extra memory: the peer's, ours."""
@@ -63,8 +63,9 @@ def title(settings: Settings, row: Row) -> str:
     """What stands above the first row of a table."""
     name = row.table[0].upper() + row.table[1:]
     shape = f"B={settings.batch} H={settings.heads} L={settings.layers}"
-    size = f" D={settings.size}" if row.table == "rows from Q,K" else ""
-    columns = (row.peer, OURS, "speed-up", row.floor, "share", "max err", "extra memory, MiB")
+    size = f" D={settings.size}" if row.table.endswith("from Q,K") else ""
+    second = ("method", "of rollout") if row.peer == PLAIN else (OURS, "speed-up")
+    columns = (row.peer, *second, row.floor, "share", "max err", "extra memory, MiB")
     return f"{name}, {shape}{size}, float32\n{_aligned('', columns)}   backend".rstrip()
 
 
@@ -75,7 +76,7 @@ def line(row: Row) -> str:
     cells = (
         _figure(row, row.peer),
         _figure(row, OURS),
-        "–" if row.speedup is None else f"{row.speedup:.1f}×",
+        _ratio(row),
         _figure(row, row.floor),
         "–" if row.share is None else f"{row.share:.0%}",
         f"{row.error[OURS]:.0e}" if OURS in row.seconds else "–",
@@ -96,6 +97,13 @@ def _figure(row: Row, name: str) -> str:
         return "–"
     seconds = row.seconds[name]
     return f"{row.samples / seconds:.0f}" if row.samples else f"{1e3 * seconds:.2f} ms"
+
+
+def _ratio(row: Row) -> str:
+    """How much faster ours is; of a method what it takes beside plain rollout."""
+    if row.speedup is None:
+        return "–"
+    return f"{row.speedup:.1f}×" if row.cost is None else f"{row.cost:.2f}×"
 
 
 def _mebibytes(size: int | None) -> str:

@@ -72,6 +72,7 @@ def _report(model: nn.Module, batch: Any, entry: str) -> Iterator[Line]:
         if refusal is None:
             yield from _told(model, tape)
             yield from _same(plain, _again(model, args, kwargs))
+            yield _measured(model, args, kwargs)
             return
         yield f"refused: {refusal}", False
         tape, other = _captured(model, args, kwargs, ATTENTION_LAYERS_ONLY)
@@ -114,6 +115,16 @@ def _captured(model: nn.Module, args: Any, kwargs: Any, allow: str | None = None
 def _again(model: nn.Module, args: Any, kwargs: Any) -> Any:
     with capture(model):
         return model(*args, **kwargs)
+
+
+def _measured(model: nn.Module, args: Any, kwargs: Any) -> Line:
+    """Whether there is what the value-aware methods need, too."""
+    try:
+        with capture(model, values=True):
+            model(*args, **kwargs)
+    except CaptureError as error:
+        return f"value_norm and kobayashi are not for it: {error}", True
+    return "value_norm and kobayashi can be had: capture(model, values=True)", True
 
 
 def _told(model: nn.Module, tape: Tape) -> Iterator[Line]:

@@ -1,7 +1,6 @@
 """`rollout.frozen_gradient`: one forward pass with what weights signals held, one backward pass to the embedding."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -81,7 +80,7 @@ def run_frozen(
     """
     refuse_opaque(model, "frozen_gradient")
     refuse_dropout(model, "frozen_gradient")
-    mode, leaves = Frozen(), Leaves()
+    mode, leaves = Frozen(model), Leaves()
     site = model if path is None else model.get_submodule(path)
     taken: Around = partial(_take_input, mode, leaves) if path is None else partial(_take_output, mode, leaves, names)
     named: dict[nn.Module, Around] = {m: partial(_within, mode, _name(name, m)) for name, m in model.named_modules()}
@@ -89,7 +88,7 @@ def run_frozen(
         m: partial(_activate, mode) for m in model.modules() if type(m).__module__ == "transformers.activations"
     }
     with (
-        torch.inference_mode(False), torch.enable_grad(), _constant(model),
+        torch.inference_mode(False), torch.enable_grad(),
         around_call({site: taken}), around_call(named), around_forward(acting | (around or {})),
     ):  # fmt: skip
         with mode:
@@ -207,16 +206,3 @@ def _within(mode: Frozen, name: str, module: nn.Module, call: Callable[..., Any]
 def _activate(mode: Frozen, module: nn.Module, call: Callable[..., Any], *args: Any) -> Any:
     """An activation that is made of several operations is one."""
     return mode.activate(call, *args) if mode.here else call(*args)
-
-
-@contextmanager
-def _constant(model: nn.Module) -> Iterator[None]:
-    """Parameters take no part in autograd for the call, so that what takes part depends on the embedding."""
-    taking = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in taking:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in taking:
-            parameter.requires_grad_(True)

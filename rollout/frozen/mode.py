@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rollout.errors import CaptureError
@@ -36,10 +36,14 @@ class State(NamedTuple):
 
 
 class Frozen(TorchFunctionMode):
-    """Holds weights, statistics and gates of what runs in it; `names` is the path of modules that run."""
+    """Holds weights, statistics and gates of what runs in it; `names` is the path of modules that run.
 
-    def __init__(self) -> None:
+    The model's parameters are constants: every operation is given them detached, and they stay as they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self._parameters = {id(each): each for each in model.parameters()}
         self.names: list[str] = []
         self._thread = threading.get_ident()
         self._states: Any = WeakTensorKeyDictionary()
@@ -71,6 +75,12 @@ class Frozen(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if any(id(leaf) in self._parameters for leaf in tree_leaves((args, kwargs))):
+            if name == "__get__":  # its T, its requires_grad
+                found = func(*args, **kwargs)
+                return found.detach() if isinstance(found, Tensor) else found
+            if name not in rules.ATTRIBUTES:
+                args, kwargs = tree_map(self._detached, (args, kwargs))
         if name in rules.QUESTIONS or name in rules.NEW:
             return func(*args, **kwargs)
         read = args[:1] if name in rules.SHAPED_AS else (args, kwargs)
@@ -86,6 +96,12 @@ class Frozen(TorchFunctionMode):
             if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
                 self._written(args[0], name, state)
         return output
+
+    def _detached(self, leaf: Any) -> Any:
+        if id(leaf) not in self._parameters or not leaf.requires_grad:
+            return leaf
+        with torch._C.DisableTorchFunction():
+            return leaf.detach()
 
     def _state(self, tensor: Tensor) -> State | None:
         state = self._states.get(tensor)

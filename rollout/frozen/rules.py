@@ -37,6 +37,7 @@ STATISTICS = frozenset(["rsqrt", "sqrt", "std", "norm", "vector_norm", "linalg_v
 ACTIVATIONS = frozenset(["gelu", "silu", "silu_", "tanh", "elu", "selu", "celu", "mish", "hardswish", "softsign"])
 QUESTIONS = frozenset(["size", "dim", "stride", "numel", "is_floating_point", "is_complex", "element_size", "__len__",
                        "__format__", "__repr__", "is_contiguous", "data_ptr", "is_inference"])  # fmt: skip
+ATTRIBUTES = frozenset(["__set__", "__delete__", "requires_grad_"])
 SHAPED_AS = frozenset(["view_as", "reshape_as", "expand_as", "type_as"])  # of a second tensor no number is read
 NEW = frozenset(["new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "zeros_like", "ones_like", "full_like",
                  "empty_like", "rand_like", "randn_like"])  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the gradient-weighted methods need of an attention beside its maps: the values, and the gradient of its output.
+"""What the gradient-weighted and the value-aware methods need of an attention beside its maps.
 
 With O = A·V the output of a head before W_O, ∂y/∂A = ∂y/∂O·Vᵀ for whatever number y the model goes on to make.
 
@@ -14,7 +14,22 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from rollout.errors import CaptureError
 
-__all__ = ["Handed", "Slope", "gradients_of"]
+__all__ = ["Handed", "Projected", "Slope", "gradients_of"]
+
+
+@dataclass(frozen=True)
+class Projected:
+    """An output that is that of the heads times W_O already.
+
+    Attributes:
+        weights: gives W_O by heads, [H, D_v, E].
+        seq_first: the output is [S, B, E], not [B, S, E].
+        inputs: gives what the output is added to, [B, S, E]; None where that is still to be seen.
+    """
+
+    weights: Callable[[], Tensor]
+    seq_first: bool = False
+    inputs: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -22,14 +37,18 @@ class Handed:
     """What an attention handed on, as it was seen to run.
 
     Attributes:
-        output: the tensor that the model goes on with.
+        output: the tensor that the model goes on with; None where it was not seen.
         by_heads: that tensor, or its gradient → the same by heads, before W_O, [B, H, S, D_v].
         values: gives the values [B, H_v, S, D_v].
+        queries: the tensor that the queries are, or were made of.
+        projected: of an output that is not that of the heads alone.
     """
 
-    output: Tensor
+    output: Tensor | None
     by_heads: Callable[[Tensor], Tensor]
     values: Callable[[], Tensor]
+    queries: Tensor | None = None
+    projected: Projected | None = None
 
     def slope(self, where: str) -> "Slope":
         """The place of the output in autograd's graph.
@@ -37,6 +56,7 @@ class Handed:
         Raises:
             CaptureError: it is in none.
         """
+        assert self.output is not None
         if not self.output.requires_grad:
             raise CaptureError(
                 f"capture: with gradients=True the model must be called with autograd on, and something below every "

@@ -32,7 +32,8 @@ class Record:
         softcap: c of cap(s) = c·tanh(s/c); None leaves scores as they are.
         sinks: [H], scores of one more column of each head's softmax, that is no key: the rows of a map sum to less
             than 1.
-        values: [B, H_v, S', D_v], H a multiple of H_v; only of a capture that asks for gradients.
+        values: [B, H_v, S', D_v], H a multiple of H_v; only of a capture that asks for values or gradients.
+        output_weights, inputs: W_O [H, D_v, E] and x [B, S, E] of x + W_O·A·v; only of one that asks for values.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or shape; the message names it.
@@ -49,9 +50,11 @@ class Record:
     softcap: float | None = None
     sinks: Tensor | None = None
     values: Tensor | None = None
+    output_weights: Tensor | None = None
+    inputs: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("queries", "keys", *MASKS, "bias", "sinks", "values"):
+        for name in ("queries", "keys", *MASKS, "bias", "sinks", "values", "output_weights", "inputs"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Tensor):
                 raise TypeError(f"Record: {name} must be a tensor, got {type(value).__name__}")

@@ -25,6 +25,8 @@ from rollout_kernels import Method
 
 __all__ = ["Tape"]
 
+MEASURED = ("values", "output_weights", "inputs")
+
 
 class Tape:
     """What one forward pass recorded; made by `rollout.capture`.
@@ -174,8 +176,8 @@ class Tape:
                 padded on the left, and −1 its last (where `query_mask` says what the other rows are, as in PyHealth's
                 models, 0 is position 0). A long [B] names positions of the padded batch; a negative one counts from
                 the sample's own end.
-            method: a name in `rollout.METHODS`, or a `rollout.Method`, without values or supplied matrices; one that
-                weights maps by gradients after `take_gradients`.
+            method: a name in `rollout.METHODS`, or a `rollout.Method`, without supplied matrices; one that weights
+                maps by gradients after `take_gradients`, one with values of a capture with values=True.
             lengths: long [B], the valid prefix of each sample, or a mapping from stream to it. The recorded key masks
                 apply in any case; lengths also make rows beyond them 0.
             backend, validate: as in `attention_rollout`.
@@ -184,11 +186,13 @@ class Tape:
             Per stream [B, S], [B, R, S] or [B, S, S], as `attention_rollout_qk` returns it.
 
         Raises:
-            ValueError: nothing was recorded; the method needs maps or gradients; as `attention_rollout_qk`.
+            ValueError: nothing was recorded; the method needs what was not; as `attention_rollout_qk`.
             KeyError: `query` or `lengths` names a stream that is not there.
         """
         chosen = get_method(method, "Tape.rollout")
-        if chosen.gradients is None:
+        if chosen.values is not None:
+            self._refuse_unmeasured(method)
+        elif chosen.gradients is None:
             chosen = _method_of_maps(method, "Tape.rollout")
         elif not self._gradients:
             raise ValueError(
@@ -268,14 +272,23 @@ class Tape:
         return roll_through(held, top, query, chosen, name, backend=backend, validate=validate)
 
     def _handed_on(self, stream: str, method: Method) -> dict[str, Any]:
-        """Values and gradients, for a method that needs them."""
+        """Values and what goes with them, for a method that needs them."""
+        layers = self.layers(stream)
+        if method.values is not None:
+            return {name: [getattr(each, name) for each in layers] for name in MEASURED}
         if method.gradients is None:
             return {}
-        return {"values": [each.values for each in self.layers(stream)], "output_gradients": self._gradients[stream]}
+        return {"values": [each.values for each in layers], "output_gradients": self._gradients[stream]}
 
-    def add(
-        self, stream: str, path: str, record: Record, source: str | None = None, slope: Slope | None = None
-    ) -> None:
+    def _refuse_unmeasured(self, method: str | Method) -> None:
+        held = [layer for stream in self._layers for layer in self._stack(stream)]
+        if any(layer.record.inputs is None for layer in held):
+            raise ValueError(
+                f"Tape.rollout: method must form M_l from Q and K alone; {method!r} needs values, W_O and residuals: "
+                f"record by rollout.capture(model, values=True)"
+            )
+
+    def add(self, stream: str, path: str, record: Record, source: str | None = None, slope: Slope | None = None) -> int:
         """Append a layer; `rollout.capture` does this as the model runs.
 
         Args:
@@ -284,6 +297,9 @@ class Tape:
             record: what it attended with.
             source: the stream it attended over, when that is another.
             slope: where the gradient of its output arrives, when that is asked for.
+
+        Returns:
+            its number in the stream, cross-attention counted, for `measure`.
 
         Raises:
             ValueError: the layer's B or S is not that of its stream, or its stream has been attended over already; its
@@ -310,6 +326,14 @@ class Tape:
         layers.append(Layer(path, record, source))
         if slope is not None:
             self._slopes.setdefault(stream, []).append(slope)
+        self._watch(record)
+        return len(layers) - 1
+
+    def measure(self, stream: str, at: int, output_weights: Tensor, inputs: Tensor) -> None:
+        """Add to layer `at` of a stream W_O [H, D_v, E] and the residual x [B, S, E]."""
+        layer = self._layers[stream][at]
+        record = replace(layer.record, output_weights=output_weights, inputs=inputs)
+        self._layers[stream][at] = layer._replace(record=record)
         self._watch(record)
 
     def _stack(self, stream: str) -> list[Layer]:

@@ -15,7 +15,7 @@ import torch
 
 import rollout
 import rollout.bench
-from rollout.bench import chains, end_to_end, table
+from rollout.bench import chains, end_to_end, methods, table
 from rollout.bench import comparison as bench
 from rollout.bench import measure as measuring
 from rollout.bench.measure import Ceilings, Row
@@ -87,7 +87,7 @@ def test_lines_and_record(ceilings: None, tmp_path: Path) -> None:
     assert record["versions"]["torch"] == version("torch")
     assert record["threads"] == torch.get_num_threads()
     assert record["ceilings"] == {"read": 10e9, "copy": 20e9, "matmul": 50e9, "cache": 2**20, "matmul_bf16": None}
-    rows = record["rows"]
+    rows, costs = record["rows"][:4], record["rows"][4:]
     assert [(row["table"], row["case"], row["floor"]) for row in rows] == [
         (name, f"S={seq}", floor)
         for name, floor in (("rows from maps", "one read of the maps"), ("rows from Q,K", "QKᵀ alone"))
@@ -101,6 +101,18 @@ def test_lines_and_record(ceilings: None, tmp_path: Path) -> None:
         assert row["share"] == pytest.approx(row["seconds"][row["floor"]] / row["seconds"]["ours"])
         assert row["error"].keys() == {"naive chain", "ours"}  # a floor is no rollout
         assert max(row["error"].values()) < 1e-6
+    assert [(row["table"], row["case"]) for row in costs] == [
+        ("methods from Q,K", f"{method}, S=16") for method in methods.METHODS
+    ]
+    for row in costs:
+        assert not row["wrong"]
+        assert set(row["seconds"]) == {"rollout", "ours", "QKᵀ alone"}
+        assert row["cost"] == pytest.approx(row["seconds"]["ours"] / row["seconds"]["rollout"])
+        assert row["error"]["ours"] < 1e-5
+        line = next(line for line in said if line.startswith(row["case"]))
+        taken = [f"{1e3 * row['seconds'][name]:.2f} ms" for name in ("rollout", "ours")]
+        assert line[len(row["case"]) :].split()[:5] == [*" ".join(taken).split(), f"{row['cost']:.2f}×"]
+    assert "of rollout" in "\n".join(said).split("Methods from Q,K, B=2 H=2 L=3 D=8, float32\n")[1].splitlines()[0]
     printed = [line for line in said if line.startswith("S=")]
     for row, line in zip(rows, printed, strict=True):
         times = [f"{1e3 * row['seconds'][name]:.2f} ms" for name in ("naive chain", "ours", row["floor"])]
@@ -123,6 +135,23 @@ def test_the_floors_do_the_work_that_cannot_be_left_out() -> None:
     assert chains.read_maps(maps[:1]).tolist() == pytest.approx([float(maps[0][:, :, 0].sum())])
     queries, keys = ([torch.full((2, 3, 5, 4), value) for value in values] for values in ((1.0, 2.0), (3.0, 0.5)))
     assert chains.multiply(queries, keys).tolist() == [[[[4.0] * 5]] * 3] * 2  # the top layer's row: 2 · ½ · 4
+
+
+def test_a_wrong_method_has_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "MOST_FLUSHED", 2**20)
+    right = methods.attention_rollout_qk
+
+    def wrong(*, backend: str, method: str, **given: Any) -> torch.Tensor:
+        factor = 1.001 if (backend, method) == ("auto", "kobayashi") else 1.0
+        return right(backend=backend, method=method, **given) * factor
+
+    monkeypatch.setattr(methods, "attention_rollout_qk", wrong)
+    rows = {row.case.partition(",")[0]: row for row in methods.rows_from_qk(SMALL)}
+    assert {name for name, row in rows.items() if row.wrong} == {"kobayashi"}
+    assert rows["kobayashi"].cost is None
+    assert table.line(rows["kobayashi"]).splitlines()[1].strip() == (
+        "WRONG, not timed: ours is 1.0e-03 off float64, allowed 1e-05"
+    )
 
 
 @pytest.mark.parametrize(("name", "case"), [("attention_rollout", "maps"), ("attention_rollout_qk", "Q,K")])
@@ -157,8 +186,9 @@ def test_what_does_not_fit_in_memory_is_skipped(ceilings: None, monkeypatch: pyt
     assert bench.run(Settings(sequences=(4096,), batch=4, heads=8, layers=4, seconds=0.01), say=said.append)
     skipped = [line for line in said if line.startswith("S=4096")]
     # Seven times 4·8·4096² floats: the maps, a layer in float64, and what the naive chain makes.
-    assert skipped[0] == f"{'S=4096':<20} skipped: needs about 14.0 GiB of memory, 0.0 GiB are available"
+    assert skipped[0] == f"{'S=4096':<{table.CASE}} skipped: needs about 14.0 GiB of memory, 0.0 GiB are available"
     assert len(skipped) == 2
+    assert sum("S=4096" in line and "skipped" in line for line in said) == 2 + len(methods.METHODS)
 
 
 def test_turns_alternate_and_the_median_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +320,13 @@ def test_samples_a_second(ceilings: None, monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(end_to_end, "LONGEST", 30)
     said: list[str] = []
     assert bench.run(SMALL, pyhealth=True, file=tmp_path / "x.json", say=said.append)
-    rows = [row for row in json.loads((tmp_path / "x.json").read_text())["rows"] if row["samples"]]
+    every = [row for row in json.loads((tmp_path / "x.json").read_text())["rows"] if row["samples"]]
+    rows = [row for row in every if row["peer"] == "PyHealth"]
+    others = [row for row in every if row not in rows]
+    assert [row["case"] for row in others] == [f"{method}, S=16" for method in (*methods.METHODS, "frozen_gradient")]
+    for row in others:
+        assert not row["wrong"]
+        assert row["cost"] == pytest.approx(row["seconds"]["ours"] / row["seconds"]["rollout"])
     assert [(row["case"], row["samples"]) for row in rows] == [("S=12", 2), ("log-normal, unsorted", 8)]
     for row in rows:
         assert row["error"].keys() == {"PyHealth", "ours"}

@@ -285,6 +285,42 @@ def test_under_inference_mode_with_frozen_parameters_and_in_two_threads() -> Non
     assert not any(p.requires_grad for p in model.parameters())
 
 
+class Meanwhile(nn.Module):
+    """Has another thread train it, and explain it, in the midst of its forward, and reads a weight transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.matrix, self.nested = Classifier(), nn.Parameter(torch.eye(WIDTH).double()), True
+        self.seen: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.nested:
+            self.nested = False
+            threads = [threading.Thread(target=each, args=(x.detach().clone(),)) for each in (self.train_it, self.run)]
+            for thread in threads:
+                thread.start()
+                thread.join()
+        return self.model(x @ self.matrix.T)
+
+    def train_it(self, x: Tensor) -> None:
+        self.seen += torch.autograd.grad(self(x).sum(), list(self.parameters()))
+
+    def run(self, x: Tensor) -> None:
+        self.seen.append(frozen_gradient(self, x))
+
+
+def test_another_thread_meets_the_parameters_as_they_are() -> None:
+    model, x = Meanwhile(), embedded()
+    wanted = frozen_gradient(model.model, x)
+    torch.testing.assert_close(frozen_gradient(model, x), wanted, rtol=0, atol=1e-14)
+    *gradients, nested = model.seen
+    assert torch.allclose(nested, wanted, rtol=0, atol=1e-14)
+    expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    for found, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found, other)
+    left_as_found(model)
+
+
 def test_a_sample_is_the_same_alone() -> None:
     model, x = Classifier(), embedded(4)
     torch.testing.assert_close(frozen_gradient(model, x, 0)[2:3], frozen_gradient(model, x[2:3], 0))

@@ -94,7 +94,7 @@ def _through_attention(
     mask: Tensor | None = None,
     dropout: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
-    with whole(module) as found:
+    with whole(module, query, key, value) as found:
         output: tuple[Tensor, Tensor] = call(query, key, value, mask=mask, dropout=dropout)
 
     def make() -> Record:
@@ -105,7 +105,7 @@ def _through_attention(
             masks = memo(shared if same else mask, "pyhealth", lambda: _masks(mask))  # type: ignore[arg-type]
         return Record(queries=query, keys=key, **masks)
 
-    handed = Handed(output[0], lambda each: each, lambda: value)
+    handed = Handed(output[0], lambda each: each, lambda: value, query)
     for recording in found:
         recording.attended(module, (query, key, value), output[0], make, _streams.get(module), handed=handed)
         recording.give(output)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from rollout._capture.readers import registered
 from rollout._capture.recording import Recording, memo, name_of, recordings_of, whole
 from rollout.errors import CaptureError
 from rollout.tape import Record
-from rollout.tape.handed import Handed
+from rollout.tape.handed import Handed, Projected
 
 __all__ = ["adapter"]
 
@@ -102,7 +103,7 @@ def _through_crossing(module: nn.Module, call: Forward, *args: Any, **kwargs: An
 
 def _attend(module: nn.Module, call: Forward, args: Any, kwargs: Any, crossing: bool) -> Any:
     assert isinstance(module, nn.MultiheadAttention)
-    with whole(module) as found:
+    with whole(module, args, kwargs) as found:
         output = call(*args, **kwargs)
         inside = _inside.get()
         if inside is not None:
@@ -126,7 +127,7 @@ def _attend(module: nn.Module, call: Forward, args: Any, kwargs: Any, crossing: 
     return output
 
 
-def _handed(module: nn.MultiheadAttention, output: Tensor, args: Any, kwargs: Any) -> Handed:
+def _handed(module: nn.MultiheadAttention, output: Tensor | None, args: Any, kwargs: Any) -> Handed:
     """What a module handed on: its output is that of its heads, times W_O."""
 
     def by_heads(gradient: Tensor) -> Tensor:
@@ -137,7 +138,12 @@ def _handed(module: nn.MultiheadAttention, output: Tensor, args: Any, kwargs: An
         state = _by_position(module, _call(*args, **kwargs)[2]).squeeze(1)
         return _heads(module, functional.linear(state, module.in_proj_weight[at:], None if bias is None else bias[at:]))
 
-    return Handed(output, by_heads, values)
+    def weights() -> Tensor:
+        return module.out_proj.weight.detach().mT.unflatten(0, (module.num_heads, module.head_dim))
+
+    nested = output is not None and output.is_nested
+    queries = None if nested else _call(*args, **kwargs)[0]
+    return Handed(output, by_heads, values, queries, Projected(weights, seq_first=not module.batch_first))
 
 
 def _heads(module: nn.MultiheadAttention, state: Tensor) -> Tensor:
@@ -166,17 +172,45 @@ def _through_layer(module: nn.Module, call: Forward, *args: Any, **kwargs: Any) 
     assert isinstance(module, nn.TransformerEncoderLayer)
     inside = _inside.get()
     if inside is not None:
-        ran = len(inside.made)
-        output = call(*args, **kwargs)
-        if len(inside.made) == ran and recordings_of(module):
-            inside.made.append((module.self_attn, _record_fused_layer(module, *args, **kwargs), None))
-        return output
-    with whole(module) as found, _running_inside() as inside:
-        output = call(*args, **kwargs)
-        if not inside.made and found:
-            inside.made.append((module.self_attn, _record_fused_layer(module, *args, **kwargs), None))
+        return _run_layer(module, inside, recordings_of(module), call, args, kwargs)
+    with whole(module, args, kwargs) as found, _running_inside() as inside:
+        output = _run_layer(module, inside, found, call, args, kwargs)
     _tell(found, module.self_attn, inside, _source(*args, **kwargs), output)
     return output
+
+
+def _run_layer(
+    layer: nn.TransformerEncoderLayer, inside: _Inside, found: list[Recording], call: Forward, args: Any, kwargs: Any
+) -> Any:
+    """What a layer gives; what its attention did is noted."""
+    ran = len(inside.made)
+    output = call(*args, **kwargs)
+    if not found:
+        return output
+    if len(inside.made) == ran:
+        inside.made.append((layer.self_attn, _record_fused_layer(layer, *args, **kwargs), None))
+    if any(recording.values for recording in found) and _adds_to_source(layer):
+        module, entry, handed = inside.made[-1]
+        inside.made[-1] = (module, entry, _added(layer, handed, _source(*args, **kwargs)))
+    return output
+
+
+def _adds_to_source(layer: nn.TransformerEncoderLayer) -> bool:
+    """Whether a layer adds to what it is called with what its attention gives, and nobody stands in between."""
+    own = type(layer)._sa_block is nn.TransformerEncoderLayer._sa_block
+    hooks = layer.self_attn._forward_hooks or layer.dropout1._forward_hooks or layer.dropout1._forward_pre_hooks
+    return own and type(layer.dropout1) is nn.Dropout and foreign_forward(layer.dropout1) is None and not hooks
+
+
+def _added(layer: nn.TransformerEncoderLayer, handed: Handed | None, src: Tensor) -> Handed:
+    """What a layer's attention handed on, and what that was added to: the output itself where it ran fused."""
+    with torch.no_grad():
+        state = _by_position(layer.self_attn, src).squeeze(1)
+        if handed is None:
+            hidden = layer.norm1(state) if layer.norm_first else state
+            handed = _handed(layer.self_attn, None, (hidden, hidden, hidden), {})
+    assert handed.projected is not None
+    return replace(handed, projected=replace(handed.projected, inputs=lambda: state))
 
 
 def _through_encoder(module: nn.Module, call: Forward, src: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -185,7 +219,7 @@ def _through_encoder(module: nn.Module, call: Forward, src: Tensor, *args: Any, 
     length = src.shape[1] if isinstance(src, Tensor) and not src.is_nested and src.dim() == 3 else None
     outer = _padded_length.set(length)
     try:
-        with whole(module) as found, _running_inside() as inside:
+        with whole(module, src) as found, _running_inside() as inside:
             output = call(src, *args, **kwargs)
     finally:
         _padded_length.reset(outer)
