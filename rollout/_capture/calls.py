@@ -155,8 +155,6 @@ class Watch(TorchFunctionMode):
         """A map times values: the end of an attention written out. None when it is another operation."""
         if name not in PRODUCTS:
             return None
-        if held.values.shape[-1] <= 1:
-            return None
         with self._seer.aside():
             output = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
