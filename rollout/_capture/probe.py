@@ -86,12 +86,15 @@ class Study:
             stream: of the stack; one that has run its layers before goes on where it was.
             hidden: [B, S, E], or the state of an image, [B, C, H, W] or [B, H, W, C].
         """
-        if stream in self._streams and self._streams[stream].layers:
+        once = [hidden.shape[dim] > 1 and stride == 0 for dim, stride in enumerate(hidden.stride())]
+        if (stream in self._streams and self._streams[stream].layers) or any(once[1:]):  # all positions are one
             return
         trace = self.lockstep.trace(hidden)
         with self.lockstep.paused():
             at = self._open(stream, hidden.unsqueeze(1) if hidden.dim() == 3 else hidden, None)
-            altered = at.altered.unsqueeze(-1)
+            if once[0]:  # all samples are one
+                at.altered, hidden = at.altered[:1].expand_as(at.altered), hidden[:1]
+            altered = at.altered[: len(hidden)].unsqueeze(-1)
             if hidden.dim() == 4:
                 altered = at.altered = altered_rows(hidden)
                 at.grid = hidden.shape

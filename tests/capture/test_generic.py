@@ -241,26 +241,6 @@ def test_what_works_position_by_position_is_not(between: nn.Module) -> None:
     assert tape.notes == ()
 
 
-@pytest.mark.parametrize("einsum", [False, True], ids=["written-out", "einsum"])
-def test_a_sequence_of_one_position(einsum: bool) -> None:
-    maps: list[Tensor] = []
-
-    def unmasked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = map(split, (q, k, v))
-        scores = torch.einsum("bhid,bhjd->bhij", q, k) if einsum else q @ k.transpose(-2, -1)
-        maps.append(scores.softmax(-1).clone())
-        scores = scores.softmax(-1)
-        return (torch.einsum("bhij,bhjd->bhid", scores, v) if einsum else scores @ v).transpose(1, 2).flatten(2)
-
-    model = stack(unmasked, unmasked)
-    with torch.no_grad(), rollout.capture(model) as tape:
-        for seq in (1, S, 1):
-            maps.clear()
-            model(X[:, :seq])
-            assert tape.modules() == ("blocks.0", "blocks.1")
-            assert_close(tape.rollout()["blocks"], rollout_matrices(maps, ROLLOUT), "qk")
-
-
 def test_attentions_side_by_side_are_no_chain() -> None:
     class Parallel(Stack):
         def forward(self, x: Tensor) -> Tensor:
