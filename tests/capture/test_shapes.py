@@ -78,3 +78,64 @@ def test_positions_mixed_in_memory_that_samples_share() -> None:
     message = "positions are mixed by something else between .* and its stack"
     with pytest.raises(rollout.CaptureError, match=message), rollout.capture(model):
         model(X)
+
+
+class Streams(nn.Module):
+    """Hyper-connections: layers read and write several residual streams, [B, S, N, E]."""
+
+    def __init__(self, where: str = "") -> None:
+        super().__init__()
+        self.layers, self.where = nn.ModuleList(Around(where) for _ in range(2)), where
+        self.embed = nn.Embedding(20, E)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids).unsqueeze(2) * torch.linspace(0.5, 1.5, 3, dtype=torch.float64)[:, None]
+        for layer in self.layers:
+            x = layer(x)
+        return x.mean(2)
+
+
+class Around(nn.Module):
+    """A layer that reads the mean of the streams, and adds to each of them."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.attention, self.where = Attention(), where
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = x.roll(1, 1) if self.where == "before" else x
+        y = x + self.attention(before.mean(2)).unsqueeze(2) * torch.linspace(1, 2, 3, dtype=torch.float64)[:, None]
+        return y + y.roll(1, 1) if self.where == "after" else y
+
+
+IDS = torch.randint(20, (B, S), generator=generator(2))
+
+
+def test_parallel_residual_streams() -> None:
+    torch.manual_seed(0)
+    model = Streams().double().eval()
+    with torch.no_grad():
+        plain = model(IDS)
+        with rollout.capture(model) as tape:
+            captured = model(IDS), model(IDS)
+    assert all(same_bits(output, plain) for output in captured)
+    maps = [layer.attention.maps for layer in model.layers]
+    assert_close(tape.rollout()["layers"], rollout_matrices(maps, ROLLOUT), "qk")
+
+
+@pytest.mark.parametrize(("where", "at"), [("before", "its stack"), ("after", "the attention below")])
+def test_parallel_residual_streams_that_are_mixed(where: str, at: str) -> None:
+    torch.manual_seed(0)
+    model = Streams(where).double().eval()
+    message = f"positions are mixed by something else between .* and {at}"
+    with pytest.raises(rollout.CaptureError, match=message), rollout.capture(model):
+        model(IDS)
+
+
+def test_the_last_of_parallel_residual_streams_that_is_mixed() -> None:
+    torch.manual_seed(0)
+    model = Streams().double().eval()
+    model.layers[-1].where = "after"
+    message = "positions are mixed by something else between the last attention and the end of"
+    with pytest.raises(rollout.CaptureError, match=message), rollout.capture(model):
+        model(IDS)
