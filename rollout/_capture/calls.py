@@ -83,9 +83,15 @@ class Watch(TorchFunctionMode):
             if made is not None:
                 self._hold(output, made)
         elif name in ("view", "reshape", "flatten") and isinstance(output, Tensor) and output.dim() == 3:
-            before = args[0]
-            if before.dim() == 4 and output.shape == (before.shape[0] * before.shape[1], *before.shape[2:]):
-                self._fold(output, Heads(before.shape[1]))
+            before = args[0].shape
+            if len(before) == 4 and output.shape == (before[0] * before[1], *before[2:]):
+                self._fold(output, Heads(before[1]))
+            elif len(before) == 3 and len(output) == before[0] and before[2] > output.shape[2]:
+                self._fold(output, Heads(before[2] // output.shape[2], behind=True))
+        elif name == "transpose" and args[1:] in ((0, 1), (1, 0)) and isinstance(output, Tensor):
+            found = self._folded.get(id(args[0]))
+            if found is not None and found[0]() is args[0] and found[1].behind:
+                self._fold(output, Heads(found[1].number))
         elif name in ("cat", "concat", "concatenate") and isinstance(output, Tensor) and output.dim() == 3:
             given = dict(zip(("tensors", "dim"), args, strict=False)) | kwargs
             if given.get("dim", 0) in (0, -3) and _are_slices(given["tensors"]):
@@ -127,7 +133,8 @@ class Watch(TorchFunctionMode):
         self._held[key] = weakref.ref(tensor, lambda _: self._held.pop(key, None)), held
 
     def _fold(self, batch: Tensor, heads: Heads) -> None:
-        """[B, H, S, D] made [B·H, S, D], or slices of [B, S, H·D] made [H·B, S, D]: the one sign of heads there is."""
+        """[B, H, S, D] made [B·H, S, D], slices of [B, S, H·D] made [H·B, S, D], or [S, B, H·D] made [S, B·H, D] and
+        turned: the one sign of heads there is."""
         key = id(batch)
         self._folded[key] = weakref.ref(batch, lambda _: self._folded.pop(key, None)), heads
 
@@ -161,14 +168,17 @@ class Watch(TorchFunctionMode):
         """The heads of batches of matrices, where they were seen."""
         found = (self._folded.get(id(tensor)) for tensor in tensors)
         return next(
-            (held[1] for held, tensor in zip(found, tensors, strict=True) if held and held[0]() is tensor), None
+            (
+                held[1]
+                for held, tensor in zip(found, tensors, strict=True)
+                if held and held[0]() is tensor and not held[1].behind
+            ),
+            None,
         )
 
     def _mix(self, func: Any, name: str, args: Any, kwargs: Any, at: int, held: Map) -> Any:
         """A map times values: the end of an attention written out. None when it is another operation."""
         if name not in PRODUCTS:
-            return None
-        if held.values.shape[-1] <= 1:
             return None
         with self._seer.aside():
             output = func(*args, **kwargs)

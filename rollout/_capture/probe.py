@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from rollout._capture.grids import altered_rows, as_sequence, sequences
 from rollout._capture.shadow import Lockstep, Trace
@@ -61,6 +62,12 @@ class Study:
         self.findings: list[str] = []
         self.conclusive = True
         self._streams: dict[str, Stream] = {}
+        given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and not leaf.is_nested]
+        images = any(leaf.dim() > 3 for leaf in given)
+        self._sequences = set() if images else {leaf.shape[:2] for leaf in given if leaf.dim() > 1}
+
+    def _is_image(self, state: Tensor) -> bool:
+        return state.dim() == 4 and state.shape[:2] not in self._sequences
 
     def kind(self, stream: str, queries: Tensor, keys: Tensor) -> Kind:
         """Whether queries and keys are of one sequence, and of one layer's state of it."""
@@ -84,26 +91,31 @@ class Study:
 
         Args:
             stream: of the stack; one that has run its layers before goes on where it was.
-            hidden: [B, S, E], or the state of an image, [B, C, H, W] or [B, H, W, C].
+            hidden: [B, S, E], of parallel residual streams [B, S, N, E], or the state of an image, [B, C, H, W] or
+                [B, H, W, C].
         """
-        if stream in self._streams and self._streams[stream].layers:
+        once = [hidden.shape[dim] > 1 and stride == 0 for dim, stride in enumerate(hidden.stride())]
+        if (stream in self._streams and self._streams[stream].layers) or any(once[1:]):  # all positions are one
             return
         trace = self.lockstep.trace(hidden)
         with self.lockstep.paused():
-            at = self._open(stream, hidden.unsqueeze(1) if hidden.dim() == 3 else hidden, None)
-            altered = at.altered.unsqueeze(-1)
-            if hidden.dim() == 4:
+            image = self._is_image(hidden)
+            at = self._open(stream, hidden if image else hidden.flatten(2).unsqueeze(1), None)
+            if once[0]:  # all samples are one
+                at.altered, hidden = at.altered[:1].expand_as(at.altered), hidden[:1]
+            altered = at.altered[(slice(len(hidden)), slice(None), *(None,) * (hidden.dim() - 2))]
+            if image:
                 altered = at.altered = altered_rows(hidden)
                 at.grid = hidden.shape
             numbers = torch.where(altered, _other(hidden), hidden)
             self.lockstep.alter(hidden, numbers, Trace(trace.inputs, dict(trace.layers)))
 
     def end(self, stream: str, where: str, hidden: Tensor) -> None:
-        """The last layer of a stack has given [B, S, E], or the state of an image."""
+        """The last layer of a stack has given what `begin` says."""
         at = self._streams.get(stream)
-        if at is None or not at.layers or isinstance(at.grid, str) != (hidden.dim() == 4):
+        if at is None or not at.layers or isinstance(at.grid, str) != self._is_image(hidden):
             return
-        state = as_sequence(hidden, at.grid) if isinstance(at.grid, str) else hidden.unsqueeze(1)
+        state = as_sequence(hidden, at.grid) if isinstance(at.grid, str) else hidden.flatten(2).unsqueeze(1)
         if at.altered.shape == (state.shape[0], state.shape[2]):
             with self.lockstep.paused():
                 self._compare(at, [state], at.valid, f"the last attention and the end of {where}")

@@ -109,8 +109,8 @@ class Recording:
 
     def _finish(self) -> None:
         """The pass ended: refuse one that recorded nothing."""
-        if not self._sites:
-            raise CaptureError(nothing_found(self.model))
+        if not self.tape.streams:
+            raise CaptureError(nothing_found(self.model, self.tape.left_out))
         if self.residuals is not None:
             self.residuals.finish()
         if self.study is None:
@@ -320,6 +320,7 @@ class Recording:
         """A module that its own function says is no self-attention has run."""
         path = self.paths[module]
         self._sites.append(Site(path, self.streams[path][0], CROSS))
+        self.tape.left_out += (path,)
 
     def _refuse_again(self, module: nn.Module, stream: str, crosses: bool, state: Tensor) -> None:
         if (stream, module, crosses) not in self._ran or self.shared_layers:

@@ -23,10 +23,12 @@ HALF_BOUND = 0.08
 
 
 class Heads(NamedTuple):
-    """How a batch of matrices was seen to be made of B and H: [B·H, S, D], or with the heads first, [H·B, S, D]."""
+    """How a batch of matrices was seen to be made of B and H: [B·H, S, D], with the heads first, [H·B, S, D], or with
+    the batch behind, [S, B·H, D], which is turned next."""
 
     number: int
     first: bool = False
+    behind: bool = False
 
 
 @dataclass(frozen=True)

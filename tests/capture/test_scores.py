@@ -216,3 +216,51 @@ def test_heads_in_front_of_the_batch(batch: int, fused: bool, masked: bool) -> N
             with rollout.capture(model) as tape:
                 assert same_bits(model(x), plain)
             assert_close(tape.rollout()["layers"], rollout_matrices(maps, rollout.METHODS["rollout"]), "qk")
+
+
+class Behind(nn.Module):
+    """Positions in front of the samples, and heads cut from the channels behind them, as fairseq does."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.qkv, self.fused = nn.Linear(E, 3 * E), fused
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        seq, batch, _ = x.shape
+        return [part.contiguous().view(seq, batch * H, -1).transpose(0, 1) for part in self.qkv(x).chunk(3, -1)]
+
+    def maps(self, q: Tensor, k: Tensor) -> Tensor:
+        scores = torch.bmm(q, k.transpose(1, 2)) / math.sqrt(E // H)
+        scores = scores.view(-1, H, S, S).masked_fill(~SHOWN[: len(q) // H, None, None], -math.inf)
+        return scores.view(-1, S, S).softmax(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        shown = SHOWN[: x.shape[1]].repeat_interleave(H, 0)[:, None]
+        mixed = (
+            nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=shown)
+            if self.fused
+            else torch.bmm(self.maps(q, k), v)
+        )
+        return x + mixed.transpose(0, 1).contiguous().view(x.shape)
+
+
+SHOWN = torch.arange(S) < torch.tensor([S, S - 2, 2])[:, None]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["written out", "fused"])
+@pytest.mark.parametrize("batch", [1, B])
+def test_heads_behind_the_batch(batch: int, fused: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Behind(fused) for _ in range(3))).double().eval(), X[:batch].transpose(0, 1)
+    with torch.inference_mode():
+        plain, maps, state = model(x), [], x
+        for layer in model:
+            assert isinstance(layer, Behind)
+            maps.append(layer.maps(*layer.heads(state)[:2]).unflatten(0, (batch, H)))
+            state = layer(state)
+        for _ in range(2):
+            with rollout.capture(model) as tape:
+                assert same_bits(model(x), plain)
+            ends = rollout_matrices(maps, rollout.METHODS["rollout"])[range(batch), SHOWN[:batch].sum(1).numpy() - 1]
+            assert_close(tape.rollout(-1)["layers"], ends, "qk")
