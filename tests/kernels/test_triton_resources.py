@@ -39,7 +39,7 @@ LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 PROGRAMS = {
     ("columns", "bf16"): (4, 4, 3, 2),
     ("columns", "fp32"): (1, 1, 1, 1),
-    ("gradients", "bf16"): (3, 3, 3, 2),
+    ("gradients", "bf16"): (3, 3, 2, 2),
     ("gradients", "fp32"): (1, 1, 1),
     ("logsumexp", "bf16"): (1, 1, 1, 1),
     ("logsumexp", "fp32"): (5, 5, 3, 2),
