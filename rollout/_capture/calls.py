@@ -76,9 +76,9 @@ class Watch(TorchFunctionMode):
             elif len(before) == 3 and len(output) == before[0] and before[2] > output.shape[2]:
                 self._fold(output, Heads(before[2] // output.shape[2], behind=True))
         elif name == "transpose" and args[1:] in ((0, 1), (1, 0)) and isinstance(output, Tensor):
-            held = self._folded.get(id(args[0]))
-            if held is not None and held[0]() is args[0] and held[1].behind:
-                self._fold(output, Heads(held[1].number))
+            found = self._folded.get(id(args[0]))
+            if found is not None and found[0]() is args[0] and found[1].behind:
+                self._fold(output, Heads(found[1].number))
         elif name in ("cat", "concat", "concatenate") and isinstance(output, Tensor) and output.dim() == 3:
             given = dict(zip(("tensors", "dim"), args, strict=False)) | kwargs
             if given.get("dim", 0) in (0, -3) and _are_slices(given["tensors"]):

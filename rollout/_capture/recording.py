@@ -105,8 +105,8 @@ class Recording:
 
     def _finish(self) -> None:
         """The pass ended: refuse one that recorded nothing."""
-        if not self._sites:
-            raise CaptureError(nothing_found(self.model))
+        if not self.tape.streams:
+            raise CaptureError(nothing_found(self.model, self.tape.left_out))
         if self.study is None:
             self.tape.notes = self._plans.notes(self._sites)
             self._refuse_findings(self.tape.notes)
@@ -323,6 +323,7 @@ class Recording:
         """A module that its own function says is no self-attention has run."""
         path = self.paths[module]
         self._sites.append(Site(path, self.streams[path][0], CROSS))
+        self.tape.left_out += (path,)
 
     def _refuse_lengths(self, module: nn.Module, states: Sequence[Tensor]) -> None:
         queries, keys = (state.shape[-2] for state in states[:2])

@@ -1,6 +1,7 @@
 """Models that cannot be recorded whatever their attention is, refused before they run."""
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -52,15 +53,22 @@ def refuse_opaque(model: nn.Module, caller: str = "capture") -> None:
             )
 
 
-def nothing_found(model: nn.Module) -> str:
-    """Why a model cannot be captured at all: what it has that looks like attention, and what is known."""
+def nothing_found(model: nn.Module, left_out: Sequence[str]) -> str:
+    """Why a model cannot be captured at all: what was left out, or what it has that looks like attention."""
+    if left_out:
+        return (
+            f"capture: the model must attend over a sequence of its own, in the call of {type(model).__name__} every "
+            f"attention was left out, as over another sequence or by the function registered for it: "
+            f"{_listed(left_out)}"
+        )
     named = [
         f"{path} ({type(module).__name__})"
         for path, module in model.named_modules()
         if ATTENTION.search(type(module).__name__)
     ]
-    shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
-    found = f"attention-like modules found: {shown}" if named else "no module with attention in its name was found"
+    found = (
+        f"attention-like modules found: {_listed(named)}" if named else "no module with attention in its name was found"
+    )
     return (
         f"capture: the model must have softmax attention that torch computes, in the call of {type(model).__name__} "
         f"none was seen: {found}. Known are scaled_dot_product_attention, attention written out as softmax(QKᵀ)·V, and "
@@ -68,3 +76,7 @@ def nothing_found(model: nn.Module) -> str:
         f"Recurrence, state spaces, convolution and weights that pool positions are no self-attention: rollout does "
         f"not apply to them"
     )
+
+
+def _listed(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")

@@ -325,6 +325,25 @@ def test_what_is_one_sequence_is_seen_by_where_it_comes_from():
         assert_close(tape.maps(0), maps, "qk")
 
 
+class Resampler(nn.Module):
+    """An array of its own that attends over what is given, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.cross = nn.Parameter(torch.randn(1, 3, E)), nn.MultiheadAttention(E, H, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cross(self.start.expand(len(x), -1, -1), x, x)[0]
+
+
+def test_a_model_of_cross_attention_alone_is_refused():
+    model = Resampler().double().eval()
+    message = "every attention was left out, as over another sequence .*: cross$"
+    for _ in range(2):
+        with torch.inference_mode(), pytest.raises(rollout.CaptureError, match=message), rollout.capture(model):
+            model(inputs())
+
+
 def test_decoder_leaves_cross_attention_out():
     torch.manual_seed(0)
     layer = nn.TransformerDecoderLayer(E, H, 24, batch_first=True)
