@@ -72,7 +72,7 @@ def batched(tensor: Tensor, heads: Heads | None) -> Tensor:
     if tensor.dim() == 2:
         return tensor[None, None]
     if tensor.dim() == 3:
-        if heads is None:
+        if heads is None or len(tensor) % heads.number:  # one for all of them
             return tensor.unsqueeze(1)
         if heads.first:
             return tensor.unflatten(0, (heads.number, -1)).transpose(0, 1)

@@ -32,8 +32,8 @@ def meant_rows(query: Any, layers: Sequence[Record], has_lengths: bool, caller: 
         elif _hides_keys(layer.bias) and not (isinstance(query, Tensor) and bool((query >= 0).all())):
             raise ValueError(
                 f"{caller}: query must name positions of the padded batch, as a long [B], or lengths be given, got "
-                f"{query if isinstance(query, int) else 'negative ones'}: a layer's bias hides keys from all rows, and "
-                f"not as padding does (sparse attention), so where a sample ends cannot be told"
+                f"{query if isinstance(query, int) else 'negative ones'}: a layer's bias hides keys from all rows, or "
+                f"all but their own, and not as padding does (sparse attention), so where a sample ends cannot be told"
             )
     if valid is None:
         return query
@@ -59,11 +59,17 @@ def meant_rows(query: Any, layers: Sequence[Record], has_lengths: bool, caller: 
 
 
 def _hides_keys(bias: Tensor | None) -> bool:
-    """Whether some key of a sample gets no weight from any row."""
+    """Whether some key of a sample gets no weight from any row, or from none but its own."""
     if bias is None:
         return False
-    reached = (bias > HIDDEN)[(None,) * (4 - bias.dim())].any(1).any(1)
-    return not bool(reached.all())
+    reached = (bias > HIDDEN)[(None,) * (4 - bias.dim())].any(1)
+    keys = reached.any(1)
+    if reached.shape[1] == reached.shape[2]:
+        others = (reached & ~torch.eye(reached.shape[1], dtype=torch.bool, device=reached.device)).any(1)
+        if not bool(reached.triu(1).any()):
+            others[:, -1] = True  # where no row looks ahead the last key has its own row alone
+        keys = keys & others
+    return not bool(keys.all())
 
 
 def call_arguments(layers: Sequence[Record]) -> dict[str, Any]:

@@ -264,3 +264,29 @@ def test_heads_behind_the_batch(batch: int, fused: bool) -> None:
                 assert same_bits(model(x), plain)
             ends = rollout_matrices(maps, rollout.METHODS["rollout"])[range(batch), SHOWN[:batch].sum(1).numpy() - 1]
             assert_close(tape.rollout(-1)["layers"], ends, "qk")
+
+
+class Relative(nn.Module):
+    """Values for relative positions, one array for all samples and heads, added to what the values give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.far = nn.Linear(E, 3 * E), nn.Parameter(torch.randn(1, S, E // H))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (H, -1)).transpose(1, 2).reshape(-1, S, E // H) for part in self.qkv(x).chunk(3, -1)
+        )
+        maps = torch.bmm(q, k.transpose(1, 2)).softmax(-1)
+        mixed = torch.bmm(maps, v) + maps.flip(-1) @ self.far
+        return x + mixed.view(-1, H, S, E // H).transpose(1, 2).flatten(2)
+
+
+def test_values_that_all_heads_share_are_refused() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Relative(), Relative()).double().eval()
+    match = (
+        "Relative at 0 (attends|does something to its scores or maps|must attend once|did twice)|a module must attend"
+    )
+    with pytest.raises(rollout.CaptureError, match=match), rollout.capture(model):
+        model(X)

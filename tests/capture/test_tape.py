@@ -211,3 +211,23 @@ def test_keys_that_a_bias_hides_from_every_row_are_padding(low: float):
         tape.rollout(-1)
     last = torch.tensor([4, 2])
     assert torch.equal(tape.rollout(last)["a"], tape.rollout()["a"][torch.arange(2), last])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_positions_that_read_themselves_alone_may_be_padding(causal: bool) -> None:
+    """As XLNet's padding does; where no row looks ahead, the last position is so of itself."""
+    seq, valid = 6, torch.tensor([6, 3])
+    shown = (torch.arange(seq) < valid[:, None])[:, None, None] | torch.eye(seq, dtype=torch.bool)
+    shown = shown & torch.ones(seq, seq, dtype=torch.bool).tril() if causal else shown
+    bias = torch.linspace(-1, 1, seq) + torch.zeros(shown.shape).masked_fill(~shown, -1e30)
+    q, k = torch.randn(2, 2, 2, seq, 4, generator=generator(5))
+    tape = Tape()
+    tape.add("layers", "0", Record(queries=q, keys=k, bias=bias))
+    with pytest.raises(ValueError, match="so where a sample ends cannot be told"):
+        tape.rollout(-1)
+    ends = tape.rollout(valid - 1)["layers"]
+    assert torch.equal(ends, tape.rollout(-1, lengths=valid)["layers"])
+    assert_close(ends, tape.rollout()["layers"][torch.arange(2), valid - 1], "qk")
+    whole = Tape()
+    whole.add("layers", "0", Record(queries=q[:1], keys=k[:1], bias=bias[:1]))
+    assert_close(whole.rollout(-1)["layers"], whole.rollout()["layers"][:, -1], "qk")
