@@ -97,7 +97,10 @@ def broken(**state: Any) -> Any:
 @pytest.mark.parametrize(
     ("processor", "message"),
     [
-        (processors.TextProcessor(), "feature 'notes' has a pyhealth.processors.text_processor.TextProcessor, whose"),
+        (
+            processors.ImageProcessor(),
+            "feature 'notes' has a pyhealth.processors.image_processor.ImageProcessor, whose",
+        ),
         (Renamed(), "Renamed, whose state cannot be saved"),
         (broken(_mapper=object()), "_mapper of feature 'notes' cannot be saved: a code_mapping"),
         (broken(code_vocab={"<pad>": 0, "<unk>": 1, "a": 3}), "ids must be 0, 1, 2, … without gaps"),
