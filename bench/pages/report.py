@@ -25,7 +25,6 @@ Devices = dict[str, dict[str, Record]]  # folder → the records of one machine,
 # The README's rows: suite, which of its results, the peer.
 HEADLINES = (
     *(("rows from maps", {"S": seq}, NAIVE) for seq in (64, 512)),
-    ("rows from bf16 maps", {"S": 512}, NAIVE),
     ("rows from Q,K", {"S": 512}, NAIVE),
     ("PyHealth end to end", {"case": "log-normal, sorted"}, STOCK),
     *(("PyHealth on real records", {"case": f"MIMIC-IV drugs, {size}"}, STOCK) for size in ("E64 H2 L2", "E128 H8 L4")),

@@ -48,7 +48,7 @@ DEMO, ATTRIBUTED, TESTED, WRITER = "demo.json", "attributed", "test_patients.txt
 WRITTEN = (ATTRIBUTED, EVALUATED, "cohort", CACHE, RUN, WEIGHTS, VOCABULARY, "ranking.csv", "top_codes.png",
            "record.png", "faithfulness.png", "report.html", TESTED, DEMO)  # fmt: skip
 """All that a demo writes; what marks a folder as a demo's own comes last."""
-COMPARED = ("rollout", "rollout:own_path=false", "chefer", "frozen_gradient")
+COMPARED = ("rollout", "rollout:own_path=false", "value_norm", "chefer", "chefer_normalised", "frozen_gradient")
 """What is scored; a random ranking always is."""
 WARM_UP = 2
 TRUTH = "truth.json"
