@@ -16,9 +16,9 @@ from pyhealth.models._graphcare.bat_gnn import BiAttentionGNNConv
 import rollout
 from rollout.pyhealth import AttentionRollout
 from tests.support.capture_family import check, prepared
-from tests.support.capture_pyhealth import PYHEALTH, SETS, E, H, batch, calls_of, data
+from tests.support.capture_pyhealth import PYHEALTH, SETS, E, H, batch, data, prompt_ehr_rollout
 from tests.support.capture_table import assert_in_table, cases
-from tests.support.oracles import array, assert_close, joint_rollout, rollout_matrices
+from tests.support.oracles import array, assert_close, rollout_matrices
 
 
 def recorded(model: Any, inputs: dict[str, Any], part: nn.Module | None = None, **options: Any) -> Any:
@@ -44,12 +44,7 @@ def test_prompt_ehr_from_decoder_to_prompt(kind: str) -> None:
     tape = recorded(model, inputs, cross_attention=True)
     above, below = "bart.model.decoder.layers", "bart.model.encoder.layers"
     got = tape.encoder_decoder_rollout()
-    twin = copy.deepcopy(model.bart)
-    twin.set_attn_implementation("eager")
-    with torch.inference_mode(), calls_of(model.bart) as calls:
-        model(**inputs)
-        maps = twin(**calls[0], output_attentions=True)
-    wanted = joint_rollout(maps.encoder_attentions, maps.decoder_attentions, maps.cross_attentions)
+    wanted, _ = prompt_ehr_rollout(model, inputs)
     seq = got[above].shape[-1]
     assert_close(got[above], wanted[..., :seq], "qk")
     assert_close(got[below], wanted[..., seq:], "qk")

@@ -24,15 +24,15 @@ from tests.support.capture_pyhealth import (
     H,
     batch,
     bert,
-    calls_of,
     data,
     model_of,
+    prompt_ehr_rollout,
     text_batch,
     text_model,
     vision_model,
 )
 from tests.support.capture_state import assert_nothing_left, state
-from tests.support.oracles import array, assert_close, joint_rollout, rollout_matrices
+from tests.support.oracles import array, assert_close, rollout_matrices
 
 TEXT, VIT, DEID = "TransformersModel (BERT)", "TorchvisionModel (ViT)", "TransformerDeID (BERT)"
 PROMPT = "PromptEHR (BART)"
@@ -162,19 +162,14 @@ def test_con_care_by_the_weights_of_its_pooling(static: str | None) -> None:
 
 def test_prompt_ehr_by_decoder_and_encoder() -> None:
     model, inputs = made(PROMPT)
-    twin = copy.deepcopy(model.bart)
-    twin.set_attn_implementation("eager")
-    with torch.inference_mode(), calls_of(model.bart) as calls:
-        model(**inputs)
-        maps = twin(**calls[0], output_attentions=True)
-    wanted = joint_rollout(maps.encoder_attentions, maps.decoder_attentions, maps.cross_attentions)
-    ends = (calls[0]["labels"] != -100).sum(1) - 1
+    wanted, labels = prompt_ehr_rollout(model, inputs)
+    ends = (labels != -100).sum(1) - 1
     assert ends.unique().numel() > 1
     ours = AttentionRollout(model, query=-1).attribute(**inputs)
     seq = ours["bart.model.decoder.layers"].shape[-1]
     assert_close(torch.cat(list(ours.values()), -1), wanted[torch.arange(3), ends], "qk")
     assert len(ours) == 2
-    assert seq == calls[0]["labels"].shape[1]
+    assert seq == labels.shape[1]
 
 
 @pytest.mark.parametrize("query", [-1, {"s_q": 0}, {"s_p": torch.tensor([0, 1, -1]), "s_q": -1}], ids=str)

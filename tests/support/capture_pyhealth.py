@@ -1,6 +1,7 @@
 """PyHealth's models with attention, tiny and random, and what a capture must say of each."""
 
 import atexit
+import copy
 import math
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torchvision
 from pyhealth import models
@@ -25,6 +27,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from tests.support.capture_family import Family, Maps
 from tests.support.cases import generator
+from tests.support.oracles import joint_rollout
 
 E, H = 16, 4
 TEXTS = ["fever and chest pain", "no pain", "the patient has a fever"]
@@ -190,6 +193,17 @@ def prompt_batch() -> dict[str, Any]:
     model = prompt_ehr("eager")
     ids, mask, _ = model._encode_batch(batch("stream")["visits"])
     return {**batch("stream"), "attention_mask": model._encoder_inputs_embeds(ids, mask)[1]}
+
+
+def prompt_ehr_rollout(model: Any, inputs: dict[str, Any]) -> tuple[np.ndarray, Tensor]:
+    """Rows of a PromptEHR's decoder over [decoder; encoder], by the maps that its BART makes; and the labels it had."""
+    twin = copy.deepcopy(model.bart)
+    twin.set_attn_implementation("eager")
+    with torch.inference_mode(), calls_of(model.bart) as calls:
+        model(**inputs)
+        maps = twin(**calls[0], output_attentions=True)
+    wanted = joint_rollout(maps.encoder_attentions, maps.decoder_attentions, maps.cross_attentions)
+    return wanted, calls[0]["labels"]
 
 
 def gpt2_batch() -> dict[str, Any]:
