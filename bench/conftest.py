@@ -62,7 +62,7 @@ def measure(benchmark: Any, quick: bool, flush: Flush, ceilings: dict[str, Any] 
         run: Callable[[], Tensor],
         *,
         reference: Tensor | None = None,
-        tolerance: float = 0.0,
+        tolerance: float = 1e-5,
         part: Callable[[Tensor], Tensor] = lambda result: result,
         cold: bool = True,
         problem: Callable[[], str | None] = lambda: None,
@@ -70,6 +70,7 @@ def measure(benchmark: Any, quick: bool, flush: Flush, ceilings: dict[str, Any] 
     ) -> None:
         if (reason := problem()) is not None:
             pytest.skip(reason)
+        info.setdefault("dtype", "float32")
         with torch.inference_mode():
             result = run()
             if reference is not None:

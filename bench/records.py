@@ -1,12 +1,17 @@
-"""Real records for the benchmarks: the drugs of the MIMIC-IV tables that EHR_ROOT names, with their repeats."""
+"""Batches of records for the benchmarks: the drugs of the MIMIC-IV tables that EHR_ROOT names, with their repeats."""
 
 import os
 import tempfile
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from bench.machine import host
+from rollout.bench.end_to_end import Batches
 
 ROOT = os.environ.get("EHR_ROOT")
 CASE = "MIMIC-IV drugs"
@@ -24,7 +29,17 @@ def drugs() -> tuple[list[Tensor], int]:
     return records, 1 + max(int(record.max()) for record in records)
 
 
-def batches_of(records: list[Tensor], batch: int) -> list[Tensor]:
-    """Batches of records, long [B, S], 0 where one has ended."""
+def batches_of(records: list[Tensor], batch: int) -> Batches:
+    """Batches of records, long [B, S], 0 where one has ended, with labels."""
     parts = [records[first : first + batch] for first in range(0, len(records), batch)]
-    return [pad_sequence(part, batch_first=True) for part in parts]
+    data = [{"codes": pad_sequence(part, batch_first=True), "label": torch.zeros(len(part), 1)} for part in parts]
+    return [{key: part.to(host.DEVICE) for key, part in each.items()} for each in data]
+
+
+def time_call(
+    measure: Callable[..., None], run: Callable[[], Tensor], data: Batches, sizes: dict[str, int], **info: Any
+) -> None:
+    """Hands `measure` a call over batches, with how many samples they hold; `sizes` are those of the model."""
+    ids = [batch["codes"] for batch in data]
+    shape = {"B": len(ids[0]), "S": max(each.shape[1] for each in ids)} | sizes
+    measure(run, samples=sum(map(len, ids)), shape=shape, **info)

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ import polars as pl
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from bench.machine import host
+from bench.records import batches_of, time_call
 from rollout.bench import end_to_end
 from rollout.bench.end_to_end import STOCK
 from rollout.bench.measure import OURS
@@ -31,12 +32,14 @@ from rollout import evaluate_cohort
 from rollout.evaluate.sets import pyhealth_kept_entries
 from rollout.pyhealth import AttentionRollout, evaluate_attribution
 
-BATCH = 32
-LARGE = "E128 H8 L4"
+BATCH, QUICK_BATCH = 32, 4
 LONGEST = 1000
-SIZES = {"E64 H2 L2": (64, 2, 2), LARGE: (128, 8, 4)}
-CASES = ("log-normal, unsorted", "log-normal, sorted")
-QUICK = ("E64 H2 L2", CASES[1], 4)
+SMALL, LARGE = "E64 H2 L2", "E128 H8 L4"
+SIZES = {SMALL: (64, 2, 2), LARGE: (128, 8, 4)}
+UNSORTED, SORTED = "log-normal, unsorted", "log-normal, sorted"
+GIVEN, WHOLE = "given attributions", "whole"
+# PyHealth's side takes minutes at the large size: only the whole of it in the loader's order.
+CASES = [*itertools.product([SMALL], [UNSORTED, SORTED], [GIVEN, WHOLE]), (LARGE, UNSORTED, WHOLE)]
 TIES = 0.1  # of a mean, where each side ranks by its own attributions: rounding decides between equal codes
 SHARES = (1, 5, 10, 20, 50)
 METRICS = ("comprehensiveness", "sufficiency")
@@ -45,16 +48,6 @@ METRICS = ("comprehensiveness", "sufficiency")
 def everybody(probability: Tensor, kind: str) -> Tensor:
     """Each sample counts, so that both sides ablate each."""
     return torch.ones_like(probability, dtype=torch.long)
-
-
-class Given:
-    """Attributions made beforehand, batch by batch."""
-
-    def __init__(self, attributions: list[dict[str, Tensor]]) -> None:
-        self.turns = itertools.cycle(attributions)
-
-    def attribute(self, **batch: Any) -> dict[str, Tensor]:
-        return next(self.turns)
 
 
 @cache
@@ -77,13 +70,10 @@ def make_batches(case: str, batch: int) -> end_to_end.Batches:
     """Two batches of random codes, their lengths log-normal with a median of 60 and one in a hundred past 600."""
     generator = np.random.default_rng(0)
     drawn = np.exp(generator.normal(np.log(60), np.log(10) / 2.326, 2 * batch)).round().clip(1, LONGEST).astype(int)
-    lengths = np.sort(drawn) if case.endswith(" sorted") else drawn
+    lengths = np.sort(drawn) if case == SORTED else drawn
     codes = torch.Generator().manual_seed(0)
     records = [torch.randint(2, end_to_end.VOCABULARY, (int(length),), generator=codes) for length in lengths]
-    return [
-        {"codes": pad_sequence(part, batch_first=True).to(host.DEVICE), "label": torch.zeros(len(part), 1)}
-        for part in (records[:batch], records[batch:])
-    ]
+    return batches_of(records, batch)
 
 
 def probability(model: Any, ids: Tensor) -> Tensor:
@@ -101,87 +91,61 @@ def by(evaluate: Callable[..., dict[str, float]], model: Any, data: end_to_end.B
 
 
 @pytest.mark.parametrize("provider", [STOCK, OURS])
-@pytest.mark.parametrize("part", ["given attributions", "whole"])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "case", "part"), CASES)
 def test_evaluate(size: str, case: str, part: str, provider: str, measure: Callable[..., None], quick: bool) -> None:
-    if quick and (size, case) != QUICK[:2]:
+    if quick and (size, case) != (SMALL, SORTED):
         pytest.skip("left out of the quick run")
-    if size == LARGE and (part, case) != ("whole", CASES[0]):
-        pytest.skip("PyHealth's side takes minutes: only the whole of it in the loader's order")
-    batch = QUICK[2] if quick else BATCH
-    model, data, attributions, exact = prepared(size, case, batch)
-    evaluate = stock_evaluate if provider == STOCK else evaluate_attribution
-    interpreter = (methods.AttentionRollout if provider == STOCK else AttentionRollout)(model)
-    method = Given(attributions) if part.startswith("given") else interpreter
-    measure(
-        partial(by, evaluate, model, data, method),
-        reference=exact,
-        tolerance=1e-5 if part.startswith("given") else TIES,
-        suite="evaluation",
-        provider=provider,
-        case=f"{part}, {case}, {size}",
-        samples=sum(len(each["codes"]) for each in data),
-        shape={"B": batch, "S": max(each["codes"].shape[1] for each in data)},
-        dtype="float32",
-    )
+    model, data, attributions, exact = prepared(size, case, QUICK_BATCH if quick else BATCH)
+    evaluate, kind = {
+        STOCK: (stock_evaluate, methods.AttentionRollout),
+        OURS: (evaluate_attribution, AttentionRollout),
+    }[provider]
+    turns = itertools.cycle(attributions)
+    given = SimpleNamespace(attribute=lambda **batch: next(turns))
+    run = partial(by, evaluate, model, data, given if part == GIVEN else kind(model))
+    info = {"suite": "evaluation", "provider": provider, "case": f"{part}, {case}, {size}"}
+    time_call(measure, run, data, {}, reference=exact, tolerance=1e-5 if part == GIVEN else TIES, **info)
 
 
 class Samples:
     """The records of some batches, one by one, as a dataset."""
 
-    def __init__(self, dataset: Any, data: end_to_end.Batches) -> None:
-        self.input_processors, self.output_schema = dataset.input_processors, dataset.output_schema
-        self.records = [
-            (ids[ids != 0], label) for each in data for ids, label in zip(each["codes"], each["label"], strict=True)
-        ]
+    def __init__(self, model: Any, data: end_to_end.Batches) -> None:
+        self.input_processors = model.dataset.input_processors
+        self.output_schema = model.dataset.output_schema
+        self.records = [ids[ids != 0].cpu() for each in data for ids in each["codes"]]
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        ids, label = self.records[number]
-        return {"patient_id": f"p{number}", "codes": ids.cpu(), "label": label.cpu()}
+        return {"patient_id": f"p{number}", "codes": self.records[number], "label": torch.zeros(1)}
 
 
 def several_of_pyhealth(model: Any, data: end_to_end.Batches) -> Tensor:
+    """Rollout, Chefer and the random ranking, one after another; the two means of the first."""
     chosen = (methods.AttentionRollout, methods.CheferRelevance, methods.RandomBaseline)
-    return torch.stack([by(stock_evaluate, model, data, method(model)) for method in chosen])[:2]
+    first, *_ = [by(stock_evaluate, model, data, method(model)) for method in chosen]
+    return first
 
 
-def several_of_ours(model: Any, samples: Samples, batch: int) -> Tensor:
-    """Rollout, Chefer and the random ranking, in one stack, with the writing of their rows."""
-    options = {"metric": "pyhealth", "threshold": 0.0, "batch_samples": batch, "batch_tokens": 2**20, "progress": False}
+def several_of_ours(model: Any, samples: Samples) -> Tensor:
+    """The same in one stack, with the writing of their rows."""
+    options = {"metric": "pyhealth", "threshold": 0.0, "batch_samples": len(samples) // 2, "batch_tokens": 2**20}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False), torch.enable_grad():
-        evaluate_cohort(model, samples, Path(folder) / "out", methods=["pyhealth", "chefer"], **options)
-        rows = pl.read_parquet(Path(folder) / "out" / "faithfulness" / "*.parquet")
-    means = rows.group_by("method", "direction").agg(pl.col("drop").cast(pl.Float64).mean())
-    found = {(method, direction): drop for method, direction, drop in means.rows()}
-    drops = [[found[method, direction] for direction in ("without", "only")] for method in ("pyhealth", "chefer")]
-    return torch.tensor(drops, dtype=torch.float64)
+        out = Path(folder) / "out"
+        evaluate_cohort(model, samples, out, methods=["pyhealth", "chefer"], progress=False, **options)
+        rows = pl.read_parquet(out / "faithfulness" / "*.parquet")
+    rollout = rows.filter(pl.col("method") == "pyhealth")
+    means = dict(rollout.group_by("direction").agg(pl.col("drop").cast(pl.Float64).mean()).iter_rows())
+    return torch.tensor([means["without"], means["only"]], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("provider", [STOCK, OURS])
 def test_three_methods(provider: str, measure: Callable[..., None], quick: bool) -> None:
     """Sorted, so that the batches of a cohort are those of the loader."""
-    size = QUICK[0]
-    batch = QUICK[2] if quick else BATCH
-    model, data, _, exact = prepared(size, CASES[1], batch)
-    samples = Samples(model.dataset, data)
-    run = (
-        partial(several_of_pyhealth, model, data)
-        if provider == STOCK
-        else partial(several_of_ours, model, samples, batch)
-    )
-    measure(
-        run,
-        reference=exact,
-        part=lambda found: found[0],
-        tolerance=TIES,
-        suite="evaluation",
-        provider=provider,
-        case=f"three methods, {CASES[1]}, {size}",
-        samples=len(samples),
-        shape={"B": batch, "S": max(each["codes"].shape[1] for each in data)},
-        dtype="float32",
-    )
+    model, data, _, exact = prepared(SMALL, SORTED, QUICK_BATCH if quick else BATCH)
+    theirs, ours = partial(several_of_pyhealth, model, data), partial(several_of_ours, model, Samples(model, data))
+    run = theirs if provider == STOCK else ours
+    info = {"suite": "evaluation", "provider": provider, "case": f"three methods, {SORTED}, {SMALL}"}
+    time_call(measure, run, data, {}, reference=exact, tolerance=TIES, **info)

@@ -24,17 +24,10 @@ def exact(subject: Family) -> Tensor:
         return subject.exact()
 
 
-def time_family(measure: Callable[..., None], suite: str, subject: Family, who: str, **info: object) -> None:
-    measure(
-        {THEIRS: subject.theirs, OURS: subject.ours, PLAIN: subject.forward}[who],
-        reference=None if who == PLAIN else exact(subject),
-        tolerance=1e-5,
-        suite=suite,
-        provider=subject.peer if who == THEIRS else who,
-        shape=subject.shape,
-        dtype="float32",
-        **info,
-    )
+def time_family(measure: Callable[..., None], subject: Family, who: str, **info: object) -> None:
+    run = {THEIRS: subject.theirs, OURS: subject.ours, PLAIN: subject.forward}[who]
+    provider, reference = subject.peer if who == THEIRS else who, None if who == PLAIN else exact(subject)
+    measure(run, reference=reference, provider=provider, shape=subject.shape, **info)
 
 
 @pytest.mark.parametrize("who", [THEIRS, OURS, PLAIN])
@@ -43,7 +36,7 @@ def test_family(name: str, who: str, measure: Callable[..., None], quick: bool) 
     subject = families.make(name, quick)
     if subject is None:
         pytest.skip(f"{FAMILIES[name][1]} is not installed")
-    time_family(measure, "model families", subject, who, case=name, samples=subject.shape["B"])
+    time_family(measure, subject, who, suite="model families", case=name, samples=subject.shape["B"])
 
 
 def bert_base(quick: bool, seq: int) -> Family:
@@ -54,7 +47,7 @@ def bert_base(quick: bool, seq: int) -> Family:
 @pytest.mark.parametrize("who", [THEIRS, OURS])
 def test_bert_base(who: str, measure: Callable[..., None], quick: bool) -> None:
     """Tokens in, relevance of the first position's row out."""
-    time_family(measure, "BERT-base from tokens", bert_base(quick, BERT_BASE[1]), who)
+    time_family(measure, bert_base(quick, BERT_BASE[1]), who, suite="BERT-base from tokens")
 
 
 @pytest.mark.parametrize("provider", [PLAIN, "capture", "capture and rollout"])
@@ -76,5 +69,5 @@ def test_overhead(case: str, provider: str, measure: Callable[..., None], quick:
 
     with torch.inference_mode():
         output = subject.forward().double()
-    measure(run, reference=output, tolerance=1e-5, suite="overhead of capture", provider=provider, case=case,
-            shape=subject.shape, dtype="float32")  # fmt: skip
+    info = {"suite": "overhead of capture", "provider": provider, "case": case}
+    measure(run, reference=output, shape=subject.shape, **info)

@@ -12,20 +12,21 @@ from torch import Tensor
 
 from bench import records
 from bench.machine import host
+from bench.records import time_call
 from rollout.bench import end_to_end
 from rollout.bench.end_to_end import EMBEDDING, FUSED, STOCK
 from rollout.bench.measure import OURS
 
 pytest.importorskip("pyhealth", reason="PyHealth is not installed: pip install 'attention-rollout[pyhealth]'")
 
-from pyhealth.interpret.methods import AttentionRollout as PyHealthRollout
-from pyhealth.interpret.methods import CheferRelevance as PyHealthChefer
+from pyhealth.interpret import methods
 
 import rollout
 from rollout.pyhealth import AttentionRollout, CheferRelevance
 from rollout.pyhealth.merged import attend
 
 BATCH, HEADS, LAYERS = 32, 8, 4
+MODEL = {"H": HEADS, "L": LAYERS, "E": EMBEDDING}
 CASES = ("S=64", "S=256", "S=512", "lengths 256-512", "log-normal, sorted", "log-normal, unsorted")
 SIZES = {"E64 H2 L2": (64, 2, 2), "E128 H8 L4": (128, 8, 4)}
 WIDTHS, QUICK_WIDTH = (64, 128, 256, 512, 1024, 2048, 4096), 64
@@ -35,6 +36,7 @@ DIFFERENT, REPEATED = "different codes", "codes as often as 1 over their rank"
 CLASS_BATCH, OFTEN = 16, 1 / torch.arange(1.0, 1001.0)
 CLASS_CASES = [*((DIFFERENT, seq) for seq in (64, 128, 256, 512, 1024)), (REPEATED, 512)]
 QUICK, QUICK_BATCH = ("S=64", "log-normal, unsorted"), 8
+INTERPRETERS = {STOCK: methods.AttentionRollout, OURS: AttentionRollout}
 FORWARDS = {FUSED: end_to_end.fused_forward, "plain forward": end_to_end.plain_forward}
 
 
@@ -50,30 +52,16 @@ def exact(case: str, batch: int, forward: bool) -> Tensor:
     return end_to_end.plain_forward(model(), data).double() if forward else end_to_end.exact(model(), data)
 
 
-@pytest.mark.parametrize("provider", [STOCK, OURS, *FORWARDS])
+@pytest.mark.parametrize("provider", [*INTERPRETERS, *FORWARDS])
 @pytest.mark.parametrize("case", CASES)
 def test_attribute(case: str, provider: str, measure: Callable[..., None], quick: bool) -> None:
     if quick and case not in QUICK:
         pytest.skip("left out of the quick run")
     batch = QUICK_BATCH if quick else BATCH
-    data = end_to_end.make_batches(case, batch, host.DEVICE)
-    if provider in FORWARDS:
-        run = partial(FORWARDS[provider], model(), data)
-    else:
-        interpreter = (PyHealthRollout if provider == STOCK else AttentionRollout)(model())
-        run = partial(end_to_end.attribute, interpreter, data)
-    longest = max(each["codes"].shape[1] for each in data)
-    measure(
-        run,
-        reference=exact(case, batch, provider in FORWARDS),
-        tolerance=1e-5,
-        suite="PyHealth end to end",
-        provider=provider,
-        case=case,
-        samples=sum(len(each["codes"]) for each in data),
-        shape={"B": batch, "H": HEADS, "S": longest, "L": LAYERS, "E": EMBEDDING},
-        dtype="float32",
-    )
+    data, forward = end_to_end.make_batches(case, batch, host.DEVICE), FORWARDS.get(provider)
+    call = partial(forward, model()) if forward else partial(end_to_end.attribute, INTERPRETERS[provider](model()))
+    info = {"suite": "PyHealth end to end", "provider": provider, "case": case}
+    time_call(measure, partial(call, data), data, MODEL, reference=exact(case, batch, forward is not None), **info)
     end_to_end.drop_maps(model())
 
 
@@ -83,31 +71,19 @@ def real(size: str) -> tuple[Any, end_to_end.Batches, Tensor]:
     found, vocabulary = records.drugs()
     embedding, heads, layers = SIZES[size]
     subject = end_to_end.make_model(heads, layers, host.DEVICE, embedding=embedding, vocabulary=vocabulary)
-    data = [
-        {"codes": ids.to(host.DEVICE), "label": torch.zeros(len(ids), 1, device=host.DEVICE)}
-        for ids in records.batches_of(found, BATCH)
-    ]
+    data = records.batches_of(found, BATCH)
     return subject, data, end_to_end.exact(subject, data)
 
 
 @pytest.mark.skipif(records.ROOT is None, reason="EHR_ROOT does not name a folder of MIMIC-IV tables")
-@pytest.mark.parametrize("provider", [STOCK, OURS])
+@pytest.mark.parametrize("provider", INTERPRETERS)
 @pytest.mark.parametrize("size", SIZES)
 def test_real_records(size: str, provider: str, measure: Callable[..., None]) -> None:
     """Drug records repeat their codes as no drawn ones do."""
     subject, data, reference = real(size)
-    interpreter = (PyHealthRollout if provider == STOCK else AttentionRollout)(subject)
-    measure(
-        partial(end_to_end.attribute, interpreter, data),
-        reference=reference,
-        tolerance=1e-5,
-        suite="PyHealth on real records",
-        provider=provider,
-        case=f"{records.CASE}, {size}",
-        samples=sum(len(each["codes"]) for each in data),
-        shape={"B": BATCH, "S": max(each["codes"].shape[1] for each in data)},
-        dtype="float32",
-    )
+    run = partial(end_to_end.attribute, INTERPRETERS[provider](subject), data)
+    info = {"suite": "PyHealth on real records", "provider": provider, "case": f"{records.CASE}, {size}"}
+    time_call(measure, run, data, {}, reference=reference, **info)
     end_to_end.drop_maps(subject)
 
 
@@ -126,7 +102,7 @@ def make_records(case: str, seq: int, batch: int) -> end_to_end.Batches:
         ids = 2 + torch.multinomial(OFTEN.expand(batch, -1), seq, replacement=True, generator=generator)
     else:
         ids = torch.stack([2 + torch.randperm(max(WIDTHS), generator=generator)[:seq] for _ in range(batch)])
-    return [{"codes": ids.to(host.DEVICE), "label": torch.zeros(batch, 1, device=host.DEVICE)}]
+    return records.batches_of(list(ids), batch)
 
 
 @cache
@@ -150,7 +126,7 @@ def test_class_specific(case: str, seq: int, provider: str, measure: Callable[..
     """Chefer's relevance; what PyHealth leaves on the model is dropped, or the next call would start with it."""
     if quick != (seq == CLASS_CASES[0][1]):
         pytest.skip("64 codes are for the quick run")
-    interpreter = (PyHealthChefer if provider == STOCK else CheferRelevance)(wide_model())
+    interpreter = (methods.CheferRelevance if provider == STOCK else CheferRelevance)(wide_model())
     data = make_records(case, seq, CLASS_BATCH)
 
     def run() -> Tensor:
@@ -158,17 +134,8 @@ def test_class_specific(case: str, seq: int, provider: str, measure: Callable[..
         end_to_end.drop_maps(wide_model())
         return result
 
-    measure(
-        run,
-        reference=exact_class(case, seq),
-        tolerance=1e-5,
-        suite="class-specific relevance",
-        provider=provider,
-        case=case,
-        samples=CLASS_BATCH,
-        shape={"B": CLASS_BATCH, "H": HEADS, "S": seq, "L": LAYERS, "E": EMBEDDING},
-        dtype="float32",
-    )
+    info = {"suite": "class-specific relevance", "provider": provider, "case": case}
+    time_call(measure, run, data, MODEL, reference=exact_class(case, seq), **info)
 
 
 @pytest.mark.skipif(host.DEVICE.type != "cpu", reason="rows are merged on a CPU")
@@ -180,21 +147,14 @@ def test_visits(
     """Where `KEPT_BYTES` of `rollout.pyhealth.merged.attend` comes from: is there a width at which F is not kept?"""
     if quick and width > QUICK_WIDTH:
         pytest.skip("left out of the quick run")
-    batch = max(1, ROWS // width)
-    data = make_records(DIFFERENT, width, batch)
+    data = make_records(DIFFERENT, width, max(1, ROWS // width))
+    reference = end_to_end.exact(wide_model(), data) if width <= MOST_EXACT else None
     monkeypatch.setattr(attend, "KEPT_BYTES", 0 if provider == "F made again" else 1 << 40)
     interpreter = AttentionRollout(wide_model())
     layer = interpreter.model.transformer["codes"]
     with ExitStack() as stack:
         if provider.startswith("fused"):  # a hook in a layer has it run whole
             stack.callback(layer.register_forward_hook(lambda *args: None).remove)
-        measure(
-            partial(end_to_end.attribute, interpreter, data),
-            reference=end_to_end.exact(wide_model(), data) if width <= MOST_EXACT else None,
-            tolerance=1e-5,
-            suite="one visit to each score",
-            provider=provider,
-            samples=batch,
-            shape={"B": batch, "H": HEADS, "S": width, "L": LAYERS, "E": EMBEDDING},
-            dtype="float32",
-        )
+        run = partial(end_to_end.attribute, interpreter, data)
+        info = {"suite": "one visit to each score", "provider": provider}
+        time_call(measure, run, data, MODEL, reference=reference, **info)

@@ -71,13 +71,13 @@ def _attributed(embedding: int, heads: int, layers: int, *, real: bool) -> Case:
     cpu, vocabulary = torch.device("cpu"), end_to_end.VOCABULARY
     if real:
         found, vocabulary = records.drugs()
-        ids = records.batches_of(found, BATCH)
+        batches = records.batches_of(found, BATCH)
     else:
-        ids = [batch["codes"] for batch in end_to_end.make_batches("log-normal, sorted", BATCH, cpu)]
+        batches = end_to_end.make_batches("log-normal, sorted", BATCH, cpu)
     model = end_to_end.make_model(heads, layers, cpu, embedding=embedding, vocabulary=vocabulary)
-    exact = end_to_end.exact(model, [{"codes": batch, "label": torch.zeros(len(batch), 1)} for batch in ids])
     sizes = {"embedding": embedding, "heads": heads, "layers": layers}
-    return Case("attribute", [model.state_dict(), ids], sizes, exact, CAPTURED)
+    inputs = [model.state_dict(), [batch["codes"] for batch in batches]]
+    return Case("attribute", inputs, sizes, end_to_end.exact(model, batches), CAPTURED)
 
 
 CASES: dict[str, Callable[[], Case]] = {

@@ -2,14 +2,14 @@
 
 import copy
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import rollout
 from bench.machine import host
@@ -29,7 +29,7 @@ class Family:
     """A model and its input. Relevance of each sample's read row, [B, S] or in one vector, comes three ways.
 
     `theirs()`: as its users compute it, by stored maps and the naive chain or PyHealth's interpreter; `ours()`; and
-    `exact()`, the float64 oracle. `forward()` is the model's output alone, within `fused()` on torch's fused attention.
+    `exact()`, the float64 oracle. `forward()` is the model's output alone, as the model runs it.
     """
 
     peer: str  # who computes `theirs`
@@ -39,7 +39,6 @@ class Family:
     forward: Callable[[], Tensor]
     exact: Callable[[], Tensor]
     shape: dict[str, int]
-    fused: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def of_maps(
@@ -56,13 +55,18 @@ def of_maps(
     return Family(NAIVE, model, lambda: naive_chain(maps()), ours, forward, lambda: oracle.from_maps(maps()), shape)
 
 
-@contextmanager
-def hooks(handles: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def eager_copy(model: nn.Module, sites: str) -> tuple[Any, list[Any], list[Tensor]]:
+    """A copy for its maps: it, its attentions, each as `sites` names it, and the list that their hooks fill."""
+    eager = copy.deepcopy(model)
+    return eager, [module for name, module in eager.named_modules() if name.endswith(sites)], []
+
+
+def taken(run: Callable[[], Any], kept: list[Tensor]) -> list[Tensor]:
+    """What the hooks kept of a call; they hold on to nothing."""
+    run()
+    found = kept[:]
+    kept.clear()
+    return found
 
 
 def torch_encoder(quick: bool) -> Family:
@@ -71,28 +75,19 @@ def torch_encoder(quick: bool) -> Family:
     layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).eval().to(host.DEVICE)
     x = torch.randn(batch, seq, width).to(host.DEVICE)
-    sites = [each.self_attn for each in model.layers]
-
-    def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, kwargs | {"need_weights": True, "average_attn_weights": False}
-
-    def maps() -> list[Tensor]:
-        kept: list[Tensor] = []
-        asked = [site.register_forward_pre_hook(ask, with_kwargs=True) for site in sites]
-        with hooks(asked + [site.register_forward_hook(lambda m, a, out: kept.append(out[1])) for site in sites]):
-            model(x)
-        return kept
-
-    return of_maps(model, lambda: model(x), maps, "layers", *sizes)
+    eager, sites, kept = eager_copy(model, "self_attn")
+    ask = {"need_weights": True, "average_attn_weights": False}
+    for site in sites:
+        site.register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs | ask), with_kwargs=True)
+        site.register_forward_hook(lambda module, args, output: kept.append(output[1]))
+    return of_maps(model, lambda: model(x), lambda: taken(lambda: eager(x), kept), "layers", *sizes)
 
 
 @cache
 def make_bert(batch: int, seq: int, heads: int, layers: int, width: int) -> Family:
     import transformers
 
-    config = transformers.BertConfig(
-        hidden_size=width, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=4 * width
-    )
+    config = transformers.BertConfig(**_widths(heads, layers, width))
     inputs = {"input_ids": torch.randint(1000, 30000, (batch, seq)).to(host.DEVICE)}
     model = transformers.BertModel(config, add_pooling_layer=False)
     return _hugging_face(model, inputs, "encoder.layer", batch, seq, heads, layers, width)
@@ -102,26 +97,26 @@ def vit(quick: bool) -> Family:
     import transformers
 
     batch, side, heads, layers, width = IMAGE_SMALL if quick else IMAGE
-    config = transformers.ViTConfig(
-        hidden_size=width, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=4 * width,
-        image_size=side, patch_size=PATCH,
-    )  # fmt: skip
+    config = transformers.ViTConfig(**_widths(heads, layers, width), image_size=side, patch_size=PATCH)
     inputs = {"pixel_values": torch.randn(batch, 3, side, side).to(host.DEVICE)}
     model = transformers.ViTModel(config, add_pooling_layer=False)
     return _hugging_face(model, inputs, "layers", batch, 1 + (side // PATCH) ** 2, heads, layers, width)
 
 
+def _widths(heads: int, layers: int, width: int) -> dict[str, int]:
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width}
+    return sizes | {"num_attention_heads": heads, "num_hidden_layers": layers}
+
+
 def _hugging_face(model: Any, inputs: dict[str, Tensor], stream: str, *sizes: int) -> Family:
     """Plain attention with `output_attentions` for theirs, fused attention for ours."""
     model = model.eval().to(host.DEVICE)
+    eager = copy.deepcopy(model)
     model.set_attn_implementation("sdpa")
+    eager.set_attn_implementation("eager")
 
     def maps() -> list[Tensor]:
-        model.set_attn_implementation("eager")
-        try:
-            return list(model(**inputs, output_attentions=True).attentions)
-        finally:
-            model.set_attn_implementation("sdpa")
+        return list(eager(**inputs, output_attentions=True).attentions)
 
     return of_maps(model, lambda: model(**inputs)[0], maps, stream, *sizes)
 
@@ -134,23 +129,12 @@ def timm_vit(quick: bool) -> Family:
     model = VisionTransformer(img_size=side, patch_size=PATCH, embed_dim=width, depth=layers, num_heads=heads)
     model = model.eval().to(host.DEVICE)
     image = torch.randn(batch, 3, side, side).to(host.DEVICE)
-    sites = [block.attn for block in model.blocks]
-
-    def fuse(on: bool) -> None:
-        for site in sites:
-            site.fused_attn = on
-
-    def maps() -> list[Tensor]:
-        kept: list[Tensor] = []
-        with hooks([site.attn_drop.register_forward_hook(lambda m, a, out: kept.append(out)) for site in sites]):
-            fuse(False)
-            try:
-                model(image)
-            finally:
-                fuse(True)
-        return kept
-
-    return of_maps(model, lambda: model(image), maps, "blocks", batch, 1 + (side // PATCH) ** 2, heads, layers, width)
+    eager, sites, kept = eager_copy(model, ".attn")
+    for site in sites:
+        site.fused_attn = False
+        site.attn_drop.register_forward_hook(lambda module, args, output: kept.append(output))
+    sizes = batch, 1 + (side // PATCH) ** 2, heads, layers, width
+    return of_maps(model, lambda: model(image), lambda: taken(lambda: eager(image), kept), "blocks", *sizes)
 
 
 @cache
@@ -179,16 +163,10 @@ def pyhealth_stage_net(quick: bool) -> Family:
     model = model.eval().to(host.DEVICE)
 
     def exact() -> Tensor:
-        wide = {key: _double(value) for key, value in data.items()}
+        wide = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, data)
         return end_to_end.attribute(Theirs(copy.deepcopy(model).double()), [wide])
 
     return _pyhealth(model, data, exact, B=batch, H=heads, S=seq, L=1, E=width)
-
-
-def _double(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return type(value)(_double(each) for each in value)
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _pyhealth(model: Any, data: dict[str, Any], exact: Callable[[], Tensor], **shape: int) -> Family:
@@ -198,8 +176,7 @@ def _pyhealth(model: Any, data: dict[str, Any], exact: Callable[[], Tensor], **s
     from rollout.pyhealth import AttentionRollout
 
     theirs, ours = (partial(end_to_end.attribute, kind(model), [data]) for kind in (Theirs, AttentionRollout))
-    forward, fused = partial(end_to_end.plain_forward, model, [data]), partial(end_to_end.fused_attention, model)
-    return Family(end_to_end.STOCK, model, theirs, ours, forward, exact, shape, fused)
+    return Family(end_to_end.STOCK, model, theirs, ours, partial(end_to_end.plain_forward, model, [data]), exact, shape)
 
 
 # Name → how it is made, and the library it needs beside torch.
