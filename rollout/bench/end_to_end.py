@@ -1,9 +1,8 @@
 """PyHealth's Transformer from batch to attributions: by PyHealth's interpreter, by ours, and its forward alone."""
 
 import copy
-import io
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch.nn import functional
 
 from rollout.bench.measure import OURS, Row, Runs, compare
 from rollout.bench.settings import Settings
+from rollout.data.quiet import quiet_pyhealth
 from rollout.errors import require
 
 STOCK, FUSED = "PyHealth", "fused forward, no padding"
@@ -73,7 +73,7 @@ def make_model(
 
     codes = [f"c{i}" for i in range(vocabulary)]
     samples = [{"patient_id": f"p{i}", "visit_id": "v", "codes": codes, "label": i} for i in range(2)]
-    with redirect_stdout(io.StringIO()):  # it prints the vocabulary of the label
+    with quiet_pyhealth():  # it would print the vocabulary of the label
         dataset = create_sample_dataset(samples, {"codes": "sequence"}, {"label": "binary"}, dataset_name="bench")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

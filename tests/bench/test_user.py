@@ -315,11 +315,14 @@ def test_a_file_without_a_folder_and_heads_that_do_not_divide_are_refused_before
 
 
 def test_samples_a_second(ceilings: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("pyhealth", reason="PyHealth is not installed: pip install 'attention-rollout[pyhealth]'")
+    pyhealth = pytest.importorskip("pyhealth", reason="not installed: pip install 'attention-rollout[pyhealth]'")
     monkeypatch.setattr(end_to_end, "CASES", ("S=12", "log-normal, unsorted"))
     monkeypatch.setattr(end_to_end, "LONGEST", 30)
+    logged: list[str] = []
+    monkeypatch.setattr(pyhealth.handler, "emit", lambda record: logged.append(record.getMessage()))
     said: list[str] = []
     assert bench.run(SMALL, pyhealth=True, file=tmp_path / "x.json", say=said.append)
+    assert not [line for line in logged if "vocab" in line]  # between the lines of the table
     every = [row for row in json.loads((tmp_path / "x.json").read_text())["rows"] if row["samples"]]
     rows = [row for row in every if row["peer"] == "PyHealth"]
     others = [row for row in every if row not in rows]
