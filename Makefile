@@ -1,6 +1,6 @@
 # `make demo` and `make test` are each enough alone on a fresh machine with Python 3.12 or 3.13.
 #   make demo EHR_ROOT=<folder>   the same on real MIMIC-IV tables
-.PHONY: setup demo test gpu test-slow lint format bench bench-quick bench-compare clean
+.PHONY: setup demo test gpu gpu-dry-run test-slow lint format bench bench-quick bench-compare clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -14,7 +14,7 @@ help:
 	@echo "make test          lint, types and every test (make test-slow: the exhaustive forms too)"
 	@echo "make setup         .venv with everything"
 	@echo "make bench         every benchmark, the tables and plots (make bench-quick: checks only)"
-	@echo "make gpu           all that needs a GPU: tests, benchmarks, tuning, pages"
+	@echo "make gpu           all that needs a GPU: tests, benchmarks, tuning, pages (PYTHON=python3: that one, no .venv)"
 	@echo "make bench-compare BASE=<revision>   is the working tree slower than that revision?"
 	@echo "make lint | format | clean"
 
@@ -54,8 +54,8 @@ bench: setup
 bench-quick: setup
 	$(BIN)/python -m bench.run --quick
 
-gpu: setup
-	$(BIN)/python -m bench.gpu
+gpu gpu-dry-run: $(if $(PYTHON),,setup)
+	@$(MAKE) -f bench/gpu.mk $@ PYTHON=$(or $(PYTHON),$(BIN)/python)
 
 bench-compare: setup
 	@test -n "$(BASE)" || { echo "make bench-compare BASE=<revision>" >&2; exit 2; }
