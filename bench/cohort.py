@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,93 +28,87 @@ from rollout.cohort import CohortRun
 from rollout.data.codebook import STREAMS, repeated_entry
 from rollout.data.quiet import quiet_pyhealth
 
-LAYERS, HEADS, EMBEDDING = 4, 8, 128
-SMALL, EVALUATED = (64, 2, 2), ("rollout", "chefer", "frozen_gradient")
+with quiet_pyhealth():
+    from pyhealth.datasets import SampleDataset, create_sample_dataset, get_dataloader
+    from pyhealth.interpret.methods import AttentionRollout
+    from pyhealth.models import Transformer
+
+EMBEDDING, HEADS, LAYERS = 128, 8, 4
+EVALUATED = ("rollout", "chefer", "frozen_gradient")
 STOCK_BATCH, STOCK_BATCHES = 32, 40  # PyHealth's loader loop, in the order of the dataset; batches of it, at random
 
+run = partial(attribute_cohort, method="pyhealth", progress=False)
+Scores = dict[int, dict[str, torch.Tensor]]  # sample → feature → its scores
 
-def raw_samples(count: int) -> Iterator[dict[str, Any]]:
+
+def draw_samples(count: int) -> Iterator[dict[str, Any]]:
     """Samples as a task gives them: codes by Zipf's law, drugs ordered again, lengths of the streams log-normal."""
     rng = np.random.default_rng(0)
-    shares = {stream.feature: np.cumsum(1.0 / (np.arange(stream.vocabulary) + stream.offset)) for stream in STREAMS}
     for number in range(count):
-        sample: dict[str, Any] = {"patient_id": f"p{number // 2}", "visit_id": f"v{number}"}
+        sample: dict[str, Any] = {"patient_id": f"p{number // 2}", "visit_id": f"v{number}", "label": number % 3 == 0}
         for stream in STREAMS:
             length = min(stream.cap, max(1, round(stream.median * np.exp(stream.sigma * rng.standard_normal()))))
-            share = shares[stream.feature]
-            codes = np.searchsorted(share, rng.random(length) * share[-1])
+            weight = 1.0 / (np.arange(stream.vocabulary) + stream.offset)
+            codes = rng.choice(stream.vocabulary, length, p=weight / weight.sum())
             if stream.fresh is not None:
                 codes = codes[repeated_entry(rng, np.arange(length), stream.fresh)]
             sample[stream.feature] = [f"{stream.feature[0]}{code}" for code in codes]
-        yield sample | {"label": int(number % 3 == 0)}
+        yield sample
 
 
-def build_samples(count: int) -> str:
+def keep_samples(count: int) -> str:
     """The folder of PyHealth's samples on disk."""
-    with quiet_pyhealth():
-        from pyhealth.datasets import create_sample_dataset
     schema = {stream.feature: "sequence" for stream in STREAMS}
-    samples = create_sample_dataset(list(raw_samples(count)), schema, {"label": "binary"}, in_memory=False)
-    return str(samples.path)
+    return str(create_sample_dataset(list(draw_samples(count)), schema, {"label": "binary"}, in_memory=False).path)
 
 
-def model_and_samples(count: int, sizes: tuple[int, int, int] = (EMBEDDING, HEADS, LAYERS)) -> tuple[Any, Any]:
-    """PyHealth's Transformer of E, H and L on samples on disk, made in another process: making them is not ours."""
-    with quiet_pyhealth():
-        from pyhealth.datasets import SampleDataset
-        from pyhealth.models import Transformer
+def model_and_samples(
+    count: int, embedding: int = EMBEDDING, heads: int = HEADS, layers: int = LAYERS
+) -> tuple[Any, Any]:
+    """PyHealth's Transformer on samples on disk, which another process makes: that is not what is measured."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other, quiet_pyhealth():
-        samples = SampleDataset(other.submit(build_samples, count).result(), "synthetic", "mortality")
+        samples = SampleDataset(other.submit(keep_samples, count).result(), "synthetic", "mortality")
     torch.manual_seed(0)
-    embedding, heads, layers = sizes
     return Transformer(samples, embedding_dim=embedding, heads=heads, num_layers=layers).eval(), samples
 
 
-def run(model: Any, samples: Any, out: Path, **settings: Any) -> CohortRun:
-    """Attribute the cohort by PyHealth's method and write it."""
-    return attribute_cohort(model, samples, out, method="pyhealth", progress=False, **settings)
-
-
-def stock(model: Any, samples: Any, batches: list[int]) -> tuple[float, dict[int, dict[str, np.ndarray]]]:
-    """PyHealth's interpreter over these batches of PyHealth's loader: seconds, and its scores by sample."""
-    with quiet_pyhealth():
-        from pyhealth.datasets import get_dataloader
-        from pyhealth.interpret.methods import AttentionRollout
+def stock(model: Any, samples: Any, batches: list[int]) -> tuple[float, Scores]:
+    """PyHealth's interpreter over these batches of PyHealth's loader: seconds, and its scores."""
     numbers = [n for b in batches for n in range(b * STOCK_BATCH, min((b + 1) * STOCK_BATCH, len(samples)))]
-    interpreter, waiting = AttentionRollout(model), iter(numbers)
-    scores: dict[int, dict[str, np.ndarray]] = {}
-    seconds, begun = 0.0, time.perf_counter()
+    interpreter, found = AttentionRollout(model), []
+    begun = time.perf_counter()
     for batch in get_dataloader(samples.subset(numbers), STOCK_BATCH, shuffle=False):
         relevance = interpreter.attribute(**batch)
-        seconds += time.perf_counter() - begun
-        for place in range(len(batch["patient_id"])):
-            scores[next(waiting)] = {key: part[place].detach().numpy().copy() for key, part in relevance.items()}
-        begun = time.perf_counter()
-    return seconds, scores
+        rows = zip(*(part.detach().clone() for part in relevance.values()), strict=True)  # a clone lets go of the maps
+        found += [dict(zip(relevance, row, strict=True)) for row in rows]
+    return time.perf_counter() - begun, dict(zip(numbers, found, strict=True))
 
 
-def largest_difference(out: Path, scores: dict[int, dict[str, np.ndarray]]) -> float:
+def largest_difference(out: Path, scores: Scores) -> float:
     """Between the rows written and PyHealth's scores, over every entry of the samples both have."""
     written = pl.scan_parquet(out / "attributions" / "*.parquet").filter(pl.col("sample").is_in(list(scores)))
     largest = 0.0
     for (sample, feature), rows in written.collect().group_by("sample", "feature"):
         theirs = scores[sample][feature][rows["position"].to_numpy()]  # type: ignore[index]
-        largest = max(largest, float(np.abs(rows["attribution"].to_numpy() - theirs).max()))
+        largest = max(largest, float((rows["attribution"].to_torch() - theirs).abs().max()))
     return largest
 
 
 def describe(*runs: CohortRun) -> dict[str, Any]:
-    """One run in numbers, or several as one; the share of time beside model and chain."""
-    stages = {stage: sum(done.seconds[stage] for done in runs) for stage in runs[0].seconds}
-    elapsed = sum(done.elapsed for done in runs)
+    """One run in numbers, or several as one."""
     return {
         "samples": sum(done.done for done in runs),
-        "seconds": elapsed,
-        "stages": stages,
+        "elapsed": sum(done.elapsed for done in runs),
+        "stages": {stage: sum(done.seconds[stage] for done in runs) for stage in runs[0].seconds},
         "rows": sum(done.rows for done in runs),
         "peak_bytes": max(done.peak_bytes for done in runs),
-        "bookkeeping": 1.0 - (stages["forward"] + stages["chain"]) / elapsed,
     }
+
+
+def describe_alone(*runs: CohortRun) -> dict[str, Any]:
+    """The same of runs of one process, with the share of time beside model and chain."""
+    told = describe(*runs)
+    return told | {"bookkeeping": 1.0 - (told["stages"]["forward"] + told["stages"]["chain"]) / told["elapsed"]}
 
 
 def race(count: int, scratch: Path) -> dict[str, Any]:
@@ -122,19 +117,19 @@ def race(count: int, scratch: Path) -> dict[str, Any]:
     drawn = np.random.default_rng(1).permutation(-(-count // STOCK_BATCH))[:STOCK_BATCHES].tolist()
     stock(model, samples, drawn[:1])
     run(model, samples.subset(range(min(count, 256))), scratch / "warm")
-    first = stock(model, samples, sorted(drawn[::2]))
-    done = run(model, samples, scratch / "ours")
-    second = stock(model, samples, sorted(drawn[1::2]))
-    scores = first[1] | second[1]
-    difference = largest_difference(scratch / "ours", scores)
-    assert difference <= 1e-5, f"not told: largest difference {difference:.1e}, allowed 1e-05"
-    stocks = {"samples": len(scores), "seconds": first[0] + second[0], "batches": len(drawn)}
-    return {"ours": describe(done) | {"error": difference}, "PyHealth": stocks}
+    before, scores = stock(model, samples, sorted(drawn[::2]))
+    ours = run(model, samples, scratch / "ours")
+    after, others = stock(model, samples, sorted(drawn[1::2]))
+    scores |= others
+    error = largest_difference(ours.out, scores)
+    assert error <= 1e-5, f"not told: largest difference {error:.1e}, allowed 1e-05"
+    theirs = {"samples": len(scores), "elapsed": before + after, "batches": len(drawn)}
+    return {"ours": describe_alone(ours) | {"error": error}, "PyHealth": theirs}
 
 
 def workers(count: int, scratch: Path) -> dict[str, Any]:
     """One process of one thread on each half of the cohort, and between them two worker processes of one thread on all
-    of it. The workers' start counts; the share of bookkeeping is told for one process only."""
+    of it. The workers' start counts."""
     torch.set_num_threads(1)
     model, samples = model_and_samples(count)
     run(model, samples.subset(range(min(count, 256))), scratch / "warm")
@@ -142,23 +137,18 @@ def workers(count: int, scratch: Path) -> dict[str, Any]:
     two = run(model, samples, scratch / "two", workers=2)
     after = run(model, samples.subset(range(count // 2, count)), scratch / "after")
     assert two.rows == before.rows + after.rows
-    both = describe(two)
-    del both["bookkeeping"]
-    return {"one worker": describe(before, after), "two workers": both}
+    return {"one worker": describe_alone(before, after), "two workers": describe(two)}
 
 
 def memory(count: int, scratch: Path) -> dict[str, Any]:
     """Peak memory of a process that does nothing but this run."""
-    model, samples = model_and_samples(count)
-    return {"ours": describe(run(model, samples, scratch / "out"))}
+    return {"ours": describe_alone(run(*model_and_samples(count), scratch / "ours"))}
 
 
 def evaluate(count: int, scratch: Path) -> dict[str, Any]:
     """Three methods and chance, five shares, on a model of the demo's size."""
-    model, samples = model_and_samples(count, SMALL)
-    done = evaluate_cohort(model, samples, scratch / "out", methods=EVALUATED, progress=False)
-    return {"ours": {"samples": done.done, "seconds": done.elapsed, "stages": done.seconds, "rows": done.rows,
-                     "tokens": done.tokens, "peak_bytes": done.peak_bytes}}  # fmt: skip
+    model, samples = model_and_samples(count, embedding=64, heads=2, layers=2)
+    return {"ours": describe(evaluate_cohort(model, samples, scratch / "ours", methods=EVALUATED, progress=False))}
 
 
 PLANS = {"race": race, "workers": workers, "memory": memory, "evaluate": evaluate}

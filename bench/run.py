@@ -53,17 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def time_files(selected: dict[str, list[str]], path: Path) -> list[str]:
     """Times the suites file by file and puts them in the stored record; the files that failed, which are not kept."""
-    kept = {"schema": record.SCHEMA, "device": device_name(host.DEVICE), "cores": os.cpu_count(), "suites": {}}
-    kept = record.load(path) if path.exists() else kept
-    failed = []
+    empty = {"schema": record.SCHEMA, "device": device_name(host.DEVICE), "cores": os.cpu_count(), "suites": {}}
+    kept, failed = record.load(path) if path.exists() else empty, []
     for file, nodes in selected.items():
-        started, found = time.perf_counter(), time_file(nodes)
-        if found is None:
+        started = time.perf_counter()
+        if (found := time_file(nodes)) is None:
             failed.append(file)
-            continue
-        kept["suites"] |= found
-        record.save(path, kept)  # after each file: an interrupted run keeps what it has
-        print(f"bench.run: {file} took {time.perf_counter() - started:.0f} s: {', '.join(found) or 'all skipped'}")
+        else:
+            kept["suites"] |= found
+            record.save(path, kept)  # after each file: an interrupted run keeps what it has
+            print(f"bench.run: {file} took {time.perf_counter() - started:.0f} s: {', '.join(found) or 'all skipped'}")
     return failed
 
 

@@ -123,7 +123,9 @@ def test_a_stage_that_is_late_or_interrupted_is_ended_with_what_it_started(
         "child.wait()\n"
     )
     started = time.perf_counter()
-    running = make(card, f"correctness={minutes}m {sys.executable} slow.py", f"pages=1m {sys.executable} stage.py pages")
+    running = make(
+        card, f"correctness={minutes}m {sys.executable} slow.py", f"pages=1m {sys.executable} stage.py pages"
+    )
     while not (card / "child").exists() or not (card / "child").read_text():
         assert time.perf_counter() - started < 30
         time.sleep(0.01)
