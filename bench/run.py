@@ -23,7 +23,9 @@ from rollout.bench.measure import device_name
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small shapes; all checked, nothing timed or written")
-    parser.add_argument("--suite", action="append", metavar="NAME", help="run this suite only; may be given again")
+    parser.add_argument(
+        "--suite", action="append", choices=suites.SUITES, metavar="NAME", help="only this; may be given again"
+    )
     parser.add_argument("--list", action="store_true", help="the names of the suites")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=host.DEVICE.type)
     parser.add_argument("--out", type=Path, help="write the record here and render no page")
@@ -31,10 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(suites.SUITES))
         return 0
-    try:
-        selected = suites.select(options.suite or list(suites.SUITES))
-    except ValueError as error:
-        parser.error(str(error))
+    selected = suites.select(options.suite or list(suites.SUITES))
     if options.device != host.DEVICE.type:  # read once, at import: start again with it set
         again = [sys.executable, "-m", "bench.run", *(sys.argv[1:] if arguments is None else arguments)]
         return subprocess.run(again, env=os.environ | {"BENCH_DEVICE": options.device}, check=False).returncode
