@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.bench.table import versions
-from rollout.files import write_whole
+from rollout.files import read_json, write_whole
 
 SCHEMA = 3
 PACKAGES = ("torch", "numpy", "triton", "pyhealth", "transformers")
@@ -30,10 +30,7 @@ def load(path: Path) -> Record:
     Raises:
         ValueError: it is not a record of this schema; the message says what to do.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"bench: {path} must be a record of bench.run, got {error}; remove it and run again") from None
+    found = read_json(path)
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise ValueError(f"bench: {path} must have schema {SCHEMA}; remove it and run `make bench` again")
     return found
@@ -58,33 +55,3 @@ def by_suite(raw: dict[str, Any]) -> dict[str, Suite]:
         taken = {"median": elapsed, "rounds": 1} if elapsed else {key: entry["stats"][key] for key in KEPT}
         suite["results"].append({"seconds": taken, **info})
     return suites
-
-
-def results(record: Record, suite: str) -> list[Result]:
-    """The results of a suite; none when it is not in the record."""
-    return list(record["suites"].get(suite, {}).get("results", []))
-
-
-def find(found: list[Result], **wanted: Any) -> Result | None:
-    """The first result with these fields; a size (S=…) is looked up in its shape."""
-    for result in found:
-        if all(result.get(key, result.get("shape", {}).get(key)) == value for key, value in wanted.items()):
-            return result
-    return None
-
-
-def seconds(result: Result) -> float:
-    return float(result["seconds"]["median"])
-
-
-def per_second(result: Result) -> float | None:
-    """Samples a second by the median; None for a result that counts no samples."""
-    return result["samples"] / seconds(result) if "samples" in result else None
-
-
-def ratio(slow: Result | None, fast: Result) -> float | None:
-    """How many times as fast `fast` is, by medians; by samples a second where both say how many samples they did."""
-    if slow is None:
-        return None
-    rates = per_second(slow), per_second(fast)
-    return rates[1] / rates[0] if rates[0] and rates[1] else seconds(slow) / seconds(fast)

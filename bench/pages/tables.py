@@ -4,19 +4,63 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import polars as pl
 from scipy import stats
 
-from bench.machine.record import Record, Result, Suite, per_second, ratio, results, seconds
-from bench.pages.targets import Verdict
-from bench.providers.chains import CHEFER, GILDENBLAT, NAIVE, PRODUCTS, READ
-from rollout.bench.end_to_end import FUSED, STOCK
-from rollout.bench.measure import Ceilings
+from bench.machine.record import Record
+from bench.pages.frame import BASELINES, frame_of
+from bench.pages.targets import CPU, GPU, TARGETS, judge
 
-# Who the others are measured against, the first that a group has; and the work that none can leave out.
-BASELINES = (NAIVE, STOCK, GILDENBLAT, CHEFER, "one worker", "fused forward", "plain forward")
-FLOORS = (READ, PRODUCTS, FUSED)
 TAIL = 4  # points of a curve that an exponent is fitted to
 NONE = "–"
+
+# How a figure is told: below which bound times what, in which form.
+Form = tuple[tuple[float, float, str], ...]
+SECONDS: Form = ((1e-2, 1e3, "{:.2f} ms"), (1, 1e3, "{:.1f} ms"), (math.inf, 1, "{:.2f} s"))
+SIZE: Form = ((10 * 2**30, 2**-20, "{:.0f} MiB"), (math.inf, 2**-30, "{:.1f} GiB"))
+BYTES_A_SECOND: Form = ((math.inf, 1e-9, "{:.1f} GB/s"),)
+FLOP_A_SECOND: Form = ((1e12, 1e-9, "{:.0f} GFLOP/s"), (math.inf, 1e-12, "{:.1f} TFLOP/s"))
+SAMPLES_A_SECOND: Form = ((10, 1, "{:.2f}"), (math.inf, 1, "{:,.0f}"))
+
+Row = dict[str, Any]  # of a frame
+
+
+def tell(value: float | None, form: Form) -> str:
+    return NONE if value is None else next(text.format(value * unit) for bound, unit, text in form if value < bound)
+
+
+def rate(row: Row) -> str:
+    """GB/s or GFLOP/s of a provider's own work, and the share of the ceiling that binds it; of products if float32."""
+    field, form = ("bytes", BYTES_A_SECOND) if row["bound"] == "memory" else ("flop", FLOP_A_SECOND)
+    text = tell(row[field] / row["median"], form)
+    held = row["bound"] == "memory" or row["dtype"] == "float32"
+    return f"{text}, {row['reached']:.0%} of {row['bound']}" if held else text
+
+
+# Column → the field without which a result has nothing to say there, and what it says.
+COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
+    "case": ("label", "{label}".format_map),
+    "provider": ("provider", "{provider}".format_map),
+    "samples": ("samples", "{samples:,}".format_map),
+    "median": ("median", lambda row: tell(row["median"], SECONDS)),
+    "middle half": ("low", "{low:+.0f} to {high:+.0f} %".format_map),
+    "rounds": ("rounds", "{rounds}".format_map),
+    "samples/s": ("per_second", lambda row: tell(row["per_second"], SAMPLES_A_SECOND)),
+    "speed-up": ("speed_up", "{speed_up:.2f}×".format_map),
+    "share": ("share", "{share:.0%} of {floor}".format_map),
+    "rate": ("bound", rate),
+    "s by stage": ("stages", lambda row: ", ".join(f"{name} {taken:.1f}" for name, taken in row["stages"].items())),
+    "beside model and chain": ("bookkeeping", "{bookkeeping:.0%}".format_map),
+    "extra memory": ("peak_extra_bytes", lambda row: tell(row["peak_extra_bytes"], SIZE)),
+    "peak memory": ("peak_bytes", lambda row: tell(row["peak_bytes"], SIZE)),
+    "max err": ("error", "{error:.1e}".format_map),
+}
+
+
+def cell(row: Row, column: str) -> str:
+    """What a result says in a column."""
+    field, say = COLUMNS[column]
+    return NONE if row[field] is None else say(row)
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -25,149 +69,54 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def mib(size: float | None) -> str:
-    if size is None:
-        return NONE
-    return f"{size / 2**20:.0f} MiB" if size < 10 * 2**30 else f"{size / 2**30:.1f} GiB"
+def suite_table(found: pl.DataFrame) -> str:
+    """Every result of a suite; a column in which none has anything is left out.
+
+    Methods by name, groups as they were run, and in a group the baseline first.
+    """
+    baseline = pl.col("provider").is_in(BASELINES)
+    ordered = found.sort(pl.col("method").fill_null(""), "group", ~baseline, maintain_order=True)
+    sizes = [key for key in ("S", "L") if found[key].n_unique() > 1]
+    rows = [row | {"label": _label(row, sizes)} for row in ordered.to_dicts()]
+    cells = {column: [cell(row, column) for row in rows] for column in COLUMNS}
+    kept = {column: texts for column, texts in cells.items() if set(texts) != {NONE}}
+    return markdown(kept, zip(*kept.values(), strict=True))
 
 
-def milliseconds(result: Result) -> str:
-    taken = 1e3 * seconds(result)
-    return f"{taken:.2f} ms" if taken < 10 else f"{taken:.1f} ms" if taken < 1e3 else f"{taken / 1e3:.2f} s"
-
-
-def gb(per_s: float) -> str:
-    return f"{per_s / 1e9:.1f} GB/s"
-
-
-def gflop(per_s: float) -> str:
-    return f"{per_s / 1e9:.0f} GFLOP/s" if per_s < 1e12 else f"{per_s / 1e12:.1f} TFLOP/s"
-
-
-def samples_a_second(result: Result) -> str:
-    found = per_second(result)
-    return NONE if found is None else f"{found:,.0f}" if found >= 10 else f"{found:.2f}"
-
-
-def among(names: Sequence[str], result: Result, found: list[Result]) -> Result | None:
-    """The first of these providers among the results that this one may be compared with: same case, shape and dtype."""
-    keys = ("case", "method", "shape", "dtype")
-    alike = [other for other in found if all(other.get(key) == result.get(key) for key in keys)]
-    same = {other["provider"]: other for other in alike}
-    return next((same[name] for name in names if name in same), None)
-
-
-def speed_up(result: Result, found: list[Result]) -> str:
-    """Over the baseline of its group."""
-    baseline = among(BASELINES, result, found)
-    return NONE if baseline is None or baseline is result else f"{ratio(baseline, result):.2f}×"
-
-
-def share(result: Result, found: list[Result]) -> str:
-    """The time of the work that cannot be left out over its own."""
-    floor = among(FLOORS, result, found)
-    part = seconds(floor) / seconds(result) if floor else 1.0
-    return NONE if floor in (None, result) else f"{part:.0%} of {floor['provider']}"
-
-
-def spread(result: Result) -> str:
-    """The middle half of the rounds, as a share of the median."""
-    taken = result["seconds"]
-    if "q1" not in taken:
-        return NONE
-    low, high = (100 * (taken[key] / taken["median"] - 1) for key in ("q1", "q3"))
-    return f"{low:+.0f} to {high:+.0f} %"
-
-
-def rate(result: Result, ceilings: Ceilings | None) -> str:
-    """GB/s or GFLOP/s of a provider's own work, and the share of the ceiling that binds it; of products if float32."""
-    size, flop, taken = result.get("bytes", 0), result.get("flop", 0), seconds(result)
-    binding = ceilings and ceilings.binding(size, flop, taken)
-    if not binding:
-        return NONE
-    text = gb(size / taken) if binding[0] == "memory" else gflop(flop / taken)
-    held = binding[0] == "memory" or result.get("dtype") == "float32"
-    return f"{text}, {binding[1]:.0%} of {binding[0]}" if held else text
-
-
-def ceilings_of(suite: Suite) -> Ceilings | None:
-    return Ceilings(**suite["ceilings"]) if suite.get("ceilings") else None
-
-
-def suite_table(suite: Suite) -> str:
-    """Every result of a suite; a column in which none has anything is left out."""
-    found: list[Result] = sorted(suite["results"], key=lambda result: _order(result, suite["results"]))
-    sizes = [key for key in "SL" if len({result.get("shape", {}).get(key) for result in found}) > 1]
-    columns: dict[str, Callable[[Result], str]] = {
-        "case": lambda result: _label(result, sizes),
-        "provider": lambda result: result["provider"],
-        "samples": lambda result: f"{result['samples']:,}" if "samples" in result else NONE,
-        "median": milliseconds,
-        "middle half": spread,
-        "rounds": lambda result: str(result["seconds"]["rounds"]),
-        "samples/s": samples_a_second,
-        "speed-up": lambda result: speed_up(result, found),
-        "share": lambda result: share(result, found),
-        "rate": lambda result: rate(result, ceilings_of(suite)),
-        "s by stage": lambda result: ", ".join(f"{k} {v:.1f}" for k, v in result.get("stages", {}).items()) or NONE,
-        "beside model and chain": lambda result: f"{result['bookkeeping']:.0%}" if "bookkeeping" in result else NONE,
-        "extra memory": lambda result: mib(result.get("peak_extra_bytes")),
-        "peak memory": lambda result: mib(result.get("peak_bytes")),
-        "max err": lambda result: f"{result['error']:.1e}" if "error" in result else NONE,
-    }
-    cells = {name: [column(result) for result in found] for name, column in columns.items()}
-    kept = [name for name, column in cells.items() if set(column) != {NONE}]
-    return markdown(kept, zip(*(cells[name] for name in kept), strict=True))
-
-
-def _label(result: Result, sizes: Sequence[str]) -> str:
+def _label(row: Row, sizes: Sequence[str]) -> str | None:
     """The method and the case of a result, and the sizes that differ within its suite."""
-    parts = [str(result[key]) for key in ("method", "case") if key in result]
-    shape = result.get("shape", {})
-    parts += [f"{key}={shape[key]}" for key in sizes if key in shape and f"{key}={shape[key]}" not in parts]
-    return ", ".join(parts) or NONE
+    of_sizes = [f"{key}={row[key]}" for key in sizes if row[key] is not None]
+    return ", ".join(dict.fromkeys(filter(None, [row["method"], row["case"], *of_sizes]))) or None
 
 
-def _order(result: Result, found: list[Result]) -> tuple[Any, ...]:
-    """Methods by name, groups as they were run, and in a group the baseline first."""
-    first = next(i for i, other in enumerate(found) if among([other["provider"]], result, found) is other)
-    return (str(result.get("method", "")), first, result["provider"] not in BASELINES)
-
-
-def curves(record: Record) -> dict[tuple[str, str], list[Result]]:
-    """(case, provider) → the points of the scaling suite, shortest first."""
-    found: dict[tuple[str, str], list[Result]] = {}
-    for each in sorted(results(record, "scaling"), key=lambda each: (each["case"], each["shape"]["S"])):
-        found.setdefault((each["case"], each["provider"]), []).append(each)
-    return found
-
-
-def exponent(points: Sequence[Result], value: Callable[[Result], float | None]) -> str:
+def exponent(sizes: pl.Series, values: pl.Series) -> str:
     """b of y = a·S^b and its standard error: least squares on logarithms, over the last points that have a y."""
-    pairs = [(math.log(each["shape"]["S"]), math.log(y)) for each in points if (y := value(each))][-TAIL:]
-    if len(pairs) < 3:
+    points = pl.DataFrame([sizes.log(), values.log()]).filter(values > 0).tail(TAIL)
+    if points.height < 3:
         return NONE
-    fit = stats.linregress(*zip(*pairs, strict=True))
+    fit = stats.linregress(*points)
     return f"{fit.slope:.2f} ± {fit.stderr if math.isfinite(fit.stderr) else 0.0:.2f}"  # of equal y scipy has no error
 
 
-def scaling_table(record: Record) -> str:
+def scaling_table(found: pl.DataFrame) -> str:
     """Each provider's curve: fitted exponents, and what its largest size takes."""
+    curves = found.sort("case", "S", maintain_order=True).group_by("case", "provider", maintain_order=True)
     rows = []
-    for (case, provider), points in curves(record).items():
-        last = points[-1]
-        rows.append([
-            case, provider, f"{points[0]['shape']['S']} … {last['shape']['S']}", exponent(points, seconds),
-            exponent(points, lambda each: each["peak_extra_bytes"]), milliseconds(last), mib(last["inputs"]),
-            mib(last["peak_extra_bytes"]), f"{max(each['error'] for each in points):.0e}",
-        ])  # fmt: skip
+    for (case, provider), points in curves:
+        last = points.row(-1, named=True)
+        fitted = [exponent(points["S"], points[field]) for field in ("median", "peak_extra_bytes")]
+        ends = [cell(last, "median"), tell(last["inputs"], SIZE), cell(last, "extra memory")]
+        rows.append([case, provider, f"{points['S'][0]} … {last['S']}", *fitted, *ends, f"{points['error'].max():.0e}"])
     ends = ["time at the end", "inputs there", "extra memory there", "max err"]
     return markdown(["from", "provider", "S", "exponent of time", "of extra memory", *ends], rows)
 
 
-def verdict_table(found: Iterable[Verdict]) -> str:
+def verdict_table(cpu: Record | None, cuda: Record | None) -> str:
+    """Every target, and what the records of a CPU and of a GPU say of it."""
+    frames = {CPU: cpu and frame_of(cpu), GPU: cuda and frame_of(cuda)}
     rows = []
-    for each in found:
-        told = NONE if each.found is None else f"{each.found:.3g}{each.target.unit}"
-        rows.append([each.target.device, each.target.suite, each.target.what, each.target.asked, told, each.word])
+    for target in TARGETS:
+        found, word = judge(target, frames[target.device])
+        told = NONE if found is None else f"{found:.3g}{target.unit}"
+        rows.append([target.device, target.suite, target.what, target.asked, told, word])
     return markdown(["on", "suite", "target", "asked", "measured", "verdict"], rows)

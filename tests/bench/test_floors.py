@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from bench import test_gpu
+from bench.pages.frame import frame_of
 from bench.pages.targets import GPU, KERNELS, TARGETS, Target, judge
 from bench.providers.chains import FULL, MAPS, QK
 from rollout_kernels import _triton, ops
@@ -19,7 +20,7 @@ BANDWIDTH, BF16, TF32 = 4.8e12, 989e12, 494e12  # bytes and operations a second,
 EXPONENTIALS = 3.87e12  # a second: 16 a clock on each of 132 multiprocessors, at 1.83 GHz
 # How long one operation takes, by the precision it is asked for in.
 SECONDS_OF_FLOP = {"": 0.0, "bf16": 1 / BF16, "bf16x3": 3 / BF16, "bf16x6": 6 / BF16, "tf32x3": 3 / TF32}
-PEAKS = {"copy": BANDWIDTH}
+PEAKS = {"read": BANDWIDTH, "copy": BANDWIDTH, "matmul": TF32, "cache": 50 * 2**20}
 
 FROM_CARD = [target for target in TARGETS if target.suite == KERNELS and target.device == GPU]
 
@@ -39,7 +40,7 @@ def asked_seconds(target: Target) -> float:
     def verdict(seconds: float) -> str:
         found = {"provider": "ours, triton", "case": target.case, "bytes": size, "flop": flop,
                  "seconds": {"median": seconds}}  # fmt: skip
-        return judge(target, {"suites": {KERNELS: {"results": [found], "ceilings": PEAKS}}}).word
+        return judge(target, frame_of({"suites": {KERNELS: {"results": [found], "ceilings": PEAKS}}}))[1]
 
     fast, slow = 1e-9, 1e3
     assert (verdict(fast), verdict(slow)) == ("met", "missed")

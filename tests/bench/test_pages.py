@@ -4,11 +4,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from bench import run, suites
 from bench.machine import record
 from bench.pages import report, tables, targets
+from bench.pages.frame import frame_of
 from bench.pages.targets import Target, judge
 from rollout.files import put_between_markers
 
@@ -19,6 +21,10 @@ CEILINGS = {"read": 10e9, "copy": 8e9, "matmul": 100e9, "cache": 2**25, "matmul_
 def timed(median: float, **info: Any) -> dict[str, Any]:
     spread = {"min": 0.9 * median, "max": 2 * median, "q1": 0.95 * median, "q3": 1.1 * median, "rounds": 9}
     return {"seconds": {"median": median, **spread}, "peak_extra_bytes": 2**21, "dtype": "float32", **info}
+
+
+def record_of(made: dict[str, Any], device: str = "Some CPU") -> dict[str, Any]:
+    return {"schema": 3, "device": device, "cores": 2, "suites": made}
 
 
 def suite(*results: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +83,12 @@ def small_record() -> dict[str, Any]:
     )
     made = {"rows from maps": maps_suite(), "PyHealth end to end": end_to_end, "cohort run": cohort_suite(),
             "scaling": scaling_suite()}  # fmt: skip
-    return {"schema": 3, "device": "Some CPU", "cores": 2, "suites": made}
+    return record_of(made)
+
+
+def rows_of(name: str, made: dict[str, Any]) -> pl.DataFrame:
+    """The frame of a record with one suite."""
+    return frame_of(record_of({name: made}))
 
 
 def test_the_readmes_table_shows_peers_and_shares_and_no_verdict() -> None:
@@ -113,7 +124,7 @@ def test_the_readme_has_the_kernels_where_a_gpu_has_run() -> None:
         timed(0.005, provider="FlexAttention, Q and K swapped", **case),
         timed(0.001, provider="ours, triton", **case | {"case": "alone"}),
     ) | {"ceilings": CEILINGS | {"copy": 4e12}}
-    cuda = {"device": "Some GPU", "suites": {"kernels on a GPU": kernels}}
+    cuda = record_of({"kernels on a GPU": kernels}, "Some GPU")
     *_, told, table = report.readme_table(small_record(), cuda).split("\n\n")
     header, _, *rows = table.splitlines()
     assert told == "Some GPU; `make gpu`, 2001-02-03."
@@ -126,13 +137,13 @@ def test_the_readme_has_the_kernels_where_a_gpu_has_run() -> None:
 
 def verdicts(cpu: dict[str, Any] | None, cuda: dict[str, Any] | None = None) -> dict[tuple[str, str], Any]:
     """(suite, what), the GPU's told apart → what was found and the verdict."""
-    return {
-        (each.target.suite, each.target.what) if each.target.device == "CPU" else ("GPU", each.target.what): (
-            None if each.found is None else round(each.found, 9),
-            each.word,
-        )
-        for each in targets.judge_all(cpu, cuda)
-    }
+    frames = {"CPU": cpu and frame_of(cpu), "GPU": cuda and frame_of(cuda)}
+    judged = {}
+    for target in targets.TARGETS:
+        found, word = judge(target, frames[target.device])
+        name = target.suite if target.device == "CPU" else "GPU"
+        judged[name, target.what] = None if found is None else round(found, 9), word
+    return judged
 
 
 def test_verdicts_say_met_missed_or_not_run() -> None:
@@ -157,7 +168,7 @@ def test_verdicts_of_a_gpu_record() -> None:
         timed(0.01, case="qk-bf16-c1-given", provider="ours, triton", bytes=0, flop=3_500_000_000_000),
         timed(1.0, case="maps-fp32-small", provider="naive chain", bytes=1, flop=1),
     )
-    found = verdicts(None, {"suites": {"kernels on a GPU": kernels}})
+    found = verdicts(None, record_of({"kernels on a GPU": kernels}))
     assert found["GPU", "rows from maps, ≥ 1 GB, of copy bandwidth"] == (96.25, "met")
     full = "full matrix from fp32 maps, S=512, products as bf16x6, of copy bandwidth"
     assert found["GPU", full] == (35.0, "missed")
@@ -176,15 +187,16 @@ def test_verdicts_of_a_gpu_record() -> None:
     ],
 )
 def test_the_judge(least: float | None, most: float | None, found: float, word: str) -> None:
-    target = Target("s", "of something", lambda suite: suite["results"][0], least, most)
-    assert judge(target, {"suites": {"s": {"results": [found]}}}) == (target, found, word)
-    for lacking in (None, {"suites": {}}, {"suites": {"s": {"results": []}}}):
-        assert judge(target, lacking) == (target, None, "not in the record")
+    target = Target("full matrix", "of something", pl.col("error").first(), least, most)
+    judged = judge(target, rows_of("full matrix", suite(timed(1.0, provider="ours", error=found))))
+    assert judged == (found, word)
+    for lacking in (None, frame_of(record_of({})), rows_of("full matrix", suite()), frame_of(small_record())):
+        assert judge(target, lacking) == (None, "not in the record")
 
 
 def test_a_target_that_is_wrongly_written_is_no_missing_record() -> None:
-    with pytest.raises(AttributeError):
-        judge(Target("s", "", lambda suite: suite.nothing, 1.0), {"suites": {"s": {"results": []}}})
+    with pytest.raises(pl.exceptions.ColumnNotFoundError):
+        judge(Target("full matrix", "", pl.col("nothing"), 1.0), frame_of(record_of({})))
 
 
 def test_no_ratio_to_a_peer_is_a_target() -> None:
@@ -206,7 +218,7 @@ def test_every_target_is_of_a_suite_and_asks_one_thing() -> None:
 
 
 def test_suite_table_gives_share_rate_and_the_ceiling_that_binds() -> None:
-    lines = tables.suite_table(maps_suite()).splitlines()
+    lines = tables.suite_table(rows_of("rows from maps", maps_suite())).splitlines()
     # 60 MB in 20 ms are 3 GB/s, of 10 GB/s
     assert (
         "| S=512 | ours | 20.0 ms | -5 to +10 % | 9 | 15.00× | 25% of one read of the maps "
@@ -220,28 +232,33 @@ def test_suite_table_gives_share_rate_and_the_ceiling_that_binds() -> None:
 
 
 def test_products_of_other_dtypes_have_no_share_of_a_float32_ceiling() -> None:
-    limits = tables.ceilings_of(suite())
-    assert tables.rate(timed(1.0, flop=50_000_000_000), limits) == "50 GFLOP/s, 50% of matmul"
-    assert tables.rate(timed(1.0, flop=50_000_000_000) | {"dtype": "bfloat16"}, limits) == "50 GFLOP/s"
-    assert tables.rate(timed(1.0), limits) == tables.rate(timed(1.0, bytes=9), None) == "–"
+    products = timed(1.0, provider="ours", flop=50_000_000_000)
+    made = suite(products, products | {"dtype": "bfloat16"}, timed(1.0, provider="ours"))
+    without = made | {"ceilings": None}
+    rates = [tables.cell(row, "rate") for each in (made, without) for row in rows_of("full matrix", each).to_dicts()]
+    assert rates == ["50 GFLOP/s, 50% of matmul", "50 GFLOP/s", "–", "–", "–", "–"]
 
 
 def test_scaling_table_has_exponents() -> None:
     """The fit is scipy's, of the last four points: an exact power has no standard error."""
-    rows = [line for line in tables.scaling_table(small_record()).splitlines() if line.startswith("| maps")]
+    rows = [
+        line
+        for line in tables.scaling_table(rows_of("scaling", scaling_suite())).splitlines()
+        if line.startswith("| maps")
+    ]
     assert rows[0] == ("| maps | ours | 64 … 1024 | 2.00 ± 0.00 | 0.00 ± 0.00 | 1.05 ms | 128 MiB | 1 MiB | 1e-07 |")
     assert "| maps | naive chain | 64 … 1024 | 3.00 ± 0.00 | 2.00 ± 0.00 |" in rows[1]
 
 
 def test_exponent_standard_error_by_hand() -> None:
     """x = e⁰…e³ and log y = 0, 2, 2, 4: slope 1.2, residuals ∓0.2, ±0.6, so √(0.8 / 2 / 5)."""
-    points = [{"shape": {"S": 2.718281828459045**i}, "y": 2.718281828459045**y} for i, y in enumerate((0, 2, 2, 4))]
-    assert tables.exponent(points, lambda each: each["y"]) == "1.20 ± 0.28"
-    assert tables.exponent(points, lambda each: None) == "–"
+    sizes = pl.Series([0, 1, 2, 3]).exp()
+    assert tables.exponent(sizes, pl.Series([0, 2, 2, 4]).exp()) == "1.20 ± 0.28"
+    assert tables.exponent(sizes, pl.Series([1.0, 1.0, 0.0, None])) == "–"
 
 
 def test_cohort_table_has_stages_and_memory() -> None:
-    text = tables.suite_table(cohort_suite())
+    text = tables.suite_table(rows_of("cohort run", cohort_suite()))
     assert (
         "| synthetic cohort | ours | 20,000 | 50.00 s | 1 | 400 | 8.00× | collate 1.0, forward 46.0 | 8% | 1024 MiB |"
     ) in text
@@ -249,7 +266,8 @@ def test_cohort_table_has_stages_and_memory() -> None:
 
 
 def test_the_page_keeps_the_places_of_what_has_not_run(tmp_path: Path) -> None:
-    text = report.page(tmp_path, {"some-cpu": {"cpu": small_record()}}, "VERDICTS", small_record())
+    alone = {tmp_path / "some-cpu" / "cpu.json": small_record()}
+    text = report.page(alone, "VERDICTS")
     assert "## Targets (CPU: Some CPU)\n\nVERDICTS\n" in text
     assert "(`python -m bench.run --device cuda`): **not yet run on a GPU**." in text
     assert "`torch.compile`: no compiler works on this machine." in text
@@ -263,9 +281,9 @@ def test_the_page_keeps_the_places_of_what_has_not_run(tmp_path: Path) -> None:
     for block in text.split("\n\n"):
         if block.startswith("|"):
             assert len({line.count("|") for line in block.splitlines()}) == 1, block
-    both = {"some-cpu": {"cpu": small_record()}, "some-gpu": {"cuda": small_record() | {"device": "Some GPU"}}}
-    assert "not yet run on a GPU" not in report.page(tmp_path, both, "", small_record())
-    assert "## Some GPU, 2 cores" in report.page(tmp_path, both, "", small_record())
+    both = alone | {tmp_path / "some-gpu" / "cuda.json": record_of(small_record()["suites"], "Some GPU")}
+    assert "not yet run on a GPU" not in report.page(both, "")
+    assert "## Some GPU, 2 cores" in report.page(both, "")
 
 
 def checkout(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -364,7 +382,7 @@ def test_unknown_suites_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}'])
 def test_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "cpu.json").write_text(text)
-    with pytest.raises(ValueError, match=r"bench: .*cpu\.json must"):
+    with pytest.raises(ValueError, match=r"cpu\.json (is damaged|must have schema 3)"):
         record.load(tmp_path / "cpu.json")
 
 

@@ -1,0 +1,70 @@
+"""A record as one frame, a row a result: what every page, plot and target selects from."""
+
+import json
+from typing import Any
+
+import polars as pl
+
+from bench.machine.record import Record, Result, Suite
+from bench.providers.chains import CHEFER, GILDENBLAT, NAIVE, PRODUCTS, READ
+from bench.suites import SUITES
+from rollout.bench.end_to_end import FUSED, STOCK
+from rollout.bench.measure import Ceilings
+
+# Who the others are measured against, the first that a group has; and the work that none can leave out.
+BASELINES = (NAIVE, STOCK, GILDENBLAT, CHEFER, "one worker", "fused forward", "plain forward")
+FLOORS = (READ, PRODUCTS, FUSED)
+ALIKE = ("suite", "case", "method", "shape", "dtype")  # results that agree in these may be compared
+
+COLUMNS: dict[str, type[pl.DataType]] = {
+    **dict.fromkeys((*ALIKE, "provider", "cache", "bound"), pl.String),
+    **dict.fromkeys(("S", "L", "rounds", "samples"), pl.Int64),
+    **dict.fromkeys(("median", "q1", "q3", "copy", "reached", "error", "bookkeeping"), pl.Float64),
+    **dict.fromkeys(("bytes", "flop", "inputs", "peak_extra_bytes", "peak_bytes"), pl.Float64),
+    "stages": pl.Object,
+}
+
+
+def frame_of(record: Record) -> pl.DataFrame:
+    """The results of all suites, null where one does not say.
+
+    Beside the fields of the record: sizes S and L; samples a second; `cost`, the seconds of a sample, or of a call that
+    counts none; `bound` and `reached`, which ceiling binds and what part of it; `speed_up` over the baseline, and
+    `share`, what part of its time `floor` takes.
+    """
+    suites = {name: record["suites"][name] for name in SUITES if name in record["suites"]}
+    rows = [{"suite": name} | _row(suite, each) for name, suite in suites.items() for each in suite["results"]]
+    reckoned = {
+        **{name: 100 * (pl.col(end) / pl.col("median") - 1) for name, end in (("low", "q1"), ("high", "q3"))},
+        "per_second": pl.col("samples") / pl.col("median"),
+        "cost": pl.col("median") / pl.col("samples").fill_null(1),
+    }
+    compared = {
+        "group": pl.col("place").min().over(ALIKE),
+        "floor": first_of(FLOORS, "provider"),
+        "speed_up": pl.when(first_of(BASELINES, "provider") != pl.col("provider")).then(over(*BASELINES)),
+        "share": pl.when(first_of(FLOORS, "provider") != pl.col("provider")).then(over(*FLOORS)),
+    }
+    return pl.DataFrame(rows, schema=COLUMNS).with_row_index("place").with_columns(**reckoned).with_columns(**compared)
+
+
+def _row(suite: Suite, result: Result) -> dict[str, Any]:
+    shape, taken, limits = result.get("shape", {}), result["seconds"], ceilings_of(suite)
+    binding = limits and limits.binding(result.get("bytes", 0), result.get("flop", 0), taken["median"])
+    bound, reached = binding or (None, None)
+    own = {"shape": json.dumps(shape, sort_keys=True), "bound": bound, "reached": reached}
+    return shape | taken | result | own | {"copy": limits and limits.copy}
+
+
+def ceilings_of(suite: Suite) -> Ceilings | None:
+    return Ceilings(**suite["ceilings"]) if suite.get("ceilings") else None
+
+
+def first_of(providers: tuple[str, ...], field: str) -> pl.Expr:
+    """For each result, what the first of these providers that there is says among the results alike."""
+    return pl.coalesce(pl.col(field).filter(provider=name).last().over(ALIKE) for name in providers)
+
+
+def over(*providers: str, field: str = "cost") -> pl.Expr:
+    """How many times the first of these providers takes what each result takes; of `cost`, how much faster that is."""
+    return first_of(providers, field) / pl.col(field)
