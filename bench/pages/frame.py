@@ -26,38 +26,40 @@ COLUMNS: dict[str, type[pl.DataType]] = {
 
 
 def frame_of(record: Record) -> pl.DataFrame:
-    """The results of all suites, null where one does not say.
+    """The results suite by suite: methods by name, groups as they were run, and in a group the baseline first.
 
-    Beside the fields of the record: sizes S and L; samples a second; `cost`, the seconds of a sample, or of a call that
-    counts none; `bound` and `reached`, which ceiling binds and what part of it; `speed_up` over the baseline, and
-    `share`, what part of its time `floor` takes.
+    Beside the fields of the record, null where a result does not have one: sizes S and L; `low` and `high`, where the
+    middle half of the rounds lies, in percent of the median; samples a second; `cost`, the seconds of a sample, or of a
+    call that counts none; `bound` and `reached`, which ceiling binds and what part of it; `speed_up` over the baseline;
+    and `share`, what part of its time `floor` takes.
     """
     suites = {name: record["suites"][name] for name in SUITES if name in record["suites"]}
     rows = [{"suite": name} | _row(suite, each) for name, suite in suites.items() for each in suite["results"]]
-    reckoned = {
-        **{name: 100 * (pl.col(end) / pl.col("median") - 1) for name, end in (("low", "q1"), ("high", "q3"))},
-        "per_second": pl.col("samples") / pl.col("median"),
-        "cost": pl.col("median") / pl.col("samples").fill_null(1),
-    }
-    compared = {
-        "group": pl.col("place").min().over(ALIKE),
-        "floor": first_of(FLOORS, "provider"),
-        "speed_up": pl.when(first_of(BASELINES, "provider") != pl.col("provider")).then(over(*BASELINES)),
-        "share": pl.when(first_of(FLOORS, "provider") != pl.col("provider")).then(over(*FLOORS)),
-    }
-    return pl.DataFrame(rows, schema=COLUMNS).with_row_index("place").with_columns(**reckoned).with_columns(**compared)
+    median, provider = pl.col("median"), pl.col("provider")
+    reckoned = pl.DataFrame(rows, schema=COLUMNS).with_columns(
+        low=100 * (pl.col("q1") / median - 1),
+        high=100 * (pl.col("q3") / median - 1),
+        per_second=pl.col("samples") / median,
+        cost=median / pl.col("samples").fill_null(1),
+    )
+    compared = reckoned.with_columns(
+        floor=first_of(FLOORS, "provider"),
+        speed_up=pl.when(first_of(BASELINES, "provider") != provider).then(over(*BASELINES)),
+        share=pl.when(first_of(FLOORS, "provider") != provider).then(over(*FLOORS)),
+    ).with_row_index("place")
+    first_of_suite, first_of_group = (pl.col("place").min().over(keys) for keys in ("suite", ALIKE))
+    method, baseline = pl.col("method").fill_null(""), provider.is_in(BASELINES)
+    return compared.sort(first_of_suite, method, first_of_group, ~baseline, "place")
 
 
 def _row(suite: Suite, result: Result) -> dict[str, Any]:
-    shape, taken, limits = result.get("shape", {}), result["seconds"], ceilings_of(suite)
-    binding = limits and limits.binding(result.get("bytes", 0), result.get("flop", 0), taken["median"])
-    bound, reached = binding or (None, None)
-    own = {"shape": json.dumps(shape, sort_keys=True), "bound": bound, "reached": reached}
-    return shape | taken | result | own | {"copy": limits and limits.copy}
-
-
-def ceilings_of(suite: Suite) -> Ceilings | None:
-    return Ceilings(**suite["ceilings"]) if suite.get("ceilings") else None
+    shape, taken = result.get("shape", {}), result["seconds"]
+    own: dict[str, Any] = {"shape": json.dumps(shape, sort_keys=True)}
+    if suite.get("ceilings"):
+        limits = Ceilings(**suite["ceilings"])
+        binding = limits.binding(result.get("bytes", 0), result.get("flop", 0), taken["median"])
+        own |= {"copy": limits.copy} | dict(zip(("bound", "reached"), binding or (), strict=False))
+    return shape | taken | result | own
 
 
 def first_of(providers: tuple[str, ...], field: str) -> pl.Expr:

@@ -53,43 +53,38 @@ PLOTS = {
 
 def draw_all(record: Record, folder: Path) -> list[Path]:
     """Every plot the record has figures for; returns the files."""
-    frame, drawn = frame_of(record), []
+    frame, machine = frame_of(record), f"{record['device']}, {record['cores']} cores"
     panel = pl.when(suite="scaling").then("rows from " + pl.col("case")).otherwise("suite")
+    drawn = []
     for name, plot in PLOTS.items():
-        found = frame.filter(pl.col("suite").is_in(plot.suites)).sort(
-            "S" if plot.x == "S" else "place", maintain_order=True
-        )
+        found = frame.filter(pl.col("suite").is_in(plot.suites)).sort(["S", "place"] if plot.x == "S" else "place")
         points = found.select("provider", panel=panel, x=plot.x, y=plot.y).drop_nulls()
         if points.height:
             figure = _draw(plot, points.partition_by("panel", maintain_order=True))
-            figure.suptitle(
-                f"{plot.title}\n{record['device']}, {record['cores']} cores", fontsize=11, x=0.01, ha="left"
-            )
+            figure.suptitle(f"{plot.title}\n{machine}", fontsize=11, x=0.01, ha="left")
             drawn.append(folder / f"{name}.png")
             figure.savefig(drawn[-1], dpi=130, facecolor="white", metadata={"Software": None})
     return drawn
 
 
 def _draw(plot: Plot, panels: list[pl.DataFrame]) -> Any:
-    ticker = require("matplotlib.ticker", "plots")
-    size = (max(8, 5.4 * len(panels)), 5.4)
+    size, by_size = (max(8, 5.4 * len(panels)), 5.4), plot.x == "S"
     figure = require("matplotlib.figure", "plots").Figure(figsize=size, layout="constrained")
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for (provider,), line in panel.group_by("provider", maintain_order=True):
             colour, mark = STYLES.get(provider, ("#222222", "x"))
             label = f"{provider}: S^{exponent(line['x'], line['y'])}" if plot.fitted else provider
             axis.plot(line["x"], line["y"], color=colour, marker=mark, ms=5, label=label,
-                      ls="-" if plot.x == "S" else "none", lw=2.2 if provider.startswith(OURS) else 1.4)  # fmt: skip
+                      ls="-" if by_size else "none", lw=2.2 if provider.startswith(OURS) else 1.4)  # fmt: skip
         if plot.level is None:
             axis.set_yscale("log")
-            axis.yaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+            axis.yaxis.set_major_locator(require("matplotlib.ticker", "plots").LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:,g}")
         else:
             axis.axhline(plot.level, color="#a00000", lw=1.2, ls="--")
             axis.set_ylim(bottom=0)
-        if plot.x == "S":
-            axis.set_xscale("log", base=2)
-            axis.set_xlabel("S, sequence length (positions)")
+        if by_size:
+            axis.set(xscale="log", xlabel="S, sequence length (positions)")
         places = panel["x"].unique(maintain_order=True)
         axis.set_xticks(places, places.cast(pl.String), fontsize=8, rotation=30, ha="right")
         axis.minorticks_off()

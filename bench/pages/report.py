@@ -60,27 +60,26 @@ def readme_table(shown: Record, cuda: Record | None) -> str:
         ours = found.get(NATIVE) or found.get(OURS)  # as "auto" takes them
         if ours and peer in found:
             case = ", ".join(f"S={value}" if key == "S" else str(value) for key, value in which.items())
-            compared = tables.cell(ours, "speed-up"), tables.cell(ours, "share")
-            rows.append([f"{suite}, {case}", peer, _figure(found[peer]), _figure(ours), *compared])
+            figures = {"theirs": _figure(found[peer]), "ours": _figure(ours)}
+            compared = {column: tables.cell(ours, column) for column in ("speed-up", "share")}
+            rows.append({"suite": f"{suite}, {case}", "against": peer} | figures | compared)
     dates = sorted({suite["date"] for suite in shown["suites"].values()})
     when = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
     head = f"{shown['device']}, {shown['cores']} cores; `make bench`, {when}. Medians of one run. Share: the time of "
     head += "the work that cannot be left out, in the same run, over the time of ours."
-    table = tables.markdown(["suite", "against", "theirs", "ours", "speed-up", "share"], rows)
-    return "\n\n".join([head, table, *([gpu_table(cuda)] if cuda else [])])
+    return "\n\n".join([head, tables.markdown(rows), *([gpu_table(cuda)] if cuda else [])])
 
 
 def gpu_table(cuda: Record) -> str:
     """Ours in every case of the kernels: rate, the share of the ceiling that binds, and times as fast as the peers."""
-    beside = {f"over the {NAIVE}": NAIVE, "over FlexAttention": FLEX}
-    compared = frame_of(cuda).filter(suite=KERNELS).with_columns(**{name: over(peer) for name, peer in beside.items()})
+    times = {f"over the {NAIVE}": over(NAIVE), "over FlexAttention": over(FLEX)}
     rows = [
-        [row["case"], tables.cell(row, "median"), tables.cell(row, "rate")]
-        + [f"{row[name]:.1f}×" if row[name] else tables.NONE for name in beside]
-        for row in compared.filter(provider=TRITON).to_dicts()
+        {"kernel": row["case"], "time": tables.cell(row, "median"), "rate": tables.cell(row, "rate")}
+        | {name: tables.NONE if row[name] is None else f"{row[name]:.1f}×" for name in times}
+        for row in frame_of(cuda).with_columns(**times).filter(suite=KERNELS, provider=TRITON).to_dicts()
     ]
     when = cuda["suites"].get(KERNELS, {"date": NO_RUN})["date"]
-    return f"{cuda['device']}; `make gpu`, {when}.\n\n{tables.markdown(['kernel', 'time', 'rate', *beside], rows)}"
+    return f"{cuda['device']}; `make gpu`, {when}.\n\n{tables.markdown(rows)}"
 
 
 def _figure(row: tables.Row) -> str:

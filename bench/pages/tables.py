@@ -1,14 +1,14 @@
 """The tables of the pages: one for any suite, and those of scaling and of the targets."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import polars as pl
 from scipy import stats
 
 from bench.machine.record import Record
-from bench.pages.frame import BASELINES, frame_of
+from bench.pages.frame import frame_of
 from bench.pages.targets import CPU, GPU, TARGETS, judge
 
 TAIL = 4  # points of a curve that an exponent is fitted to
@@ -63,24 +63,19 @@ def cell(row: Row, column: str) -> str:
     return NONE if row[field] is None else say(row)
 
 
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    names = list(header)
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """A table of rows that all have the keys of the first, its header."""
+    header = rows[0] if rows else {}
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *(row.values() for row in rows))]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def suite_table(found: pl.DataFrame) -> str:
-    """Every result of a suite; a column in which none has anything is left out.
-
-    Methods by name, groups as they were run, and in a group the baseline first.
-    """
-    baseline = pl.col("provider").is_in(BASELINES)
-    ordered = found.sort(pl.col("method").fill_null(""), "group", ~baseline, maintain_order=True)
+    """Every result of a suite; a column in which none has anything is left out."""
     sizes = [key for key in ("S", "L") if found[key].n_unique() > 1]
-    rows = [row | {"label": _label(row, sizes)} for row in ordered.to_dicts()]
-    cells = {column: [cell(row, column) for row in rows] for column in COLUMNS}
-    kept = {column: texts for column, texts in cells.items() if set(texts) != {NONE}}
-    return markdown(kept, zip(*kept.values(), strict=True))
+    rows = [row | {"label": _label(row, sizes)} for row in found.to_dicts()]
+    kept = [column for column, (field, _) in COLUMNS.items() if any(row[field] is not None for row in rows)]
+    return markdown([{column: cell(row, column) for column in kept} for row in rows])
 
 
 def _label(row: Row, sizes: Sequence[str]) -> str | None:
@@ -100,15 +95,19 @@ def exponent(sizes: pl.Series, values: pl.Series) -> str:
 
 def scaling_table(found: pl.DataFrame) -> str:
     """Each provider's curve: fitted exponents, and what its largest size takes."""
-    curves = found.sort("case", "S", maintain_order=True).group_by("case", "provider", maintain_order=True)
-    rows = []
-    for (case, provider), points in curves:
-        last = points.row(-1, named=True)
-        fitted = [exponent(points["S"], points[field]) for field in ("median", "peak_extra_bytes")]
-        ends = [cell(last, "median"), tell(last["inputs"], SIZE), cell(last, "extra memory")]
-        rows.append([case, provider, f"{points['S'][0]} … {last['S']}", *fitted, *ends, f"{points['error'].max():.0e}"])
-    ends = ["time at the end", "inputs there", "extra memory there", "max err"]
-    return markdown(["from", "provider", "S", "exponent of time", "of extra memory", *ends], rows)
+    curves = found.sort("case", "S", "place").group_by("case", "provider", maintain_order=True)
+    return markdown([
+        {
+            "from": case, "provider": provider, "S": f"{points['S'][0]} … {points['S'][-1]}",
+            "exponent of time": exponent(points["S"], points["median"]),
+            "of extra memory": exponent(points["S"], points["peak_extra_bytes"]),
+            "time at the end": tell(points["median"][-1], SECONDS),
+            "inputs there": tell(points["inputs"][-1], SIZE),
+            "extra memory there": tell(points["peak_extra_bytes"][-1], SIZE),
+            "max err": f"{points['error'].max():.0e}",
+        }
+        for (case, provider), points in curves
+    ])  # fmt: skip
 
 
 def verdict_table(cpu: Record | None, cuda: Record | None) -> str:
@@ -117,6 +116,7 @@ def verdict_table(cpu: Record | None, cuda: Record | None) -> str:
     rows = []
     for target in TARGETS:
         found, word = judge(target, frames[target.device])
-        told = NONE if found is None else f"{found:.3g}{target.unit}"
-        rows.append([target.device, target.suite, target.what, target.asked, told, word])
-    return markdown(["on", "suite", "target", "asked", "measured", "verdict"], rows)
+        measured = NONE if found is None else f"{found:.3g}{target.unit}"
+        rows.append({"on": target.device, "suite": target.suite, "target": target.what, "asked": target.asked,
+                     "measured": measured, "verdict": word})  # fmt: skip
+    return markdown(rows)
