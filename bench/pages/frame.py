@@ -68,5 +68,5 @@ def first_of(providers: tuple[str, ...], field: str) -> pl.Expr:
 
 
 def over(*providers: str, field: str = "cost") -> pl.Expr:
-    """How many times the first of these providers takes what each result takes; of `cost`, how much faster that is."""
+    """What the first of these providers takes over what each result takes: of `cost`, how many times as fast it is."""
     return first_of(providers, field) / pl.col(field)

@@ -45,7 +45,7 @@ class Target(NamedTuple):
 
     @property
     def asked(self) -> str:
-        return f"≥ {self.least:g}{self.unit}" if self.least is not None else f"≤ {self.most:g}{self.unit}"
+        return f"≤ {self.most:g}{self.unit}" if self.least is None else f"≥ {self.least:g}{self.unit}"
 
 
 def judge(target: Target, frame: pl.DataFrame | None) -> tuple[float | None, str]:
@@ -55,7 +55,7 @@ def judge(target: Target, frame: pl.DataFrame | None) -> tuple[float | None, str
     found = frame.filter(suite=target.suite).select(target.value).item()
     if found is None:
         return None, NO_RUN
-    met = found >= target.least if target.least is not None else found <= (target.most or 0.0)
+    met = found <= target.most if target.least is None else found >= target.least
     return found, MET if met else MISSED
 
 
