@@ -9,7 +9,7 @@ import pytest
 
 from bench import run, suites
 from bench.machine import record
-from bench.pages import report, tables, targets
+from bench.pages import plots, report, tables, targets
 from bench.pages.frame import frame_of
 from bench.pages.targets import Target, judge
 from rollout.files import put_between_markers
@@ -229,6 +229,10 @@ def test_suite_table_gives_share_rate_and_the_ceiling_that_binds() -> None:
         "| 8.0 GB/s, 80% of memory | 2 MiB | 2.0e-06 |"
     ) in lines
     assert "samples" not in lines[0]  # a column in which none has anything is left out
+    order = [line.split(" | ")[:2] for line in lines[2:8]]  # groups as they ran, in each the baseline first
+    providers = ("naive chain", "ours", "one read of the maps")
+    assert order == [[f"| S={seq}", provider] for seq in (64, 128) for provider in providers]
+    assert "| S=64 | one read of the maps | 5.00 ms | -5 to +10 % | 9 | 2.00× | – |" in lines[4]
 
 
 def test_products_of_other_dtypes_have_no_share_of_a_float32_ceiling() -> None:
@@ -317,6 +321,33 @@ def test_every_page_and_plot_is_written(tmp_path: Path, monkeypatch: pytest.Monk
     again = {path: path.read_bytes() for path in report.write_all(tmp_path, plots=False)}
     assert again[tmp_path / "bench" / "RESULTS.md"].decode() == page
     assert again[tmp_path / "README.md"].decode() == readme
+
+
+def test_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The points, and axes that a reader can read: plain numbers, the sizes or cases there are, the line at 100 %."""
+    figures = {}
+    matplotlib = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed")
+    monkeypatch.setattr(matplotlib.Figure, "savefig", lambda self, path, **_: figures.update({path.stem: self}))
+    plots.draw_all(small_record(), tmp_path)
+    lines = {
+        (name, axis.get_title(), line.get_label()): (list(line.get_xdata()), [round(y, 9) for y in line.get_ydata()])
+        for name, figure in figures.items() for axis in figure.axes for line in axis.get_lines()
+    }  # fmt: skip
+    sizes = [64, 128, 256, 512]
+    assert lines["speed-up", "rows from maps", "ours"] == (sizes, [5.0, 3.0, 6.0, 15.0])
+    assert lines["ceilings", "rows from maps", "ours"] == (sizes, [300.0, 60.0, 60.0, 30.0])
+    assert lines["scaling-time", "rows from Q,K", "naive chain: S^3.00 ± 0.00"][1][1:3] == [0.002097152, 0.016777216]
+    assert lines["scaling-memory", "rows from maps", "ours"][1][0] == round((2**19 + 2**20) / 2**30, 9)
+    cases = ["lengths 256-512", "log-normal, sorted"]
+    assert lines["samples-per-second", "PyHealth end to end", "ours"] == (cases, [128.0, 160.0])
+    assert lines["samples-per-second", "cohort run", "PyHealth"] == (["synthetic cohort"], [50.0])
+    speed_up, ceilings, by_case = (figures[name].axes[0] for name in ("speed-up", "ceilings", "samples-per-second"))
+    assert [label.get_text() for label in speed_up.get_xticklabels()] == [str(size) for size in sizes]
+    assert [label.get_text() for label in by_case.get_xticklabels()] == cases
+    assert {"1", "2", "5", "10"} <= {label.get_text() for label in speed_up.get_yticklabels()}
+    assert (speed_up.get_yscale(), ceilings.get_yscale(), ceilings.get_ylim()[0]) == ("log", "linear", 0.0)
+    assert [100, 100] in [list(line.get_ydata()) for line in ceilings.get_lines()]
+    assert figures["speed-up"].get_suptitle() == "Speed-up over the naive chain\nSome CPU, 2 cores"
 
 
 def test_markers_are_asked_for(tmp_path: Path) -> None:
