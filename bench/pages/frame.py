@@ -28,31 +28,28 @@ COLUMNS: dict[str, type[pl.DataType]] = {
 def frame_of(record: Record) -> pl.DataFrame:
     """The results suite by suite: methods by name, groups as they were run, and in a group the baseline first.
 
-    Beside the fields of the record, null where a result does not have one: sizes S and L; `low` and `high`, where the
-    middle half of the rounds lies, in percent of the median; samples a second; `cost`, the seconds of a sample, or of a
-    call that counts none; `bound` and `reached`, which ceiling binds and what part of it; `speed_up` over the baseline;
-    and `share`, what part of its time `floor` takes.
+    A field that a result does not have is null.
     """
     suites = {name: record["suites"][name] for name in SUITES if name in record["suites"]}
     rows = [{"suite": name} | _row(suite, each) for name, suite in suites.items() for each in suite["results"]]
-    median, provider = pl.col("median"), pl.col("provider")
+    median, provider, place = pl.col("median"), pl.col("provider"), pl.col("place")
     reckoned = pl.DataFrame(rows, schema=COLUMNS).with_columns(
-        low=100 * (pl.col("q1") / median - 1),
+        low=100 * (pl.col("q1") / median - 1),  # where the middle half of the rounds lies around the median, percent
         high=100 * (pl.col("q3") / median - 1),
         per_second=pl.col("samples") / median,
-        cost=median / pl.col("samples").fill_null(1),
+        cost=median / pl.col("samples").fill_null(1),  # seconds of a sample, or of a call that counts none
     )
-    compared = reckoned.with_columns(
-        floor=first_of(FLOORS, "provider"),
-        speed_up=pl.when(first_of(BASELINES, "provider") != provider).then(over(*BASELINES)),
+    compared = reckoned.with_row_index("place").with_columns(
+        floor=first_of(FLOORS, "provider"),  # and what part of a result's time it takes:
         share=pl.when(first_of(FLOORS, "provider") != provider).then(over(*FLOORS)),
-    ).with_row_index("place")
-    first_of_suite, first_of_group = (pl.col("place").min().over(keys) for keys in ("suite", ALIKE))
+        speed_up=pl.when(first_of(BASELINES, "provider") != provider).then(over(*BASELINES)),
+    )
     method, baseline = pl.col("method").fill_null(""), provider.is_in(BASELINES)
-    return compared.sort(first_of_suite, method, first_of_group, ~baseline, "place")
+    return compared.sort(place.min().over("suite"), method, place.min().over(ALIKE), ~baseline, place)
 
 
 def _row(suite: Suite, result: Result) -> dict[str, Any]:
+    """The fields of a result, its sizes, and `bound` and `reached`: which ceiling binds it, and what part of that."""
     shape, taken = result.get("shape", {}), result["seconds"]
     own: dict[str, Any] = {"shape": json.dumps(shape, sort_keys=True)}
     if suite.get("ceilings"):

@@ -20,28 +20,17 @@ TRITON = f"{OURS}, triton"
 
 
 class Target(NamedTuple):
-    """One thing asked of a suite: `value` of it at least or at most so much.
-
-    Attributes:
-        suite: which.
-        what: what is asked, beside the suite's name, in words; nothing is looked up by it.
-        value: of the suite's rows of a frame; null where they lack what is asked for.
-        least, most: one of the two.
-        unit: after the number.
-        device: whose record.
-        case: of the kernels on a GPU, the one that is timed.
-        precision: of its products, as it is shipped: what a floor is to be reckoned with; "" without products.
-    """
+    """One thing asked of a suite: `value` of it at least or at most so much, one of the two."""
 
     suite: str
-    what: str
-    value: pl.Expr
+    what: str  # is asked, beside the suite's name, in words; nothing is looked up by it
+    value: pl.Expr  # of the suite's rows of a frame; null where they lack what is asked for
     least: float | None = None
     most: float | None = None
     unit: str = " %"
-    device: str = CPU
-    case: str = ""
-    precision: str = ""
+    device: str = CPU  # whose record
+    case: str = ""  # of the kernels on a GPU, the one that is timed
+    precision: str = ""  # of its products, as shipped: what a floor is reckoned with; "" without products
 
     @property
     def asked(self) -> str:
