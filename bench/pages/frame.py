@@ -33,11 +33,12 @@ def frame_of(record: Record) -> pl.DataFrame:
     suites = {name: record["suites"][name] for name in SUITES if name in record["suites"]}
     rows = [{"suite": name} | _row(suite, each) for name, suite in suites.items() for each in suite["results"]]
     median, provider, place = pl.col("median"), pl.col("provider"), pl.col("place")
+    counted = pl.col("samples").is_not_null().all().over(ALIKE)  # all to be compared say how many samples they did
     reckoned = pl.DataFrame(rows, schema=COLUMNS).with_columns(
         low=100 * (pl.col("q1") / median - 1),  # where the middle half of the rounds lies around the median, percent
         high=100 * (pl.col("q3") / median - 1),
         per_second=pl.col("samples") / median,
-        cost=median / pl.col("samples").fill_null(1),  # seconds of a sample, or of a call that counts none
+        cost=median / pl.when(counted).then("samples").otherwise(1),  # seconds of a sample; else of a call
     )
     compared = reckoned.with_row_index("place").with_columns(
         floor=first_of(FLOORS, "provider"),  # and what part of a result's time it takes:

@@ -235,6 +235,12 @@ def test_suite_table_gives_share_rate_and_the_ceiling_that_binds() -> None:
     assert "| S=64 | one read of the maps | 5.00 ms | -5 to +10 % | 9 | 2.00× | – |" in lines[4]
 
 
+def test_who_counts_no_samples_is_compared_by_the_call() -> None:
+    both = [timed(4.0, provider="naive chain", samples=8), timed(1.0, provider="ours", samples=1)]
+    one = [both[0], timed(1.0, provider="ours")]
+    assert [rows_of("model families", suite(*each))["speed_up"][1] for each in (both, one)] == [0.5, 4.0]
+
+
 def test_products_of_other_dtypes_have_no_share_of_a_float32_ceiling() -> None:
     products = timed(1.0, provider="ours", flop=50_000_000_000)
     made = suite(products, timed(1.0, provider="nobody"), products | {"dtype": "bfloat16"})
