@@ -107,19 +107,13 @@ def test_evaluate(size: str, case: str, part: str, provider: str, measure: Calla
     time_call(measure, run, data, {}, reference=exact, tolerance=1e-5 if part == GIVEN else TIES, **info)
 
 
-class Samples:
+class Samples(list[dict[str, Any]]):
     """The records of some batches, one by one, as a dataset."""
 
     def __init__(self, model: Any, data: end_to_end.Batches) -> None:
-        self.input_processors = model.dataset.input_processors
-        self.output_schema = model.dataset.output_schema
-        self.records = [ids[ids != 0].cpu() for each in data for ids in each["codes"]]
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return {"patient_id": f"p{number}", "codes": self.records[number], "label": torch.zeros(1)}
+        records = [ids[ids != 0].cpu() for each in data for ids in each["codes"]]
+        super().__init__({"patient_id": str(n), "codes": ids, "label": torch.zeros(1)} for n, ids in enumerate(records))
+        self.input_processors, self.output_schema = model.dataset.input_processors, model.dataset.output_schema
 
 
 def several_of_pyhealth(model: Any, data: end_to_end.Batches) -> Tensor:

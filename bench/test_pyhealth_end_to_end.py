@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -150,11 +150,8 @@ def test_visits(
     data = make_records(DIFFERENT, width, max(1, ROWS // width))
     reference = end_to_end.exact(wide_model(), data) if width <= MOST_EXACT else None
     monkeypatch.setattr(attend, "KEPT_BYTES", 0 if provider == "F made again" else 1 << 40)
-    interpreter = AttentionRollout(wide_model())
-    layer = interpreter.model.transformer["codes"]
-    with ExitStack() as stack:
-        if provider.startswith("fused"):  # a hook in a layer has it run whole
-            stack.callback(layer.register_forward_hook(lambda *args: None).remove)
-        run = partial(end_to_end.attribute, interpreter, data)
+    run = partial(end_to_end.attribute, AttentionRollout(wide_model()), data)
+    layer, whole = wide_model().transformer["codes"], provider.startswith("fused")
+    with layer.register_forward_hook(lambda *args: None) if whole else nullcontext():  # a layer with a hook runs whole
         info = {"suite": "one visit to each score", "provider": provider}
         time_call(measure, run, data, MODEL, reference=reference, **info)
