@@ -1,4 +1,4 @@
-"""What the gate times: each case's inputs, the call, and what it must give in float64.
+"""What the gate times: what makes each case's call, and what that must give in float64.
 
 They are made once, here, and handed to both revisions in a file, so that both get the same numbers and are held to the
 same oracle. Cases use the public names only, so that an older revision can run them.
@@ -6,15 +6,15 @@ same oracle. Cases use the public names only, so that an older revision can run 
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bench import records
+from bench.gate import processes
 from bench.providers import oracle
 
 LAYERS, HEADS, SIZE, WIDTH, BATCH = 4, 8, 64, 128, 32
@@ -22,13 +22,10 @@ LAYERS, HEADS, SIZE, WIDTH, BATCH = 4, 8, 64, 128, 32
 MAPS, FULL, QK, CAPTURED = 1e-6, 3e-6, 3e-6, 1e-5
 
 
-@dataclass(frozen=True)
-class Case:
-    """`rollout.<call>(*inputs, **options)` must give `exact`, within `allowed`."""
+class Case(NamedTuple):
+    """In a revision's process `make()` gives the call that is timed; its result must be `exact`, within `allowed`."""
 
-    call: str
-    inputs: list[Any]
-    options: dict[str, Any]
+    make: Callable[[], processes.Run]
     exact: Tensor
     allowed: float
 
@@ -41,17 +38,18 @@ def _random(*shape: int, count: int) -> list[Tensor]:
 def _from_maps(batch: int, seq: int, dtype: torch.dtype = torch.float32, allowed: float = MAPS, **options: Any) -> Case:
     """L softmax maps, by default the row of position 0."""
     maps = [layer.softmax(-1).to(dtype) for layer in _random(batch, HEADS, seq, seq, count=LAYERS)]
-    return Case("attention_rollout", [maps], {"query": 0} | options, oracle.from_maps(maps, **options), allowed)
+    make = partial(processes.public, "attention_rollout", maps, **{"query": 0} | options)
+    return Case(make, oracle.from_maps(maps, **options), allowed)
 
 
 def _from_qk(batch: int, seq: int) -> Case:
     drawn = _random(batch, HEADS, seq, SIZE, count=2 * LAYERS)
-    inputs = [drawn[::2], drawn[1::2]]
-    return Case("attention_rollout_qk", inputs, {"query": 0}, oracle.from_qk(*inputs), QK)
+    inputs = drawn[::2], drawn[1::2]
+    return Case(partial(processes.public, "attention_rollout_qk", *inputs, query=0), oracle.from_qk(*inputs), QK)
 
 
 def _captured(batch: int, seq: int) -> Case:
-    """The worker builds the encoder; here the maps of a float64 copy of it are multiplied, layer by layer."""
+    """The maps of a float64 copy of the encoder are multiplied here, layer by layer."""
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False).eval()
     (tokens,) = _random(batch, seq, WIDTH, count=1)
@@ -60,8 +58,7 @@ def _captured(batch: int, seq: int) -> Case:
         for each in copy.deepcopy(model).double().layers:
             maps.append(each.self_attn(x, x, x, need_weights=True, average_attn_weights=False)[1])
             x = each(x)
-    exact = oracle.from_maps(maps)
-    return Case("capture", [model.state_dict(), tokens], {"heads": HEADS, "layers": LAYERS}, exact, CAPTURED)
+    return Case(partial(processes.captured, model, tokens), oracle.from_maps(maps), CAPTURED)
 
 
 def _attributed(embedding: int, heads: int, layers: int, *, real: bool) -> Case:
@@ -69,15 +66,13 @@ def _attributed(embedding: int, heads: int, layers: int, *, real: bool) -> Case:
     from rollout.bench import end_to_end
 
     cpu, vocabulary = torch.device("cpu"), end_to_end.VOCABULARY
+    batches = end_to_end.make_batches("log-normal, sorted", BATCH, cpu)
     if real:
         found, vocabulary = records.drugs()
         batches = records.batches_of(found, BATCH)
-    else:
-        batches = end_to_end.make_batches("log-normal, sorted", BATCH, cpu)
     model = end_to_end.make_model(heads, layers, cpu, embedding=embedding, vocabulary=vocabulary)
-    sizes = {"embedding": embedding, "heads": heads, "layers": layers}
-    inputs = [model.state_dict(), [batch["codes"] for batch in batches]]
-    return Case("attribute", inputs, sizes, end_to_end.exact(model, batches), CAPTURED)
+    make = partial(processes.attributed, model, [batch["codes"] for batch in batches])
+    return Case(make, end_to_end.exact(model, batches), CAPTURED)
 
 
 CASES: dict[str, Callable[[], Case]] = {

@@ -10,179 +10,141 @@ Ends with 0 when no case is slower, 1 when one is (or its result is wrong), 2 wh
 import argparse
 import os
 import random
+import statistics
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.gate.cases import CASES
-from bench.gate.paired import REPEATS, Pairs, judge, sign_interval, suspected
+from bench.gate.cases import CASES, Case
+from bench.gate.paired import REPEATS, SUSPECTED, Interval, Pairs, judge
 from bench.gate.processes import Duel, WorkerError
 from bench.gate.trees import RevisionError, Tree, trees
+from rollout.bench.measure import relative_error
 from rollout.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-FAILURES = ("slower", "wrong")
 HEADER = f"{'case':<36} {'base ms':>9} {'head ms':>9}   {'head/base [95 %]':<22}  verdict"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one case: a verdict, and either the pairs it rests on or a reason why there are none."""
+    """What came of one case: a verdict, and either the pairs of seconds it rests on or a reason why there are none."""
 
-    name: str
+    case: str
     verdict: str
-    pairs: Pairs | None = None
+    ratio: Interval | None = None
+    pairs: Pairs = ()
     reason: str = ""
 
-    @property
-    def line(self) -> str:
-        if self.pairs is None:
-            return f"{self.name:<36} {self.verdict}: {self.reason}"
-        base, head = (1e3 * sign_interval(seconds).estimate for seconds in (self.pairs.base, self.pairs.head))
-        return f"{self.name:<36} {base:>9.3f} {head:>9.3f}   {self.pairs.ratio!s:<22}  {self.verdict}"
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """For JSON; seconds."""
-        found = {"case": self.name, "verdict": self.verdict}
-        if self.pairs is None:
-            return found | {"reason": self.reason}
-        return found | {"ratio": self.pairs.ratio._asdict(), **asdict(self.pairs)}
+    def __str__(self) -> str:
+        if self.ratio is None:
+            return f"{self.case:<36} {self.verdict}: {self.reason}"
+        base, head = (1e3 * statistics.median(seconds) for seconds in zip(*self.pairs, strict=True))
+        ratio = f"{self.ratio.estimate:.3f} [{self.ratio.low:.3f}, {self.ratio.high:.3f}]"
+        return f"{self.case:<36} {base:>9.3f} {head:>9.3f}   {ratio:<22}  {self.verdict}"
 
 
-def checked(answers: dict[str, dict[str, Any]]) -> tuple[str, str] | None:
-    """Why a case cannot be timed, as (verdict, reason); None when both results are right."""
-    base, head = (answer.get("cannot", "") for answer in (answers["base"], answers["head"]))
-    if head:
-        if base:
-            return "skipped", f"neither revision runs it: {head}"
-        return "wrong", f"the base runs it, the head does not: {head}"
-    if against := off_float64("head", answers["head"]):
-        return "wrong", against
-    against = f"the base does not run it: {base}" if base else off_float64("base", answers["base"])
-    return ("skipped", against) if against else None
+def check(case: Case, base: Any, head: Any) -> tuple[str, str]:
+    """Why a case cannot be timed, as (verdict, reason); two empty strings when both results are right."""
+    if isinstance(base, str) and isinstance(head, str):
+        return "skipped", f"neither revision runs it: {head}"
+    for verdict, side, result in (("wrong", "head", head), ("skipped", "base", base)):
+        if isinstance(result, str):
+            return verdict, f"the {side} does not run it: {result}"
+        if (error := relative_error(torch.from_numpy(result), case.exact)) > case.allowed:
+            return verdict, f"the {side} is {error:.1e} off float64, allowed {case.allowed:.0e}"
+    return "", ""
 
 
-def off_float64(name: str, answer: dict[str, Any]) -> str:
-    """What is wrong with a revision's result; empty when it is right."""
-    error, allowed = answer["error"], answer["allowed"]
-    return f"the {name} is {error:.1e} off float64, allowed {allowed:.0e}" if error > allowed else ""
+def compare(found: dict[str, Tree], options: argparse.Namespace) -> Iterator[Result]:
+    """The results: of cases not suspected at once, of the others at the end, from new processes.
+
+    Raises:
+        WorkerError: a process ended or does not answer; or a case that could be timed at first now cannot.
+    """
+    generator = random.Random(options.seed)
+
+    def measure(duel: Duel, name: str) -> Result:
+        case = CASES[name]()
+        verdict, reason = check(case, **duel.prepare(case.make))
+        if verdict:
+            return Result(name, verdict, reason=reason)
+        pairs = duel.measure(options.rounds, generator)
+        return Result(name, *judge(pairs, options.threshold), pairs)
+
+    suspected: dict[str, Pairs] = {}
+    with Duel(found, options.device, options.threads) as duel:
+        for name in options.cases:
+            result = measure(duel, name)
+            if result.verdict in SUSPECTED:
+                suspected[name] = ()
+            else:
+                yield result
+    if not suspected:
+        return
+    print(f"suspected, measured {REPEATS} times more in new processes: {'; '.join(suspected)}", flush=True)
+    for _ in range(REPEATS):
+        with Duel(found, options.device, options.threads) as duel:
+            for name in suspected:
+                result = measure(duel, name)
+                if result.reason:
+                    raise WorkerError(f"{name} could be timed, and in new processes cannot: {result.reason}")
+                suspected[name] += result.pairs
+    for name, pairs in suspected.items():
+        yield Result(name, *judge(pairs, options.threshold), pairs)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """All cases of a run: a first measurement of each, then those suspected again in new processes."""
-
-    found: dict[str, Tree]
-    device: str
-    threads: int
-    pairs: int
-    threshold: float
-    generator: random.Random
-
-    def run(self, names: Iterable[str]) -> Iterator[Result]:
-        """The results: of cases not suspected at once, of the others at the end."""
-        first: dict[str, Pairs] = {}
-        with Duel(self.found, self.device, self.threads) as duel:
-            for name in names:
-                if against := checked(duel.prepare(name)):
-                    yield Result(name, against[0], reason=against[1])
-                    continue
-                measured = duel.measure(self.pairs, self.generator)
-                if suspected(measured, self.threshold):
-                    first[name] = measured
-                else:
-                    yield self._judge(name, measured, [])
-        repeats = self._repeat(list(first))
-        for name, measured in first.items():
-            yield self._judge(name, measured, repeats[name])
-
-    def _repeat(self, names: list[str]) -> dict[str, list[Pairs]]:
-        """Suspected cases, measured again in new processes.
-
-        Raises:
-            WorkerError: a case that could be timed at first now cannot.
-        """
-        repeats: dict[str, list[Pairs]] = {name: [] for name in names}
-        if names:
-            print(f"suspected, measured {REPEATS} times more in new processes: {'; '.join(names)}", flush=True)
-        for _ in range(REPEATS if names else 0):
-            with Duel(self.found, self.device, self.threads) as duel:
-                for name in names:
-                    if against := checked(duel.prepare(name)):
-                        raise WorkerError(f"{name} could be timed, and in new processes cannot: {against[1]}")
-                    repeats[name].append(duel.measure(self.pairs, self.generator))
-        return repeats
-
-    def _judge(self, name: str, first: Pairs, repeats: list[Pairs]) -> Result:
-        return Result(name, *judge(first, repeats, self.threshold))
+def summarise(results: list[Result], threshold: float) -> tuple[int, str]:
+    """The exit status and what was found, in a line; one more for a verdict that needs a word."""
+    slower, wrong, unclear = (sum(r.verdict == verdict for r in results) for verdict in ("slower", "wrong", "unclear"))
+    status, found = 0, f"passed: no case is slower by more than {threshold:.0%}"
+    if slower or wrong:
+        status, found = 1, f"FAILED: {slower} slower by more than {threshold:.0%}, {wrong} wrong"
+    elif all(result.reason for result in results):
+        status, found = 2, "nothing was compared"
+    if unclear:
+        found += "\nunclear: slower by the estimate, but too noisy to tell; again on a quiet machine, or --rounds"
+    return status, found
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparison; the exit status."""
     options = _options(arguments)
     try:
-        with trees(options.repository, options.base, options.head) as found:
-            return _compare(options, found)
-    except (RevisionError, WorkerError) as error:
+        with trees(ROOT, options.base, options.head) as found:
+            print(f"base {found['base'].label}\nhead {found['head'].label}")
+            print(f"{options.device}, {options.threads} CPU threads, up to {options.rounds} pairs a case, "
+                  f"threshold {options.threshold:.0%}\n\n{HEADER}")  # fmt: skip
+            if (load := os.getloadavg()[0]) > 0.5 * (os.cpu_count() or 1):
+                print(f"this machine is busy (load {load:.1f}): small differences will not show", file=sys.stderr)
+            results = []
+            for result in compare(found, options):
+                results.append(result)
+                print(result, flush=True)
+    except (RevisionError, WorkerError, OSError) as error:
         print(f"bench.gate: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bench.gate: interrupted; nothing is left behind", file=sys.stderr)
         return 130
-
-
-def _compare(options: argparse.Namespace, found: dict[str, Tree]) -> int:
-    comparison = Comparison(
-        found, options.device, options.threads, options.rounds, options.threshold, random.Random(options.seed)
-    )
-    print(f"base {found['base'].label}\nhead {found['head'].label}\n{options.device}, {options.threads} CPU threads, "
-          f"up to {options.rounds} pairs a case, threshold {options.threshold:.0%}\n\n{HEADER}")  # fmt: skip
-    if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
-        print(f"this machine is busy (load {os.getloadavg()[0]:.1f}): small differences will not show", file=sys.stderr)
-    results = []
-    for result in comparison.run(options.cases):
-        results.append(result)
-        print(result.line, flush=True)
-    print(f"\n{summary(results, options.threshold)}")
+    status, said = summarise(results, options.threshold)
+    print(f"\n{said}")
     if options.json is not None:
+        labels = {side: tree.label for side, tree in found.items()}
         settings = {name: getattr(options, name) for name in ("device", "threads", "threshold", "seed")}
-        labels = {name: tree.label for name, tree in found.items()}
-        record = {**labels, **settings, "torch": torch.__version__, "results": [each.record for each in results]}
-        write_json(record, options.json)
-    return status(results)
-
-
-def status(results: list[Result]) -> int:
-    """0 when nothing is slower or wrong, 1 when something is, 2 when nothing could be compared."""
-    if any(result.verdict in FAILURES for result in results):
-        return 1
-    return 0 if any(result.pairs is not None for result in results) else 2
-
-
-def summary(results: list[Result], threshold: float) -> str:
-    """One line on what was found, and one a verdict that needs a word."""
-    slower, wrong = (sum(result.verdict == verdict for result in results) for verdict in FAILURES)
-    if slower or wrong:
-        lines = [f"FAILED: {slower} slower by more than {threshold:.0%}, {wrong} wrong"]
-    elif status(results):
-        lines = ["nothing was compared"]
-    else:
-        lines = [f"passed: no case is slower by more than {threshold:.0%}"]
-    if any(result.verdict == "unclear" for result in results):
-        lines.append("unclear: slower by the estimate, but too noisy to tell; again on a quiet machine, or --rounds")
-    return "\n".join(lines)
+        made = [asdict(result) for result in results]
+        write_json({**labels, **settings, "torch": torch.__version__, "results": made}, options.json)
+    return status
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.gate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", required=True, help="the revision to compare with")
     parser.add_argument("--head", default=".", help="a folder with a checkout, or a revision (default: %(default)s)")
-    parser.add_argument("--repository", type=Path, default=ROOT, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=32, help="pairs a case (default: %(default)s)")
     parser.add_argument("--threshold", type=float, default=0.10, help="slower by more fails (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
@@ -191,6 +153,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="the cases whose name contains this")
     parser.add_argument("--json", type=Path, help="write the record to this file")
     options = parser.parse_args(arguments)
+    options.cases = [name for name in CASES if options.only in name]
     if options.rounds < 6:
         parser.error(f"--rounds must be at least 6, the fewest that give a median an interval, got {options.rounds}")
     if not 0 < options.threshold < 10:
@@ -201,7 +164,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--json: there is no folder {options.json.resolve().parent}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here")
-    options.cases = [name for name in CASES if options.only in name]
     if not options.cases:
         parser.error(f"--only {options.only!r} is in no case's name: {', '.join(CASES)}")
     return options

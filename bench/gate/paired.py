@@ -16,95 +16,55 @@ import random
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import accumulate
 
 LEVEL = 0.95
+SUSPECTED = ("slower", "unclear")  # verdicts past the threshold: of a first measurement, no more than a suspicion
 REPEATS = 3  # of a suspected case, each in new processes
 
+Pairs = tuple[tuple[float, float], ...]
+"""Seconds of (base, head), timed one right after the other."""
 
-class Interval(NamedTuple):
+
+@dataclass(frozen=True)
+class Interval:
     """A median with the interval of the sign test."""
 
     estimate: float
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
-
-def sign_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+def sign_interval(values: Sequence[float]) -> Interval:
     """The median of independent values, and the narrowest symmetric pair of order statistics that covers the true one.
 
     The true median lies below the k-th smallest of n values with probability P(Bin(n, ½) < k), whatever they are
-    distributed as.
-
-    Args:
-        values: n finite numbers.
-        level: the least coverage, in (0, 1).
+    distributed as, and above the k-th largest as often: k is the largest with which both are at most 5 % together.
 
     Raises:
-        ValueError: so few values that even the smallest and the largest do not cover (n < 6 at 95 %), or a value is
-            not finite.
+        ValueError: so few values that even the smallest and the largest do not cover (n < 6), or one is not finite.
 
     Source: Conover 1999, Practical Nonparametric Statistics, section 3.2.
     """
     ordered, n = sorted(values), len(values)
-    if not all(math.isfinite(value) for value in ordered):
+    if not all(map(math.isfinite, ordered)):
         raise ValueError("sign_interval: values must be finite")
-    tail, k = 0.0, 0
-    while k < n // 2 and 2 * (tail + math.comb(n, k) / 2**n) <= 1 - level:
-        tail += math.comb(n, k) / 2**n
-        k += 1
+    below = accumulate(math.comb(n, i) for i in range(n // 2))  # 2ⁿ P(Bin(n, ½) < k) for k = 1, 2, …
+    k = sum(2 * ways <= (1 - LEVEL) * 2**n for ways in below)
     if k == 0:
-        raise ValueError(f"sign_interval: {n} values are too few for a median's {level:.0%} interval")
+        raise ValueError(f"sign_interval: {n} values are too few for a median's {LEVEL:.0%} interval")
     return Interval(statistics.median(ordered), ordered[k - 1], ordered[n - k])
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Seconds of the two revisions, one of each a pair."""
+def judge(pairs: Pairs, threshold: float) -> tuple[str, Interval]:
+    """The verdict, and head / base.
 
-    base: tuple[float, ...]
-    head: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.base) != len(self.head):
-            raise ValueError(f"Pairs: base and head must be equally many, got {len(self.base)} and {len(self.head)}")
-        if not all(seconds > 0 for seconds in (*self.base, *self.head)):
-            raise ValueError("Pairs: seconds must be positive")
-
-    def __add__(self, other: "Pairs") -> "Pairs":
-        return Pairs(self.base + other.base, self.head + other.head)
-
-    @property
-    def ratio(self) -> Interval:
-        """Head / base."""
-        return sign_interval([h / b for b, h in zip(self.base, self.head, strict=True)])
-
-
-def suspected(first: Pairs, threshold: float) -> bool:
-    """Whether a case must be measured again: slower by more than the threshold, the interval not asked."""
-    return first.ratio.estimate > 1 + threshold
-
-
-def judge(first: Pairs, repeats: Sequence[Pairs], threshold: float) -> tuple[str, Pairs]:
-    """The verdict and the pairs it rests on: the first measurement, or where that is suspected, all of the repeats.
-
-    Past the threshold `"slower"` or `"faster"`, and `"unclear"` where the interval holds 1; all else is `"same"`.
-
-    Raises:
-        ValueError: the first measurement is suspected and there are no repeats.
+    Past the threshold `"slower"` or `"faster"`; slower with 1 in the interval is `"unclear"`; all else is `"same"`.
     """
-    if not suspected(first, threshold):
-        ratio = first.ratio
-        return "faster" if ratio.estimate < 1 / (1 + threshold) and ratio.high < 1 else "same", first
-    if not repeats:
-        raise ValueError("judge: a suspected case must be measured again before it is judged")
-    pooled = sum(repeats[1:], repeats[0])
-    if not suspected(pooled, threshold):
-        return "same", pooled
-    return "slower" if pooled.ratio.low > 1 else "unclear", pooled
+    ratio = sign_interval([head / base for base, head in pairs])
+    if ratio.estimate > 1 + threshold:
+        return "slower" if ratio.low > 1 else "unclear", ratio
+    return "faster" if ratio.estimate < 1 / (1 + threshold) and ratio.high < 1 else "same", ratio
 
 
 def turns(pairs: int, generator: random.Random) -> Iterator[tuple[str, str]]:

@@ -1,12 +1,9 @@
 """The two revisions that the gate runs, side by side in a temporary folder that is gone afterwards."""
 
-import io
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PACKAGES = ("rollout", "kernels")
-BUILD = ("pyproject.toml", "README.md", "LICENSE")  # what compiling the native kernel reads
+PARTS = (*PACKAGES, "pyproject.toml", "README.md", "LICENSE")  # what compiling the native kernel reads as well
 
 
 class RevisionError(ValueError):
@@ -32,32 +29,55 @@ class Tree(NamedTuple):
 def trees(repository: Path, base: str, head: str) -> Iterator[dict[str, Tree]]:
     """{"base": …, "head": …} under one temporary folder, removed on success, failure, Ctrl-C and SIGTERM.
 
-    Args:
-        repository: a checkout of the repository that knows the revisions.
-        base: a revision, as git understands it.
-        head: a revision; or a folder with a checkout ("." is one): its files as they are now, changes not yet committed
-            and new files included, ignored files not, so that edits made during the run do not reach it.
+    `base` is a revision that the repository knows, as git understands it. So is `head`; or it is a folder with a
+    checkout: its files as they are now, new and changed ones included, ignored ones not. Edits made during the run do
+    not reach it.
 
     Raises:
         RevisionError: a revision is not known, or has no `rollout` package.
     """
-    commits = {"base": _commit(repository, base)}
-    from_folder = (Path(head) / "rollout" / "__init__.py").is_file()
-    if not from_folder:
-        commits["head"] = _commit(repository, head)
     previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        with tempfile.TemporaryDirectory(prefix="rollout-compare-", ignore_cleanup_errors=True) as folder:
-            made = {name: _extract(repository, Path(folder) / name, commit) for name, commit in commits.items()}
-            if from_folder:
-                made["head"] = _copy(Path(head), Path(folder) / "head")
-            for tree in made.values():
-                if not (tree.root / "rollout" / "__init__.py").is_file():
-                    raise RevisionError(f"{tree.label} has no package rollout: there is nothing to compare with")
+        with tempfile.TemporaryDirectory(prefix="rollout-compare-", ignore_cleanup_errors=True) as name:
+            folder, checkout = Path(name), Path(head)
+            found = {"base": _lay_out(repository, base, folder / "base")}
+            if (checkout / "rollout" / "__init__.py").is_file():
+                found["head"] = _lay_out(checkout, None, folder / "head")
+            else:
+                found["head"] = _lay_out(repository, head, folder / "head")
+            for tree in found.values():
                 compile_native(tree.root)
-            yield made
+            yield found
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _lay_out(repository: Path, revision: str | None, folder: Path) -> Tree:
+    """The files of a revision, or where that is None, of the checkout as it is; the checkout's index is left alone."""
+    index = folder.with_suffix(".index")
+    if revision is None:
+        _git(repository, index, "add", "--", *(part for part in PARTS if (repository / part).exists()))
+        commit = _git(repository, index, "rev-parse", "HEAD")
+        changed = _git(repository, index, "diff-index", "--cached", commit, "--", *PACKAGES)
+        label = f"{repository.resolve()} at {commit[:10]}{' with changes' if changed else ''}"
+    else:
+        commit = _find_commit(repository, index, revision)
+        _git(repository, index, "read-tree", commit)
+        label = _git(repository, index, "log", "-1", "--abbrev=10", "--format=%h (%s)", commit)
+    _git(repository, index, "checkout-index", "--all", f"--prefix={folder}/")
+    if not (folder / "rollout" / "__init__.py").is_file():
+        raise RevisionError(f"{label} has no package rollout: there is nothing to compare with")
+    return Tree(folder, label)
+
+
+def _find_commit(repository: Path, index: Path, revision: str) -> str:
+    try:
+        return _git(repository, index, "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")
+    except RevisionError:
+        raise RevisionError(
+            f"{revision!r} is no revision of {repository}; give a commit, a tag or a branch that `git rev-parse` knows "
+            f"(a shallow clone lacks older ones: git fetch --unshallow)"
+        ) from None
 
 
 def compile_native(root: Path) -> None:
@@ -67,50 +87,14 @@ def compile_native(root: Path) -> None:
         subprocess.run(command, cwd=root, capture_output=True, check=False)
 
 
-def _git(folder: Path, *arguments: str, check: bool = True) -> bytes:
-    """What git prints."""
+def _git(repository: Path, index: Path, *arguments: str) -> str:
+    """What git prints, with another index than the checkout's."""
     # Set by git for the hooks it runs, these would point it at another repository.
     environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, env=environment, check=False)
-    except FileNotFoundError:
-        raise RevisionError("git is not installed; both revisions are taken from the repository with it") from None
-    if check and done.returncode:
-        said = done.stderr.decode(errors="replace").strip() or "no message"
+    environment["GIT_INDEX_FILE"] = str(index)
+    command = ["git", "-C", str(repository), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        said = done.stderr.strip() or "no message"
         raise RevisionError(f"git {arguments[0]} failed: {said.splitlines()[-1]}")
-    return done.stdout
-
-
-def _commit(repository: Path, revision: str) -> str:
-    """The full name of the commit."""
-    options = ("--verify", "--quiet", "--end-of-options")
-    found = _git(repository, "rev-parse", *options, f"{revision}^{{commit}}", check=False).decode()
-    if not found:
-        raise RevisionError(
-            f"{revision!r} is no revision of {repository}; give a commit, a tag or a branch that `git rev-parse` knows "
-            f"(a shallow clone lacks older ones: git fetch --unshallow)"
-        )
-    return found.strip()
-
-
-def _extract(repository: Path, folder: Path, commit: str) -> Tree:
-    """The packages as they were committed."""
-    there = _git(repository, "ls-tree", "--name-only", commit, "--", *PACKAGES, *BUILD).decode().split()
-    folder.mkdir()
-    if there:
-        with tarfile.open(fileobj=io.BytesIO(_git(repository, "archive", commit, "--", *there))) as archive:
-            archive.extractall(folder, filter="data")
-    return Tree(folder, f"{commit[:10]} ({_git(repository, 'log', '-1', '--format=%s', commit).decode().strip()})")
-
-
-def _copy(checkout: Path, folder: Path) -> Tree:
-    """The packages as they lie in a checkout."""
-    kinds = ("-z", "--cached", "--others", "--exclude-standard")
-    listed = _git(checkout, "ls-files", *kinds, "--", *PACKAGES, *BUILD).decode()
-    for name in filter(None, listed.split("\0")):
-        if (checkout / name).is_file():  # a file removed but not yet from the index is listed too
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(checkout / name, folder / name)
-    changed = _git(checkout, "status", "--porcelain", "--", *PACKAGES)
-    commit = _git(checkout, "rev-parse", "--short=10", "HEAD").decode().strip()
-    return Tree(folder, f"{checkout.resolve()} at {commit}{' with changes' if changed else ''}")
+    return done.stdout.strip()

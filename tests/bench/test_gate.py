@@ -1,32 +1,35 @@
 """The regression gate: its two trees, and whole runs on a small repository."""
 
+import contextlib
 import json
-import math
+import multiprocessing
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from bench.gate import cases, worker
+from bench.gate import cases, processes
 from bench.gate import compare as gate
-from bench.gate.paired import REPEATS, sign_interval
-from bench.gate.processes import Duel, WorkerError
+from bench.gate.cases import Case
+from bench.gate.paired import REPEATS, Pairs, sign_interval
+from bench.gate.processes import Duel, WorkerError, check_imports
 from bench.gate.trees import RevisionError, Tree, compile_native, trees
 from rollout.bench import end_to_end
 from rollout.bench.measure import relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
-THRESHOLD = 0.10  # the default of the command line
 
 # --- a small repository: two commits of a package `rollout` that computes the row by the formula
 
 PACKAGE = """
 import torch
+print("no line of the table", flush=True)
 def attention_rollout(maps, query):
     times, error = TIMES, ERROR if maps[0].shape[-1] == 128 else 0.0
     for _ in range(times):
@@ -54,7 +57,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tags: `none` without a package, `right`, `bad` (eight times the work; wrong at S=128; Q and K as well)."""
     folder = tmp_path_factory.mktemp("repository")
     git(folder, "init", "-q", "-b", "main")
@@ -71,6 +74,13 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         git(folder, "commit", "-q", "-m", f"commit {tag}")
         git(folder, "tag", tag)
     return folder
+
+
+@pytest.fixture
+def repository(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The gate's own."""
+    monkeypatch.setattr(gate, "ROOT", made)
+    return made
 
 
 @pytest.fixture
@@ -175,7 +185,7 @@ def test_nothing_is_left_behind_by_a_signal(repository: Path, tmp_path: Path, nu
 def test_a_bad_revision_is_one_line_and_status_2(
     repository: Path, temporary: Path, capsys: pytest.CaptureFixture, revision: str
 ) -> None:
-    assert gate.main([f"--base={revision}", "--repository", str(repository), "--head", "right"]) == 2
+    assert gate.main([f"--base={revision}", "--head", "right"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.count("\n") == 1
@@ -209,89 +219,145 @@ def test_bad_options(capsys: pytest.CaptureFixture, option: str, message: str) -
 
 # --- what is timed at all
 
-RIGHT = {"error": 1e-7, "allowed": 1e-6}
+EXACT = torch.tensor([1.0, 2.0], dtype=torch.float64)
+RIGHT, OFF, BROKEN = EXACT.numpy(), EXACT.numpy() * (1 + 2e-6), EXACT.numpy() * float("nan")
 
 
 @pytest.mark.parametrize(
     ("base", "head", "expected"),
     [
-        (RIGHT, RIGHT, None),
-        ({"cannot": "A: b"}, RIGHT, ("skipped", "the base does not run it: A: b")),
-        ({"cannot": "A: b"}, {"cannot": "A: c"}, ("skipped", "neither revision runs it: A: c")),
-        (RIGHT, {"cannot": "A: b"}, ("wrong", "the base runs it, the head does not: A: b")),
-        ({"cannot": "A: b"}, {**RIGHT, "error": 2e-6}, ("wrong", "the head is 2.0e-06 off float64, allowed 1e-06")),
-        (RIGHT, {**RIGHT, "error": 2e-6}, ("wrong", "the head is 2.0e-06 off float64, allowed 1e-06")),
-        ({**RIGHT, "error": 2e-6}, RIGHT, ("skipped", "the base is 2.0e-06 off float64, allowed 1e-06")),
-        (RIGHT, {**RIGHT, "error": math.inf}, ("wrong", "the head is inf off float64, allowed 1e-06")),
+        (RIGHT, RIGHT, ("", "")),
+        ("A: b", RIGHT, ("skipped", "the base does not run it: A: b")),
+        ("A: b", "A: c", ("skipped", "neither revision runs it: A: c")),
+        (RIGHT, "A: b", ("wrong", "the head does not run it: A: b")),
+        (OFF, "A: b", ("wrong", "the head does not run it: A: b")),
+        ("A: b", OFF, ("wrong", "the head is 2.0e-06 off float64, allowed 1e-06")),
+        (RIGHT, OFF, ("wrong", "the head is 2.0e-06 off float64, allowed 1e-06")),
+        (OFF, RIGHT, ("skipped", "the base is 2.0e-06 off float64, allowed 1e-06")),
+        (RIGHT, BROKEN, ("wrong", "the head is inf off float64, allowed 1e-06")),
+        (RIGHT, RIGHT[:1], ("wrong", "the head is inf off float64, allowed 1e-06")),
     ],
 )
-def test_what_is_not_timed(base: dict, head: dict, expected: tuple[str, str] | None) -> None:
-    assert gate.checked({"base": base, "head": head}) == expected
+def test_what_is_not_timed(base: Any, head: Any, expected: tuple[str, str]) -> None:
+    assert gate.check(Case(lambda: torch.zeros, EXACT, 1e-6), base, head) == expected
 
 
 # --- whole runs
 
 
 def test_an_unchanged_revision_passes(
-    repository: Path, temporary: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    repository: Path, temporary: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     file = tmp_path / "record.json"
-    given = ["--repository", str(repository), "--head", "right", "--only", "maps S=64", "--rounds", "12", "--threads=1"]
-    assert gate.main(["--base=right", "--json", str(file), *given]) == 0
-    printed = capsys.readouterr().out
+    given = ["--head", "right", "--only", "maps S=64", "--rounds", "12", "--threads=1", "--json", str(file)]
+    assert gate.main(["--base=right", *given]) == 0
+    printed, errors = capfd.readouterr()
     assert "passed: no case is slower by more than 10%" in printed
-    record = json.loads(file.read_text())
-    (result,) = record["results"]
+    assert "no line of the table" not in printed
+    assert "no line of the table" in errors
+    (result,) = json.loads(file.read_text())["results"]
     assert result["case"] == "rows from maps S=64"
-    assert len(result["base"]) in (12, 12 * REPEATS)
-    ratios = sorted(h / b for b, h in zip(result["base"], result["head"], strict=True))
-    assert result["ratio"]["estimate"] == pytest.approx(sign_interval(ratios).estimate)
+    assert len(result["pairs"]) in (12, 12 * REPEATS)
+    assert result["ratio"]["estimate"] == sign_interval([head / base for base, head in result["pairs"]]).estimate
     assert f"{result['ratio']['estimate']:.3f}" in printed
     assert left_behind(repository, temporary) == []
+    assert multiprocessing.active_children() == []
 
 
 def test_slower_wrong_and_missing_cases_are_told_apart(
-    repository: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+    repository: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(gate, "REPEATS", 1)  # each starts two processes
     names = ("rows from maps S=64", "rows from maps S=128", "rows from Q,K S=256")
-    with trees(repository, "right", "bad") as found:
-        comparison = gate.Comparison(found, "cpu", 1, 10, THRESHOLD, random.Random(0))
-        wrong, missing, slow = comparison.run(names)
-    assert (slow.name, slow.verdict) == (names[0], "slower")
-    assert slow.pairs is not None
-    assert len(slow.pairs.base) == 10
-    assert 2 < slow.pairs.ratio.estimate < 16  # eight times the work, on a machine that may be busy
-    assert (wrong.name, wrong.verdict, wrong.pairs) == (names[1], "wrong", None)
-    assert wrong.reason == "the head is 1.0e-03 off float64, allowed 1e-06"
-    assert (missing.name, missing.verdict) == (names[2], "skipped")
-    assert missing.reason.startswith("the base does not run it: AttributeError")
-    assert gate.status([slow, wrong, missing]) == gate.status([wrong]) == gate.status([slow]) == 1
-    assert gate.status([missing]) == 2
-    assert "FAILED: 1 slower by more than 10%, 1 wrong" in gate.summary([slow, wrong, missing], THRESHOLD)
+    monkeypatch.setattr(gate, "REPEATS", 1)  # each starts two processes
+    monkeypatch.setattr(gate, "CASES", {name: cases.CASES[name] for name in names})
+    file = tmp_path / "record.json"
+    assert gate.main(["--base=right", "--head=bad", "--rounds=10", "--threads=1", "--json", str(file)]) == 1
+    wrong, missing, slow = json.loads(file.read_text())["results"]
+    assert (slow["case"], slow["verdict"], len(slow["pairs"])) == (names[0], "slower", 10)
+    assert 2 < slow["ratio"]["estimate"] < 16  # eight times the work, on a machine that may be busy
+    assert (wrong["case"], wrong["verdict"], wrong["pairs"]) == (names[1], "wrong", [])
+    assert wrong["reason"] == "the head is 1.0e-03 off float64, allowed 1e-06"
+    assert (missing["case"], missing["verdict"]) == (names[2], "skipped")
+    assert missing["reason"].startswith("the base does not run it: AttributeError")
+    assert "FAILED: 1 slower by more than 10%, 1 wrong" in capsys.readouterr().out
 
 
-def test_a_process_that_ends_is_told_with_its_last_words(tmp_path: Path) -> None:
-    (tmp_path / "rollout").mkdir()
-    (tmp_path / "rollout" / "__init__.py").write_text("raise RuntimeError('no such luck')\n")
-    tree = Tree(tmp_path, "broken")
-    with pytest.raises(WorkerError, match="base's process ended with status 1: RuntimeError: no such luck"):
-        Duel({"base": tree, "head": tree}, "cpu", 1)
+def measured(monkeypatch: pytest.MonkeyPatch, *found: float | str) -> list[gate.Result]:
+    """What is made of one case whose measurements give these ratios in turn, or a reason why there is none."""
+    measurements = iter(found)
+
+    class Measured(contextlib.ExitStack):
+        def prepare(self, make: object) -> dict[str, Any]:
+            self.found = next(measurements)
+            return dict.fromkeys(("base", "head"), self.found if isinstance(self.found, str) else RIGHT)
+
+        def measure(self, pairs: int, generator: object) -> Pairs:
+            return ((1.0, self.found),) * pairs
+
+    monkeypatch.setattr(gate, "Duel", lambda *given: Measured())
+    monkeypatch.setattr(gate, "CASES", {"one": lambda: Case(lambda: torch.zeros, EXACT, 1e-6)})
+    return list(gate.compare({}, gate._options(["--base=HEAD"])))
+
+
+def test_a_suspected_case_is_judged_by_new_processes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, verdict in (((1.09,), "same"), ((1.3, 1.02, 1.02, 1.02), "same"), ((1.3, 1.2, 1.2, 1.2), "slower")):
+        (result,) = measured(monkeypatch, *found)
+        assert (result.verdict, len(result.pairs)) == (verdict, 32 * max(1, len(found) - 1))
+        assert result.ratio.estimate == found[-1]
+
+
+def test_a_case_that_can_no_longer_be_timed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WorkerError, match=r"^one could be timed, and in new processes cannot: neither .* A: b$"):
+        measured(monkeypatch, 1.3, "A: b")
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "status", "line"),
+    [
+        (["same", "unclear", "skipped"], 0, "passed: no case is slower by more than 10%\nunclear: slower by"),
+        (["skipped"], 2, "nothing was compared"),
+        (["same", "wrong"], 1, "FAILED: 0 slower by more than 10%, 1 wrong"),
+        (["slower"], 1, "FAILED: 1 slower by more than 10%, 0 wrong"),
+    ],
+)
+def test_exit_status(verdicts: list[str], status: int, line: str) -> None:
+    results = [gate.Result("", each, reason="why" if each in ("skipped", "wrong") else "") for each in verdicts]
+    found, said = gate.summarise(results, 0.10)
+    assert found == status
+    assert said.startswith(line)
+
+
+def package_that(text: str, folder: Path) -> dict[str, Tree]:
+    """Both sides a package `rollout` of this text."""
+    (folder / "rollout").mkdir()
+    (folder / "rollout" / "__init__.py").write_text(text)
+    return dict.fromkeys(("base", "head"), Tree(folder, "a package"))
+
+
+def test_a_process_that_ends_is_told_with_its_last_words(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    with (
+        Duel(package_that("raise RuntimeError('no such luck')", tmp_path), "cpu", 1) as duel,
+        pytest.raises(WorkerError, match="base's process ended with status 1"),
+    ):
+        duel.prepare(print)
+    assert "RuntimeError: no such luck" in capfd.readouterr().err
+    assert multiprocessing.active_children() == []
+
+
+def test_what_hangs_is_told_and_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(processes, "PATIENCE", 0.1)
+    found = package_that("import time\ntime.sleep(60)", tmp_path)
+    with Duel(found, "cpu", 1) as duel, pytest.raises(WorkerError, match="base gave no answer for 0 s"):
+        duel.prepare(print)
+    assert multiprocessing.active_children() == []
 
 
 def test_an_installed_copy_is_not_timed_for_the_revision(tmp_path: Path) -> None:
-    installed = tmp_path / "installed" / "rollout"
-    installed.mkdir(parents=True)
-    (installed / "__init__.py").touch()
-    script = ROOT / "bench" / "gate" / "worker.py"
-    command = [sys.executable, "-P", str(script), "--device=cpu", "--threads=1"]
-    done = subprocess.run(
-        [*command, f"--root={tmp_path / 'revision'}", f"--scratch={tmp_path}"],
-        env={**os.environ, "PYTHONPATH": str(installed.parent)},
-        capture_output=True, text=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert f"ImportError: rollout must come from {tmp_path / 'revision'}, got {installed}" in done.stderr
+    with pytest.raises(ImportError, match=f"rollout must come from {tmp_path}, got {ROOT}"):
+        check_imports(tmp_path)
+    check_imports(ROOT)
 
 
 def test_the_case_of_pyhealths_transformer_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,6 +365,5 @@ def test_the_case_of_pyhealths_transformer_is_right(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(end_to_end, "LONGEST", 30)
     monkeypatch.setattr(cases, "BATCH", 4)
     case = cases._attributed(16, 2, 2, real=False)
-    assert case.call == "attribute"
-    found = worker.attributed(*case.inputs, **case.options)()
+    found = case.make()()
     assert relative_error(found, case.exact) <= case.allowed < 1e-4
