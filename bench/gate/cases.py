@@ -1,4 +1,4 @@
-"""What the gate times: what makes each case's call, and what that must give in float64.
+"""What the gate times: each case's call with its inputs, and what it must give in float64.
 
 They are made once, here, and handed to both revisions in a file, so that both get the same numbers and are held to the
 same oracle. Cases use the public names only, so that an older revision can run them.
@@ -23,28 +23,22 @@ MAPS, FULL, QK, CAPTURED = 1e-6, 3e-6, 3e-6, 1e-5
 
 
 class Case(NamedTuple):
-    """In a revision's process `make()` gives the call that is timed; its result must be `exact`, within `allowed`."""
+    """The call that a revision's process times; its result must be `exact`, within `allowed`."""
 
-    make: Callable[[], processes.Run]
+    run: processes.Run
     exact: Tensor
     allowed: float
 
 
-def _random(*shape: int, count: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(*shape, generator=generator) for _ in range(count)]
-
-
 def _from_maps(batch: int, seq: int, dtype: torch.dtype = torch.float32, allowed: float = MAPS, **options: Any) -> Case:
     """L softmax maps, by default the row of position 0."""
-    maps = [layer.softmax(-1).to(dtype) for layer in _random(batch, HEADS, seq, seq, count=LAYERS)]
-    make = partial(processes.public, "attention_rollout", maps, **{"query": 0} | options)
-    return Case(make, oracle.from_maps(maps, **options), allowed)
+    maps = [layer.softmax(-1).to(dtype) for layer in torch.randn(LAYERS, batch, HEADS, seq, seq)]
+    run = partial(processes.public, "attention_rollout", maps, **{"query": 0} | options)
+    return Case(run, oracle.from_maps(maps, **options), allowed)
 
 
 def _from_qk(batch: int, seq: int) -> Case:
-    drawn = _random(batch, HEADS, seq, SIZE, count=2 * LAYERS)
-    inputs = drawn[::2], drawn[1::2]
+    inputs = [list(layers) for layers in torch.randn(2, LAYERS, batch, HEADS, seq, SIZE)]
     return Case(partial(processes.public, "attention_rollout_qk", *inputs, query=0), oracle.from_qk(*inputs), QK)
 
 
@@ -52,8 +46,8 @@ def _captured(batch: int, seq: int) -> Case:
     """The maps of a float64 copy of the encoder are multiplied here, layer by layer."""
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False).eval()
-    (tokens,) = _random(batch, seq, WIDTH, count=1)
-    maps, x = [], tokens.double()
+    tokens, maps = torch.randn(batch, seq, WIDTH), []
+    x = tokens.double()
     with torch.no_grad():
         for each in copy.deepcopy(model).double().layers:
             maps.append(each.self_attn(x, x, x, need_weights=True, average_attn_weights=False)[1])
@@ -71,8 +65,8 @@ def _attributed(embedding: int, heads: int, layers: int, *, real: bool) -> Case:
         found, vocabulary = records.drugs()
         batches = records.batches_of(found, BATCH)
     model = end_to_end.make_model(heads, layers, cpu, embedding=embedding, vocabulary=vocabulary)
-    make = partial(processes.attributed, model, [batch["codes"] for batch in batches])
-    return Case(make, end_to_end.exact(model, batches), CAPTURED)
+    run = partial(processes.attributed, model, [batch["codes"] for batch in batches])
+    return Case(run, end_to_end.exact(model, batches), CAPTURED)
 
 
 CASES: dict[str, Callable[[], Case]] = {

@@ -21,8 +21,8 @@ import torch
 
 from bench.gate.cases import CASES, Case
 from bench.gate.paired import REPEATS, SUSPECTED, Interval, Pairs, judge
-from bench.gate.processes import Duel, WorkerError
-from bench.gate.trees import RevisionError, Tree, trees
+from bench.gate.processes import Duel
+from bench.gate.trees import GateError, Tree, trees
 from rollout.bench.measure import relative_error
 from rollout.files import write_json
 
@@ -64,13 +64,14 @@ def compare(found: dict[str, Tree], options: argparse.Namespace) -> Iterator[Res
     """The results: of cases not suspected at once, of the others at the end, from new processes.
 
     Raises:
-        WorkerError: a process ended or does not answer; or a case that could be timed at first now cannot.
+        GateError: a process ended or does not answer; or a case that could be timed at first now cannot.
     """
     generator = random.Random(options.seed)
 
     def measure(duel: Duel, name: str) -> Result:
+        torch.manual_seed(0)  # a case is the same numbers every time
         case = CASES[name]()
-        verdict, reason = check(case, **duel.prepare(case.make))
+        verdict, reason = check(case, **duel.prepare(case.run))
         if verdict:
             return Result(name, verdict, reason=reason)
         pairs = duel.measure(options.rounds, generator)
@@ -92,7 +93,7 @@ def compare(found: dict[str, Tree], options: argparse.Namespace) -> Iterator[Res
             for name in suspected:
                 result = measure(duel, name)
                 if result.reason:
-                    raise WorkerError(f"{name} could be timed, and in new processes cannot: {result.reason}")
+                    raise GateError(f"{name} could be timed, and in new processes cannot: {result.reason}")
                 suspected[name] += result.pairs
     for name, pairs in suspected.items():
         yield Result(name, *judge(pairs, options.threshold), pairs)
@@ -125,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
             for result in compare(found, options):
                 results.append(result)
                 print(result, flush=True)
-    except (RevisionError, WorkerError, OSError) as error:
+    except (GateError, OSError) as error:
         print(f"bench.gate: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -14,8 +14,8 @@ PACKAGES = ("rollout", "kernels")
 PARTS = (*PACKAGES, "pyproject.toml", "README.md", "LICENSE")  # what compiling the native kernel reads as well
 
 
-class RevisionError(ValueError):
-    """A revision that cannot be compared; the message says why, in one line."""
+class GateError(RuntimeError):
+    """The revisions cannot be compared; the message says why, in one line."""
 
 
 class Tree(NamedTuple):
@@ -34,7 +34,7 @@ def trees(repository: Path, base: str, head: str) -> Iterator[dict[str, Tree]]:
     not reach it.
 
     Raises:
-        RevisionError: a revision is not known, or has no `rollout` package.
+        GateError: a revision is not known, or has no `rollout` package.
     """
     previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -66,15 +66,15 @@ def _lay_out(repository: Path, revision: str | None, folder: Path) -> Tree:
         label = _git(repository, index, "log", "-1", "--abbrev=10", "--format=%h (%s)", commit)
     _git(repository, index, "checkout-index", "--all", f"--prefix={folder}/")
     if not (folder / "rollout" / "__init__.py").is_file():
-        raise RevisionError(f"{label} has no package rollout: there is nothing to compare with")
+        raise GateError(f"{label} has no package rollout: there is nothing to compare with")
     return Tree(folder, label)
 
 
 def _find_commit(repository: Path, index: Path, revision: str) -> str:
     try:
         return _git(repository, index, "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")
-    except RevisionError:
-        raise RevisionError(
+    except GateError:
+        raise GateError(
             f"{revision!r} is no revision of {repository}; give a commit, a tag or a branch that `git rev-parse` knows "
             f"(a shallow clone lacks older ones: git fetch --unshallow)"
         ) from None
@@ -96,5 +96,5 @@ def _git(repository: Path, index: Path, *arguments: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         said = done.stderr.strip() or "no message"
-        raise RevisionError(f"git {arguments[0]} failed: {said.splitlines()[-1]}")
+        raise GateError(f"git {arguments[0]} failed: {said.splitlines()[-1]}")
     return done.stdout.strip()

@@ -18,8 +18,8 @@ from bench.gate import cases, processes
 from bench.gate import compare as gate
 from bench.gate.cases import Case
 from bench.gate.paired import REPEATS, Pairs, sign_interval
-from bench.gate.processes import Duel, WorkerError, check_imports
-from bench.gate.trees import RevisionError, Tree, compile_native, trees
+from bench.gate.processes import Duel
+from bench.gate.trees import GateError, Tree, compile_native, trees
 from rollout.bench import end_to_end
 from rollout.bench.measure import relative_error
 
@@ -194,7 +194,7 @@ def test_a_bad_revision_is_one_line_and_status_2(
 
 
 def test_a_revision_without_the_package_is_refused(repository: Path, temporary: Path) -> None:
-    with pytest.raises(RevisionError, match=r"\(no package\) has no package rollout"), trees(repository, "none", "bad"):
+    with pytest.raises(GateError, match=r"\(no package\) has no package rollout"), trees(repository, "none", "bad"):
         pass
     assert left_behind(repository, temporary) == []
 
@@ -239,7 +239,7 @@ RIGHT, OFF, BROKEN = EXACT.numpy(), EXACT.numpy() * (1 + 2e-6), EXACT.numpy() * 
     ],
 )
 def test_what_is_not_timed(base: Any, head: Any, expected: tuple[str, str]) -> None:
-    assert gate.check(Case(lambda: torch.zeros, EXACT, 1e-6), base, head) == expected
+    assert gate.check(Case(torch.Tensor, EXACT, 1e-6), base, head) == expected
 
 
 # --- whole runs
@@ -287,7 +287,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, *found: float | str) -> list[gate.
     measurements = iter(found)
 
     class Measured(contextlib.ExitStack):
-        def prepare(self, make: object) -> dict[str, Any]:
+        def prepare(self, run: object) -> dict[str, Any]:
             self.found = next(measurements)
             return dict.fromkeys(("base", "head"), self.found if isinstance(self.found, str) else RIGHT)
 
@@ -295,7 +295,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, *found: float | str) -> list[gate.
             return ((1.0, self.found),) * pairs
 
     monkeypatch.setattr(gate, "Duel", lambda *given: Measured())
-    monkeypatch.setattr(gate, "CASES", {"one": lambda: Case(lambda: torch.zeros, EXACT, 1e-6)})
+    monkeypatch.setattr(gate, "CASES", {"one": lambda: Case(torch.Tensor, EXACT, 1e-6)})
     return list(gate.compare({}, gate._options(["--base=HEAD"])))
 
 
@@ -307,7 +307,7 @@ def test_a_suspected_case_is_judged_by_new_processes_alone(monkeypatch: pytest.M
 
 
 def test_a_case_that_can_no_longer_be_timed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(WorkerError, match=r"^one could be timed, and in new processes cannot: neither .* A: b$"):
+    with pytest.raises(GateError, match=r"^one could be timed, and in new processes cannot: neither .* A: b$"):
         measured(monkeypatch, 1.3, "A: b")
 
 
@@ -327,37 +327,31 @@ def test_exit_status(verdicts: list[str], status: int, line: str) -> None:
     assert said.startswith(line)
 
 
-def package_that(text: str, folder: Path) -> dict[str, Tree]:
-    """Both sides a package `rollout` of this text."""
-    (folder / "rollout").mkdir()
-    (folder / "rollout" / "__init__.py").write_text(text)
-    return dict.fromkeys(("base", "head"), Tree(folder, "a package"))
-
-
 def test_a_process_that_ends_is_told_with_its_last_words(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    with (
-        Duel(package_that("raise RuntimeError('no such luck')", tmp_path), "cpu", 1) as duel,
-        pytest.raises(WorkerError, match="base's process ended with status 1"),
-    ):
-        duel.prepare(print)
-    assert "RuntimeError: no such luck" in capfd.readouterr().err
+    """Here of a revision that cannot be imported, and of one in whose stead the gate's own would be."""
+    broken, empty = tmp_path / "broken", tmp_path / "empty"
+    (broken / "rollout").mkdir(parents=True)
+    (broken / "rollout" / "__init__.py").write_text("raise RuntimeError('no such luck')\n")
+    with Duel({"base": Tree(broken, ""), "head": Tree(empty, "")}, "cpu", 1) as duel:
+        for side in ("base", "head"):
+            with pytest.raises(GateError, match=f"{side}'s process ended with status 1"):
+                duel._ask((side,), "prepare", tmp_path)
+    errors = capfd.readouterr().err
+    assert "RuntimeError: no such luck" in errors
+    assert f"ImportError: rollout must come from {empty}, got {ROOT}" in errors
     assert multiprocessing.active_children() == []
 
 
-def test_what_hangs_is_told_and_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
-) -> None:
+def test_what_hangs_is_told_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "PATIENCE", 0.1)
-    found = package_that("import time\ntime.sleep(60)", tmp_path)
-    with Duel(found, "cpu", 1) as duel, pytest.raises(WorkerError, match="base gave no answer for 0 s"):
-        duel.prepare(print)
+    monkeypatch.setattr(processes, "GRACE", 0.1)
+    (tmp_path / "rollout.py").write_text("while True: pass\n")
+    with (
+        Duel(dict.fromkeys(("base", "head"), Tree(tmp_path, "")), "cpu", 1) as duel,
+        pytest.raises(GateError, match="base gave no answer for 0 s"),
+    ):
+        duel._ask(("base", "head"), "prepare", tmp_path)
     assert multiprocessing.active_children() == []
-
-
-def test_an_installed_copy_is_not_timed_for_the_revision(tmp_path: Path) -> None:
-    with pytest.raises(ImportError, match=f"rollout must come from {tmp_path}, got {ROOT}"):
-        check_imports(tmp_path)
-    check_imports(ROOT)
 
 
 def test_the_case_of_pyhealths_transformer_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,5 +359,5 @@ def test_the_case_of_pyhealths_transformer_is_right(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(end_to_end, "LONGEST", 30)
     monkeypatch.setattr(cases, "BATCH", 4)
     case = cases._attributed(16, 2, 2, real=False)
-    found = case.make()()
+    found = case.run()
     assert relative_error(found, case.exact) <= case.allowed < 1e-4
