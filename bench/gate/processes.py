@@ -12,7 +12,6 @@ import random
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -45,10 +44,13 @@ class Duel(ExitStack):
 
     def __init__(self, found: dict[str, Tree], device: str, threads: int) -> None:
         super().__init__()
-        self._file = found["base"].root.parent / "case.pt"
+        folder = found["base"].root.parent
+        self._file = folder / "case.pt"
         self._processes, self._pipes = {}, {}
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as they inherit it: Ctrl-C is for the gate alone
-        with mock.patch.dict(os.environ, PYTHONHASHSEED="0", OMP_NUM_THREADS=str(threads)):
+        # What a killed process leaves lies with the trees, and goes with them.
+        inherited = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": str(threads), "TMPDIR": str(folder)}
+        with mock.patch.dict(os.environ, inherited):
             for side, tree in found.items():
                 self._pipes[side], theirs = SPAWN.Pipe()
                 given = theirs, tree.root, torch.device(device), threads
@@ -71,17 +73,16 @@ class Duel(ExitStack):
             GateError: a process ended, or gave no answer in time.
         """
         answers = {}
-        for side in sides:
-            with suppress(ConnectionError):  # the process has ended: told below
+        try:
+            for side in sides:
                 self._pipes[side].send(request)
-        for side in sides:
-            if not self._pipes[side].poll(PATIENCE):
-                raise GateError(f"{side} gave no answer for {PATIENCE:.0f} s")
-            try:
+            for side in sides:
+                if not self._pipes[side].poll(PATIENCE):
+                    raise GateError(f"{side} gave no answer for {PATIENCE:.0f} s")
                 answers[side] = self._pipes[side].recv()
-            except (EOFError, ConnectionError):
-                self._processes[side].join()
-                raise GateError(f"{side}'s process ended with status {self._processes[side].exitcode}") from None
+        except (EOFError, ConnectionError):
+            self._processes[side].join()
+            raise GateError(f"{side}'s process ended with status {self._processes[side].exitcode}") from None
         return answers
 
     def prepare(self, run: Run) -> dict[str, np.ndarray | str]:
@@ -113,7 +114,6 @@ class Duel(ExitStack):
 def serve(pipe: Connection, root: Path, device: torch.device, threads: int) -> None:
     """Do what is asked for, until the pipe is closed."""
     os.dup2(2, 1)  # what a library prints is no part of the gate's table
-    tempfile.tempdir = str(root.parent)  # nobody else removes what a killed process leaves
     sys.path[:0] = [str(root), str(root / "kernels")]
     torch.set_num_threads(threads)
     gc.disable()  # a collection inside one call of many would be noise; `prepare` collects

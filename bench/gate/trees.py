@@ -7,11 +7,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 PACKAGES = ("rollout", "kernels")
-PARTS = (*PACKAGES, "pyproject.toml", "README.md", "LICENSE")  # what compiling the native kernel reads as well
 
 
 class GateError(RuntimeError):
@@ -40,11 +40,12 @@ def trees(repository: Path, base: str, head: str) -> Iterator[dict[str, Tree]]:
     try:
         with tempfile.TemporaryDirectory(prefix="rollout-compare-", ignore_cleanup_errors=True) as name:
             folder, checkout = Path(name), Path(head)
-            found = {"base": _lay_out(repository, base, folder / "base")}
-            if (checkout / "rollout" / "__init__.py").is_file():
-                found["head"] = _lay_out(checkout, None, folder / "head")
-            else:
-                found["head"] = _lay_out(repository, head, folder / "head")
+            is_folder = (checkout / "rollout" / "__init__.py").is_file()
+            now = (checkout, "HEAD") if is_folder else (repository, head)
+            found = {
+                "base": _lay_out(repository, base, folder / "base"),
+                "head": _lay_out(*now, folder / "head", changes=is_folder),
+            }
             for tree in found.values():
                 compile_native(tree.root)
             yield found
@@ -52,32 +53,28 @@ def trees(repository: Path, base: str, head: str) -> Iterator[dict[str, Tree]]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _lay_out(repository: Path, revision: str | None, folder: Path) -> Tree:
-    """The files of a revision, or where that is None, of the checkout as it is; the checkout's index is left alone."""
-    index = folder.with_suffix(".index")
-    if revision is None:
-        _git(repository, index, "add", "--", *(part for part in PARTS if (repository / part).exists()))
-        commit = _git(repository, index, "rev-parse", "HEAD")
-        changed = _git(repository, index, "diff-index", "--cached", commit, "--", *PACKAGES)
-        label = f"{repository.resolve()} at {commit[:10]}{' with changes' if changed else ''}"
-    else:
-        commit = _find_commit(repository, index, revision)
-        _git(repository, index, "read-tree", commit)
-        label = _git(repository, index, "log", "-1", "--abbrev=10", "--format=%h (%s)", commit)
-    _git(repository, index, "checkout-index", "--all", f"--prefix={folder}/")
-    if not (folder / "rollout" / "__init__.py").is_file():
-        raise GateError(f"{label} has no package rollout: there is nothing to compare with")
-    return Tree(folder, label)
-
-
-def _find_commit(repository: Path, index: Path, revision: str) -> str:
+def _lay_out(repository: Path, revision: str, folder: Path, *, changes: bool = False) -> Tree:
+    """The files of a revision, or with the changes that the checkout has on it; its index is left alone."""
+    git = partial(_git, repository, folder.with_suffix(".index"))
     try:
-        return _git(repository, index, "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")
+        commit = git("rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")
     except GateError:
         raise GateError(
             f"{revision!r} is no revision of {repository}; give a commit, a tag or a branch that `git rev-parse` knows "
             f"(a shallow clone lacks older ones: git fetch --unshallow)"
         ) from None
+    git("read-tree", commit)
+    if changes:
+        git("add", "--update")
+        git("add", "--", *(name for name in PACKAGES if (repository / name).exists()))
+        changed = git("diff-index", "--cached", commit, "--", *PACKAGES)
+        label = f"{repository.resolve()} at {commit[:10]}{' with changes' if changed else ''}"
+    else:
+        label = git("log", "-1", "--abbrev=10", "--format=%h (%s)", commit)
+    git("checkout-index", "--all", f"--prefix={folder}/")
+    if not (folder / "rollout" / "__init__.py").is_file():
+        raise GateError(f"{label} has no package rollout: there is nothing to compare with")
+    return Tree(folder, label)
 
 
 def compile_native(root: Path) -> None:

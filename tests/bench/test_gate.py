@@ -64,7 +64,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / ".gitignore").write_text("*.ignored\n")
     (folder / "kernels").mkdir()
     (folder / "kernels" / "readme").write_text("x")
+    (folder / "kernels" / "tracked.ignored").write_text("x")
     git(folder, "add", "-A")
+    git(folder, "add", "-f", "kernels")
     git(folder, "commit", "-q", "-m", "no package")
     git(folder, "tag", "none")
     (folder / "rollout").mkdir()
@@ -108,6 +110,7 @@ def test_both_revisions_lie_side_by_side_and_are_gone_afterwards(repository: Pat
 
 
 def test_the_head_is_the_checkout_as_it_is(repository: Path, temporary: Path) -> None:
+    index = (repository / ".git" / "index").read_bytes()
     (repository / "rollout" / "__init__.py").write_text("changed = True\n")
     (repository / "rollout" / "new.py").write_text("new = True\n")
     (repository / "rollout" / "x.ignored").write_text("")
@@ -116,8 +119,10 @@ def test_the_head_is_the_checkout_as_it_is(repository: Path, temporary: Path) ->
         with trees(repository, "right", str(repository)) as found:
             files = {str(path.relative_to(found["head"].root)): path.read_text()
                      for path in found["head"].root.rglob("*") if path.is_file()}  # fmt: skip
-            assert files == {"rollout/__init__.py": "changed = True\n", "rollout/new.py": "new = True\n"}
+            assert files == {".gitignore": "*.ignored\n", "kernels/tracked.ignored": "x",
+                             "rollout/__init__.py": "changed = True\n", "rollout/new.py": "new = True\n"}  # fmt: skip
             assert found["head"].label.endswith("with changes")
+            assert (repository / ".git" / "index").read_bytes() == index
             assert (found["base"].root / "rollout" / "__init__.py").read_text() == package()
     finally:
         git(repository, "checkout", "-q", "--", ".")
