@@ -22,7 +22,7 @@ import torch
 from bench.gate.cases import CASES, Case
 from bench.gate.paired import REPEATS, SUSPECTED, Interval, Pairs, judge
 from bench.gate.processes import Duel
-from bench.gate.trees import GateError, Tree, trees
+from bench.gate.trees import GateError, trees
 from rollout.bench.measure import relative_error
 from rollout.files import write_json
 
@@ -60,7 +60,7 @@ def check(case: Case, base: Any, head: Any) -> tuple[str, str]:
     return "", ""
 
 
-def compare(found: dict[str, Tree], options: argparse.Namespace) -> Iterator[Result]:
+def compare(folder: Path, options: argparse.Namespace) -> Iterator[Result]:
     """The results: of cases not suspected at once, of the others at the end, from new processes.
 
     Raises:
@@ -78,7 +78,7 @@ def compare(found: dict[str, Tree], options: argparse.Namespace) -> Iterator[Res
         return Result(name, *judge(pairs, options.threshold), pairs)
 
     suspected: dict[str, Pairs] = {}
-    with Duel(found, options.device, options.threads) as duel:
+    with Duel(folder, options.device, options.threads) as duel:
         for name in options.cases:
             result = measure(duel, name)
             if result.verdict in SUSPECTED:
@@ -89,7 +89,7 @@ def compare(found: dict[str, Tree], options: argparse.Namespace) -> Iterator[Res
         return
     print(f"suspected, measured {REPEATS} times more in new processes: {'; '.join(suspected)}", flush=True)
     for _ in range(REPEATS):
-        with Duel(found, options.device, options.threads) as duel:
+        with Duel(folder, options.device, options.threads) as duel:
             for name in suspected:
                 result = measure(duel, name)
                 if result.reason:
@@ -116,14 +116,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the comparison; the exit status."""
     options = _options(arguments)
     try:
-        with trees(ROOT, options.base, options.head) as found:
-            print(f"base {found['base'].label}\nhead {found['head'].label}")
+        with trees(ROOT, options.base, options.head) as (folder, labels):
+            print(f"base {labels['base']}\nhead {labels['head']}")
             print(f"{options.device}, {options.threads} CPU threads, up to {options.rounds} pairs a case, "
                   f"threshold {options.threshold:.0%}\n\n{HEADER}")  # fmt: skip
             if (load := os.getloadavg()[0]) > 0.5 * (os.cpu_count() or 1):
                 print(f"this machine is busy (load {load:.1f}): small differences will not show", file=sys.stderr)
             results = []
-            for result in compare(found, options):
+            for result in compare(folder, options):
                 results.append(result)
                 print(result, flush=True)
     except (GateError, OSError) as error:
@@ -135,7 +135,6 @@ def main(arguments: list[str] | None = None) -> int:
     status, said = summarise(results, options.threshold)
     print(f"\n{said}")
     if options.json is not None:
-        labels = {side: tree.label for side, tree in found.items()}
         settings = {name: getattr(options, name) for name in ("device", "threads", "threshold", "seed")}
         made = [asdict(result) for result in results]
         write_json({**labels, **settings, "torch": torch.__version__, "results": made}, options.json)

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+SIDES = ("base", "head")
 LEVEL = 0.95
 SUSPECTED = ("slower", "unclear")  # verdicts past the threshold: of a first measurement, no more than a suspicion
 REPEATS = 3  # of a suspected case, each in new processes
@@ -73,6 +74,6 @@ def turns(pairs: int, generator: random.Random) -> Iterator[tuple[str, str]]:
     Over two pairs a steady drift adds the same to both revisions.
     """
     while pairs > 0:
-        first = generator.choice((("base", "head"), ("head", "base")))
+        first = generator.choice((SIDES, SIDES[::-1]))
         yield from (first, first[::-1])[:pairs]
         pairs -= 2

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
 from multiprocessing.connection import Connection
@@ -27,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.gate.paired import Pairs, turns
-from bench.gate.trees import GateError, Tree
+from bench.gate.paired import SIDES, Pairs, turns
+from bench.gate.trees import GateError
 
 SPAWN = multiprocessing.get_context("spawn")
 TURN = 0.02  # seconds of timed calls in a turn, at least
@@ -42,18 +41,17 @@ Run = Callable[[], Tensor]
 class Duel(ExitStack):
     """The processes of base and head, started together; a context manager that ends them."""
 
-    def __init__(self, found: dict[str, Tree], device: str, threads: int) -> None:
+    def __init__(self, folder: Path, device: str, threads: int) -> None:
         super().__init__()
-        folder = found["base"].root.parent
         self._file = folder / "case.pt"
         self._processes, self._pipes = {}, {}
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as they inherit it: Ctrl-C is for the gate alone
         # What a killed process leaves lies with the trees, and goes with them.
         inherited = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": str(threads), "TMPDIR": str(folder)}
         with mock.patch.dict(os.environ, inherited):
-            for side, tree in found.items():
+            for side in SIDES:
                 self._pipes[side], theirs = SPAWN.Pipe()
-                given = theirs, tree.root, torch.device(device), threads
+                given = (theirs, folder / side, device, threads)
                 self._processes[side] = SPAWN.Process(target=serve, args=given, name=side, daemon=True)
                 self._processes[side].start()
                 theirs.close()  # or the pipe would outlive the process
@@ -88,14 +86,14 @@ class Duel(ExitStack):
     def prepare(self, run: Run) -> dict[str, np.ndarray | str]:
         """Each side's result of a call, float64, or why there is none; not for timing."""
         torch.save(run, self._file)  # tensors sent to a process would lie in memory that both share
-        return self._ask(("base", "head"), "prepare", self._file)
+        return self._ask(SIDES, "prepare", self._file)
 
     def measure(self, pairs: int, generator: random.Random) -> Pairs:
         """Times the case prepared last, turn by turn, in so many pairs, or fewer where calls are long.
 
         A call as long as a turn needs none before it to warm up.
         """
-        slower = max(self._ask((side,), "time", 3, 1)[side] for side in ("base", "head"))
+        slower = max(self._ask((side,), "time", 3, 1)[side] for side in SIDES)
         calls = min(MOST_CALLS, math.ceil(TURN / slower))
         warm = int(slower < TURN)
         taken: list[tuple[float, float]] = []
@@ -111,28 +109,26 @@ class Duel(ExitStack):
 # --- what runs in a revision's process
 
 
-def serve(pipe: Connection, root: Path, device: torch.device, threads: int) -> None:
-    """Do what is asked for, until the pipe is closed."""
+def serve(pipe: Connection, root: Path, device: str, threads: int) -> None:
+    """Be that revision and do what is asked for, until the pipe is closed."""
     os.dup2(2, 1)  # what a library prints is no part of the gate's table
     sys.path[:0] = [str(root), str(root / "kernels")]
     torch.set_num_threads(threads)
     gc.disable()  # a collection inside one call of many would be noise; `prepare` collects
-    import_module("rollout")
-    revision = Revision(root.resolve(), device)
-    revision.check_imports()
-    with suppress(EOFError):
+    revision = Revision(root.resolve(), torch.device(device))
+    with suppress(EOFError, ConnectionError):
         while True:
             method, *arguments = pipe.recv()
             pipe.send(getattr(revision, method)(*arguments))
 
 
-@dataclass
 class Revision:
-    """Where the packages lie, and the call of the case at hand."""
+    """The packages that lie in a folder, and the call at hand."""
 
-    root: Path
-    device: torch.device
-    run: Run | None = None
+    def __init__(self, root: Path, device: torch.device) -> None:
+        self.root, self.device, self.run = root, device, None
+        import_module("rollout")
+        self.check_imports()
 
     def check_imports(self) -> None:
         """Raises ImportError where a module of the packages is not this revision's own, but another copy's."""

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 PACKAGES = ("rollout", "kernels")
 
@@ -18,16 +17,9 @@ class GateError(RuntimeError):
     """The revisions cannot be compared; the message says why, in one line."""
 
 
-class Tree(NamedTuple):
-    """The packages of one revision: where they lie, and what to call it."""
-
-    root: Path
-    label: str
-
-
 @contextmanager
-def trees(repository: Path, base: str, head: str) -> Iterator[dict[str, Tree]]:
-    """{"base": …, "head": …} under one temporary folder, removed on success, failure, Ctrl-C and SIGTERM.
+def trees(repository: Path, base: str, head: str) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A temporary folder with `base/` and `head/`, and what to call them; removed on failure, Ctrl-C and SIGTERM too.
 
     `base` is a revision that the repository knows, as git understands it. So is `head`; or it is a folder with a
     checkout: its files as they are now, new and changed ones included, ignored ones not. Edits made during the run do
@@ -42,19 +34,17 @@ def trees(repository: Path, base: str, head: str) -> Iterator[dict[str, Tree]]:
             folder, checkout = Path(name), Path(head)
             is_folder = (checkout / "rollout" / "__init__.py").is_file()
             now = (checkout, "HEAD") if is_folder else (repository, head)
-            found = {
-                "base": _lay_out(repository, base, folder / "base"),
-                "head": _lay_out(*now, folder / "head", changes=is_folder),
-            }
-            for tree in found.values():
-                compile_native(tree.root)
-            yield found
+            labels = {"base": _lay_out(repository, base, folder / "base")}
+            labels["head"] = _lay_out(*now, folder / "head", changes=is_folder)
+            for side in labels:
+                compile_native(folder / side)
+            yield folder, labels
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _lay_out(repository: Path, revision: str, folder: Path, *, changes: bool = False) -> Tree:
-    """The files of a revision, or with the changes that the checkout has on it; its index is left alone."""
+def _lay_out(repository: Path, revision: str, folder: Path, *, changes: bool = False) -> str:
+    """Lay out a revision, with the checkout's changes on it or not, its index left alone; what to call that."""
     git = partial(_git, repository, folder.with_suffix(".index"))
     try:
         commit = git("rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")
@@ -74,7 +64,7 @@ def _lay_out(repository: Path, revision: str, folder: Path, *, changes: bool = F
     git("checkout-index", "--all", f"--prefix={folder}/")
     if not (folder / "rollout" / "__init__.py").is_file():
         raise GateError(f"{label} has no package rollout: there is nothing to compare with")
-    return Tree(folder, label)
+    return label
 
 
 def compile_native(root: Path) -> None:

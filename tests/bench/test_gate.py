@@ -19,7 +19,7 @@ from bench.gate import compare as gate
 from bench.gate.cases import Case
 from bench.gate.paired import REPEATS, Pairs, sign_interval
 from bench.gate.processes import Duel
-from bench.gate.trees import GateError, Tree, compile_native, trees
+from bench.gate.trees import GateError, compile_native, trees
 from rollout.bench import end_to_end
 from rollout.bench.measure import relative_error
 
@@ -100,12 +100,11 @@ def left_behind(repository: Path, temporary: Path) -> list[str]:
 
 
 def test_both_revisions_lie_side_by_side_and_are_gone_afterwards(repository: Path, temporary: Path) -> None:
-    with trees(repository, "right", "bad") as found:
-        assert found["base"].root.parent == found["head"].root.parent
-        assert found["base"].root.parent.parent == temporary
-        assert (found["base"].root / "rollout" / "__init__.py").read_text() == package()
-        assert (found["head"].root / "rollout" / "__init__.py").read_text() == package(8, 1e-3, LATER)
-        assert "(commit right)" in found["base"].label
+    with trees(repository, "right", "bad") as (folder, labels):
+        assert folder.parent == temporary
+        assert (folder / "base" / "rollout" / "__init__.py").read_text() == package()
+        assert (folder / "head" / "rollout" / "__init__.py").read_text() == package(8, 1e-3, LATER)
+        assert labels["base"].endswith("(commit right)")
     assert left_behind(repository, temporary) == []
 
 
@@ -116,14 +115,14 @@ def test_the_head_is_the_checkout_as_it_is(repository: Path, temporary: Path) ->
     (repository / "rollout" / "x.ignored").write_text("")
     (repository / "kernels" / "readme").unlink()
     try:
-        with trees(repository, "right", str(repository)) as found:
-            files = {str(path.relative_to(found["head"].root)): path.read_text()
-                     for path in found["head"].root.rglob("*") if path.is_file()}  # fmt: skip
+        with trees(repository, "right", str(repository)) as (folder, labels):
+            head = folder / "head"
+            files = {str(path.relative_to(head)): path.read_text() for path in head.rglob("*") if path.is_file()}
             assert files == {".gitignore": "*.ignored\n", "kernels/tracked.ignored": "x",
                              "rollout/__init__.py": "changed = True\n", "rollout/new.py": "new = True\n"}  # fmt: skip
-            assert found["head"].label.endswith("with changes")
+            assert labels["head"].endswith("with changes")
             assert (repository / ".git" / "index").read_bytes() == index
-            assert (found["base"].root / "rollout" / "__init__.py").read_text() == package()
+            assert (folder / "base" / "rollout" / "__init__.py").read_text() == package()
     finally:
         git(repository, "checkout", "-q", "--", ".")
         git(repository, "clean", "-qfx")
@@ -195,6 +194,19 @@ def test_a_bad_revision_is_one_line_and_status_2(
     assert printed.out == ""
     assert printed.err.count("\n") == 1
     assert f"bench.gate: {revision!r} is no revision of {repository}" in printed.err
+    assert left_behind(repository, temporary) == []
+
+
+def test_an_interruption_is_told_and_leaves_nothing(
+    repository: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupt(folder: Path, options: object) -> None:
+        assert (folder / "head" / "rollout").is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gate, "compare", interrupt)
+    assert gate.main(["--base=right", "--head=bad"]) == 130
+    assert "bench.gate: interrupted; nothing is left behind" in capsys.readouterr().err
     assert left_behind(repository, temporary) == []
 
 
@@ -301,7 +313,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, *found: float | str) -> list[gate.
 
     monkeypatch.setattr(gate, "Duel", lambda *given: Measured())
     monkeypatch.setattr(gate, "CASES", {"one": lambda: Case(torch.Tensor, EXACT, 1e-6)})
-    return list(gate.compare({}, gate._options(["--base=HEAD"])))
+    return list(gate.compare(Path(), gate._options(["--base=HEAD"])))
 
 
 def test_a_suspected_case_is_judged_by_new_processes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,27 +346,24 @@ def test_exit_status(verdicts: list[str], status: int, line: str) -> None:
 
 def test_a_process_that_ends_is_told_with_its_last_words(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     """Here of a revision that cannot be imported, and of one in whose stead the gate's own would be."""
-    broken, empty = tmp_path / "broken", tmp_path / "empty"
-    (broken / "rollout").mkdir(parents=True)
-    (broken / "rollout" / "__init__.py").write_text("raise RuntimeError('no such luck')\n")
-    with Duel({"base": Tree(broken, ""), "head": Tree(empty, "")}, "cpu", 1) as duel:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "rollout.py").write_text("raise RuntimeError('no such luck')\n")
+    with Duel(tmp_path, "cpu", 1) as duel:
         for side in ("base", "head"):
             with pytest.raises(GateError, match=f"{side}'s process ended with status 1"):
                 duel._ask((side,), "prepare", tmp_path)
     errors = capfd.readouterr().err
     assert "RuntimeError: no such luck" in errors
-    assert f"ImportError: rollout must come from {empty}, got {ROOT}" in errors
+    assert f"ImportError: rollout must come from {tmp_path / 'head'}, got {ROOT}" in errors
     assert multiprocessing.active_children() == []
 
 
 def test_what_hangs_is_told_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "PATIENCE", 0.1)
     monkeypatch.setattr(processes, "GRACE", 0.1)
-    (tmp_path / "rollout.py").write_text("while True: pass\n")
-    with (
-        Duel(dict.fromkeys(("base", "head"), Tree(tmp_path, "")), "cpu", 1) as duel,
-        pytest.raises(GateError, match="base gave no answer for 0 s"),
-    ):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "rollout.py").write_text("while True: pass\n")
+    with Duel(tmp_path, "cpu", 1) as duel, pytest.raises(GateError, match="base gave no answer for 0 s"):
         duel._ask(("base", "head"), "prepare", tmp_path)
     assert multiprocessing.active_children() == []
 
