@@ -115,6 +115,7 @@ def serve(pipe: Connection, root: Path, device: str, threads: int) -> None:
     sys.path[:0] = [str(root), str(root / "kernels")]
     torch.set_num_threads(threads)
     gc.disable()  # a collection inside one call of many would be noise; `prepare` collects
+    import_module("rollout")
     revision = Revision(root.resolve(), torch.device(device))
     with suppress(EOFError, ConnectionError):
         while True:
@@ -127,8 +128,6 @@ class Revision:
 
     def __init__(self, root: Path, device: torch.device) -> None:
         self.root, self.device, self.run = root, device, None
-        import_module("rollout")
-        self.check_imports()
 
     def check_imports(self) -> None:
         """Raises ImportError where a module of the packages is not this revision's own, but another copy's."""
