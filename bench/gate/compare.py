@@ -126,19 +126,19 @@ def main(arguments: list[str] | None = None) -> int:
             for result in compare(folder, options):
                 results.append(result)
                 print(result, flush=True)
+        status, said = summarise(results, options.threshold)
+        print(f"\n{said}")
+        if options.json is not None:
+            settings = {name: getattr(options, name) for name in ("device", "threads", "threshold", "seed")}
+            made = [asdict(result) for result in results]
+            write_json({**labels, **settings, "torch": torch.__version__, "results": made}, options.json)
+        return status
     except (GateError, OSError) as error:
         print(f"bench.gate: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bench.gate: interrupted; nothing is left behind", file=sys.stderr)
         return 130
-    status, said = summarise(results, options.threshold)
-    print(f"\n{said}")
-    if options.json is not None:
-        settings = {name: getattr(options, name) for name in ("device", "threads", "threshold", "seed")}
-        made = [asdict(result) for result in results]
-        write_json({**labels, **settings, "torch": torch.__version__, "results": made}, options.json)
-    return status
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
