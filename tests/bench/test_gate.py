@@ -17,7 +17,7 @@ import torch
 from bench.gate import cases, processes
 from bench.gate import compare as gate
 from bench.gate.cases import Case
-from bench.gate.paired import REPEATS, Pairs, sign_interval
+from bench.gate.paired import REPEATS, Interval, Pairs, sign_interval
 from bench.gate.processes import Duel
 from bench.gate.trees import GateError, compile_native, trees
 from rollout.bench import end_to_end
@@ -212,6 +212,17 @@ def test_an_interruption_is_told_and_leaves_nothing(
     assert gate.main(["--base=right", "--head=bad"]) == 130
     assert "bench.gate: interrupted; nothing is left behind" in capsys.readouterr().err
     assert left_behind(repository, temporary) == []
+
+
+def test_a_record_that_cannot_be_written_is_status_2(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """1 would say that the head is slower."""
+    same = gate.Result("one", "same", Interval(1.0, 1.0, 1.0), ((1.0, 1.0),) * 6)
+    monkeypatch.setattr(gate, "compare", lambda folder, options: [same])
+    assert gate.main(["--base=right", "--head=bad"]) == 0
+    assert gate.main(["--base=right", "--head=bad", "--json", str(tmp_path)]) == 2
+    assert "bench.gate: [Errno 21] Is a directory" in capsys.readouterr().err
 
 
 def test_a_revision_without_the_package_is_refused(repository: Path, temporary: Path) -> None:
