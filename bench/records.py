@@ -29,11 +29,11 @@ def drugs() -> tuple[list[Tensor], int]:
     return records, 1 + max(int(record.max()) for record in records)
 
 
-def batches_of(records: list[Tensor], batch: int) -> Batches:
+def batches_of(records: list[Tensor], batch: int, device: torch.device = host.DEVICE) -> Batches:
     """Batches of records, long [B, S], 0 where one has ended, with labels."""
     parts = [records[first : first + batch] for first in range(0, len(records), batch)]
     data = [{"codes": pad_sequence(part, batch_first=True), "label": torch.zeros(len(part), 1)} for part in parts]
-    return [{key: part.to(host.DEVICE) for key, part in each.items()} for each in data]
+    return [{key: part.to(device) for key, part in each.items()} for each in data]
 
 
 def time_call(

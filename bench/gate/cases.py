@@ -63,7 +63,7 @@ def _attributed(embedding: int, heads: int, layers: int, *, real: bool) -> Case:
     batches = end_to_end.make_batches("log-normal, sorted", BATCH, cpu)
     if real:
         found, vocabulary = records.drugs()
-        batches = records.batches_of(found, BATCH)
+        batches = records.batches_of(found, BATCH, cpu)
     model = end_to_end.make_model(heads, layers, cpu, embedding=embedding, vocabulary=vocabulary)
     run = partial(processes.attributed, model, [batch["codes"] for batch in batches])
     return Case(run, end_to_end.exact(model, batches), CAPTURED)
