@@ -84,33 +84,27 @@ def torch_encoder(quick: bool) -> Family:
 
 
 @cache
-def make_bert(batch: int, seq: int, heads: int, layers: int, width: int) -> Family:
-    import transformers
-
-    config = transformers.BertConfig(**_widths(heads, layers, width))
+def make_bert(batch: int, seq: int, *sizes: int) -> Family:
     inputs = {"input_ids": torch.randint(1000, 30000, (batch, seq)).to(host.DEVICE)}
-    model = transformers.BertModel(config, add_pooling_layer=False)
-    return _hugging_face(model, inputs, "encoder.layer", batch, seq, heads, layers, width)
+    return _hugging_face("Bert", inputs, "encoder.layer", batch, seq, *sizes)
 
 
 def vit(quick: bool) -> Family:
+    batch, side, *sizes = IMAGE_SMALL if quick else IMAGE
+    inputs = {"pixel_values": torch.randn(batch, 3, side, side).to(host.DEVICE)}
+    shape = batch, 1 + (side // PATCH) ** 2, *sizes
+    return _hugging_face("ViT", inputs, "layers", *shape, image_size=side, patch_size=PATCH)
+
+
+def _hugging_face(kind: str, inputs: dict[str, Tensor], stream: str, *shape: int, **config: int) -> Family:
+    """Plain attention with `output_attentions` for theirs, fused attention for ours."""
     import transformers
 
-    batch, side, heads, layers, width = IMAGE_SMALL if quick else IMAGE
-    config = transformers.ViTConfig(**_widths(heads, layers, width), image_size=side, patch_size=PATCH)
-    inputs = {"pixel_values": torch.randn(batch, 3, side, side).to(host.DEVICE)}
-    model = transformers.ViTModel(config, add_pooling_layer=False)
-    return _hugging_face(model, inputs, "layers", batch, 1 + (side // PATCH) ** 2, heads, layers, width)
-
-
-def _widths(heads: int, layers: int, width: int) -> dict[str, int]:
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width}
-    return sizes | {"num_attention_heads": heads, "num_hidden_layers": layers}
-
-
-def _hugging_face(model: Any, inputs: dict[str, Tensor], stream: str, *sizes: int) -> Family:
-    """Plain attention with `output_attentions` for theirs, fused attention for ours."""
-    model = model.eval().to(host.DEVICE)
+    *_, heads, layers, width = shape
+    config |= {"hidden_size": width, "intermediate_size": 4 * width}
+    config |= {"num_attention_heads": heads, "num_hidden_layers": layers}
+    made = getattr(transformers, f"{kind}Config")(**config)
+    model = getattr(transformers, f"{kind}Model")(made, add_pooling_layer=False).eval().to(host.DEVICE)
     eager = copy.deepcopy(model)
     model.set_attn_implementation("sdpa")
     eager.set_attn_implementation("eager")
@@ -118,7 +112,7 @@ def _hugging_face(model: Any, inputs: dict[str, Tensor], stream: str, *sizes: in
     def maps() -> list[Tensor]:
         return list(eager(**inputs, output_attentions=True).attentions)
 
-    return of_maps(model, lambda: model(**inputs)[0], maps, stream, *sizes)
+    return of_maps(model, lambda: model(**inputs)[0], maps, stream, *shape)
 
 
 def timm_vit(quick: bool) -> Family:
