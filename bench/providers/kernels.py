@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -11,11 +11,12 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from bench.machine import host
 
 FLEX, COLUMNS = "FlexAttention, Q and K swapped", "flash-colreduce, column means"
+compile_once: Callable[..., Callable[..., Tensor]] = cache(partial(torch.compile, dynamic=False))
 
 
 def flex_rows(queries: Sequence[Tensor], keys: Sequence[Tensor], logsumexp: Sequence[Tensor] | None = None) -> Tensor:
     """Row 0 of the rollout [B, S], a layer at a time, compiled on a GPU; the row of the top layer is written out."""
-    step = _compiled() if host.DEVICE.type == "cuda" else _step
+    step = compile_once(_step) if host.DEVICE.type == "cuda" else _step
     weights = torch.softmax((queries[-1][:, :, :1] @ keys[-1].mT).float() * queries[-1].shape[-1] ** -0.5, -1)
     weights = 0.5 * weights.mean(1)[:, 0]
     weights[:, 0] += 0.5
@@ -38,11 +39,6 @@ def _step(q: Tensor, k: Tensor, logsumexp: Tensor | None, weights: Tensor) -> Te
 
     sums = flex_attention(k, q, q, score_mod=swapped, return_aux=AuxRequest(lse=True))[1].lse
     return 0.5 * weights + 0.5 * sums.exp().mean(1)
-
-
-@cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(_step, dynamic=False)
 
 
 def column_means(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:

@@ -12,7 +12,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from bench import test_gpu
 from bench.pages.frame import frame_of
 from bench.pages.targets import GPU, KERNELS, TARGETS, Target, judge
-from bench.providers.chains import FULL, MAPS, QK
+from bench.providers.chains import TABLES
+from bench.providers.oracle import Problem
 from rollout_kernels import _triton, ops
 from rollout_kernels._triton import launch
 
@@ -25,11 +26,10 @@ PEAKS = {"read": BANDWIDTH, "copy": BANDWIDTH, "matmul": TF32, "cache": 50 * 2**
 FROM_CARD = [target for target in TARGETS if target.suite == KERNELS and target.device == GPU]
 
 
-def work(target: Target) -> tuple[test_gpu.Case, int, int]:
+def work(target: Target) -> tuple[Problem, int, int]:
     """The case, and the bytes read and operations multiplied that its rates are counted in."""
-    case = test_gpu.CASES[target.case]
-    provider = {"maps": MAPS, "full": FULL, "qk": QK}[case.kind]["ours"]
-    entries, flop = provider.work(case.shape)
+    case, _ = test_gpu.CASES[target.case]
+    entries, flop = TABLES[case.kind]["ours"].work(case.shape)
     return case, entries * case.dtype.itemsize, flop
 
 
@@ -60,7 +60,7 @@ def floor_seconds(target: Target) -> float:
     products = flop * SECONDS_OF_FLOP[target.precision]
     if case.kind == "maps":
         return size / BANDWIDTH
-    if case.kind == "qk":
+    if case.kind == "Q,K":
         scores = flop / (2 * case.shape.D)
         return max(products, scores / EXPONENTIALS)
     matrix = 4 * case.shape.B * case.shape.S**2
@@ -76,7 +76,8 @@ def test_a_target_is_not_below_its_floor(target: Target) -> None:
 def test_every_target_on_kernels_names_its_case_and_precision() -> None:
     assert FROM_CARD
     for target in FROM_CARD:
-        assert (target.precision != "") == (test_gpu.CASES[target.case].kind != "maps")
+        case, _ = test_gpu.CASES[target.case]
+        assert (target.precision != "") == (case.kind != "maps")
 
 
 def test_a_target_below_its_floor_is_found() -> None:

@@ -1,10 +1,12 @@
 """The bench's providers and oracle, its measure fixture and its suites: right numbers, hand-computed cases."""
 
-import ast
+import importlib
+import inspect
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,61 +14,48 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import suites, test_gpu, test_scaling
+from bench import suites, test_gpu
 from bench.providers import kernels, oracle, peers
-from bench.providers.chains import COMPILED, FULL, KERNELS, MAPS, METHODS, QK, Shape
+from bench.providers.chains import COMPILED, KERNELS, MAPS, QK, TABLES, Provider
 from bench.providers.kernels import COLUMNS, FLEX
+from bench.providers.oracle import Problem, Shape, make_inputs
 from rollout.bench.measure import relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZE = (2, 3, 17, 17)
+SHAPES = {"Q,K": Shape(2, 3, 17, 3, 8)}
+PLAIN = Shape(2, 3, 17, 3)
 
 
-def random_maps(seed: int = 0, layers: int = 3) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [(3 * torch.randn(SIZE, generator=generator)).softmax(-1) for _ in range(layers)]
+def problem(kind: str, dtype: torch.dtype = torch.float32) -> Problem:
+    return Problem(kind, SHAPES.get(kind, PLAIN), dtype)
+
+
+def random_maps() -> list[Tensor]:
+    return make_inputs(problem("maps"))["maps"]
 
 
 def random_qk() -> tuple[list[Tensor], list[Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    made = [torch.randn(2, 3, 17, 8, generator=generator) for _ in range(6)]
-    return made[:3], made[3:]
-
-
-TABLES = {
-    "rows": (MAPS, (random_maps(),)), "full": (FULL, (random_maps(),)), "Q,K": (QK | KERNELS, random_qk()),
-}  # fmt: skip
+    inputs = make_inputs(problem("Q,K"))
+    return inputs["queries"], inputs["keys"]
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"),
+    ("kind", "provider"),
     [
-        (kind, name)
-        for kind, (table, _) in TABLES.items()
+        pytest.param(kind, provider, id=f"{kind}-{name}")
+        for kind, table in (TABLES | {"Q,K": QK | KERNELS}).items()
         for name, provider in table.items()
         if name not in (COMPILED, COLUMNS) and provider.method is not None
     ],
 )
-def test_providers_agree_with_the_oracle(kind: str, name: str) -> None:
-    table, inputs = TABLES[kind]
-    if kind == "Q,K":
-        exact = oracle.from_qk(*inputs)
-    else:
-        exact = oracle.from_maps(*inputs, table[name].method, query=None if kind == "full" else 0)
-    assert exact.dtype == torch.float64
-    assert relative_error(table[name].run(*inputs), exact) <= 1e-6
+def test_providers_agree_with_the_oracle(kind: str, provider: Provider) -> None:
+    given = provider.on(problem(kind))
+    assert given["reference"].dtype == torch.float64
+    assert given["reference"].shape == ((2, 17, 17) if kind == "full" else (2, 17))
+    assert relative_error(given["part"](given["run"]()), given["reference"]) <= 1e-6
 
 
-@pytest.mark.parametrize(("method", "who"), METHODS)
-def test_other_methods_agree_with_the_oracle(method: str, who: str) -> None:
-    maps = random_maps()
-    gradients = [torch.randn(SIZE, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    given = (maps, gradients) if method == "chefer" else (maps,)
-    exact = oracle.from_maps(maps, method, **({"gradients": gradients} if method == "chefer" else {}))
-    assert relative_error(METHODS[method, who].run(*given), exact) <= 1e-6
-
-
-def test_the_oracle_takes_options_sample_by_sample() -> None:
+def test_the_oracle_takes_lengths() -> None:
     """Of a ragged batch each row is that of the sample alone, and 0 beyond its length."""
     maps = [layer.double() for layer in random_maps()]
     exact = oracle.from_maps(maps, lengths=torch.tensor([17, 5]))
@@ -148,25 +137,30 @@ def test_work_counts_what_is_read_and_multiplied() -> None:
 
 
 def test_what_a_suite_records_of_its_inputs() -> None:
-    maps = [layer.bfloat16() for layer in random_maps()]
-    given = MAPS["ours"].on(Shape(2, 3, 17, 3), maps)
+    given = MAPS["ours"].on(problem("maps", torch.bfloat16))
+    maps = make_inputs(problem("maps", torch.bfloat16))["maps"]
     assert given["dtype"] == "bfloat16"
     assert given["shape"] == {"B": 2, "H": 3, "S": 17, "L": 3}
     assert given["inputs"] == sum(layer.nbytes for layer in maps)
     assert given["bytes"] == 2 * 2 * 3 * (2 * 17 * 17 + 17)
-    assert relative_error(given["run"](), oracle.from_maps(maps)) <= 1e-6
+    assert relative_error(given["run"](), oracle.from_maps(maps)) <= given["tolerance"] == 1e-6
+    assert MAPS["naive chain"].on(problem("maps", torch.bfloat16))["tolerance"] == 5e-2  # it adds in bfloat16
 
 
-def test_scaling_inputs_are_maps_of_their_own() -> None:
-    (maps,) = test_scaling.inputs("maps", 16)
-    assert len({each.data_ptr() for each in maps}) == 4
+def test_every_layer_is_memory_of_its_own() -> None:
+    maps, gradients = make_inputs(problem("chefer")).values()
+    assert len({each.data_ptr() for each in (*maps, *gradients)}) == 6
     assert not torch.equal(maps[0], maps[1])
-    assert all(torch.allclose(each.sum(-1), torch.ones(1, 8, 16)) for each in maps)
-    for case in ("maps", "Q,K"):
-        held = test_scaling.inputs(case, 16)
-        found = test_scaling.TABLES[case]["ours"].run(*held)
-        assert relative_error(found, test_scaling.exact(case, 16)) <= 1e-6
-        assert relative_error(found.sum(-1), test_scaling.exact(case, 8192)) <= 1e-6  # beyond it
+    assert all(torch.allclose(each.sum(-1), torch.ones(2, 3, 17)) for each in maps)
+
+
+@pytest.mark.parametrize("kind", ["maps", "Q,K"])
+@pytest.mark.parametrize("compared", [0, 1, 2])
+def test_some_samples_or_the_sums_of_all_rows_are_compared(kind: str, compared: int) -> None:
+    given = TABLES[kind]["ours"].on(replace(problem(kind), compared=compared))
+    assert given["reference"].shape == ((compared, 17) if compared else (2,))
+    assert relative_error(given["part"](given["run"]()), given["reference"]) <= 1e-6
+    assert relative_error(given["part"](1.01 * given["run"]()), given["reference"]) > 1e-3
 
 
 def test_column_means_are_those_of_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,10 +205,9 @@ def test_what_runs_on_a_gpu_beside_ours() -> None:
 def test_every_suite_names_a_test_that_records_it() -> None:
     for name, node in suites.SUITES.items():
         file, _, function = node.partition("::")  # or all tests of a file
-        text = (ROOT / "bench" / file).read_text(encoding="utf-8")
-        functions = {each.name for each in ast.parse(text).body if isinstance(each, ast.FunctionDef)}
-        assert functions if not function else function in functions, f"{name}: {file} has no {function}"
-        assert f'"{name}"' in text, f"{file} records no suite {name!r}"
+        module = importlib.import_module(f"bench.{file.removesuffix('.py')}")
+        assert not function or callable(getattr(module, function)), f"{name}: {file} has no {function}"
+        assert f'"{name}"' in inspect.getsource(module), f"{file} records no suite {name!r}"
 
 
 def test_suites_of_one_file_are_one_call() -> None:
