@@ -14,42 +14,39 @@ import pytest
 import torch
 from torch import Tensor
 
-import rollout
 from bench.machine import host
 from bench.providers.chains import COMPILED, KERNELS, NAIVE, QK, TABLES
 from bench.providers.kernels import COLUMNS, FLEX
-from bench.providers.oracle import Problem, Shape, make_inputs
+from bench.providers.oracle import Problem, make_inputs
 
 ON_CARD = host.DEVICE.type == "cuda"
 pytestmark = pytest.mark.skipif(
     not ON_CARD and os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels are timed with --device cuda"
 )
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16 = torch.bfloat16
 OURS = "ours, triton"
 LONGEST_CHECKED = 1024  # S that the oracle is for
 CHAINS = (NAIVE, COMPILED)  # where their maps fit
 MAPS_PEERS = (*CHAINS, "PyHealth's arithmetic")
-SUBJECTS = TABLES | {"Q,K": QK | KERNELS, "chefer": {"ours": replace(QK["ours"], method="chefer")}}
-
-
-C1, C1_QK = Shape(256, 8, 512, 4), Shape(256, 8, 512, 4, 64)
-C3, C4 = Shape(8, 16, 4096, 24, 64), Shape(1, 32, 65536, 32, 128)
+CHEFER = replace(QK["ours"], run=partial(QK["ours"].run, method="chefer"), method="chefer")
+SUBJECTS = TABLES | {"Q,K": QK | KERNELS, "chefer": {"ours": CHEFER}}
+C1, C3, C4 = (256, 8, 512, 4), (8, 16, 4096, 24, 64), (1, 32, 65536, 32, 128)
 # What is to be computed, and who is timed beside ours; "given" is the log-sum-exp of a model's own forward.
 CASES = {
-    "maps-fp32-c1": (Problem("maps", C1, FP32), MAPS_PEERS),
-    "maps-bf16-c1": (Problem("maps", C1, BF16), MAPS_PEERS),
-    "maps-fp32-c2": (Problem("maps", Shape(64, 12, 512, 12), FP32), MAPS_PEERS),
-    "maps-fp32-S197": (Problem("maps", Shape(256, 12, 197, 12), FP32), MAPS_PEERS),
-    "maps-fp32-small": (Problem("maps", Shape(8, 12, 197, 12), FP32), MAPS_PEERS),
-    "full-fp32-c1": (Problem("full", C1, FP32), MAPS_PEERS),
-    "qk-bf16-c1-given": (Problem("Q,K", C1_QK, BF16), (*CHAINS, FLEX)),
-    "qk-bf16-c1": (Problem("Q,K", C1_QK, BF16), (*CHAINS, FLEX, COLUMNS)),
-    "qk-fp32-c1-given": (Problem("Q,K", C1_QK, FP32), (*CHAINS, FLEX)),
-    "qk-bf16-c3-given": (Problem("Q,K", C3, BF16), (FLEX,)),
-    "qk-bf16-c3": (Problem("Q,K", C3, BF16), (FLEX, COLUMNS)),
-    "qk-bf16-c4-given": (Problem("Q,K", C4, BF16), ()),
-    "chefer-bf16-c1": (Problem("chefer", C1_QK, BF16), ()),
+    "maps-fp32-c1": (Problem("maps", *C1), MAPS_PEERS),
+    "maps-bf16-c1": (Problem("maps", *C1, dtype=BF16), MAPS_PEERS),
+    "maps-fp32-c2": (Problem("maps", 64, 12, 512, 12), MAPS_PEERS),
+    "maps-fp32-S197": (Problem("maps", 256, 12, 197, 12), MAPS_PEERS),
+    "maps-fp32-small": (Problem("maps", 8, 12, 197, 12), MAPS_PEERS),
+    "full-fp32-c1": (Problem("full", *C1), MAPS_PEERS),
+    "qk-bf16-c1-given": (Problem("Q,K", *C1, 64, BF16), (*CHAINS, FLEX)),
+    "qk-bf16-c1": (Problem("Q,K", *C1, 64, BF16), (*CHAINS, FLEX, COLUMNS)),
+    "qk-fp32-c1-given": (Problem("Q,K", *C1, 64), (*CHAINS, FLEX)),
+    "qk-bf16-c3-given": (Problem("Q,K", *C3, BF16), (FLEX,)),
+    "qk-bf16-c3": (Problem("Q,K", *C3, BF16), (FLEX, COLUMNS)),
+    "qk-bf16-c4-given": (Problem("Q,K", *C4, BF16), ()),
+    "chefer-bf16-c1": (Problem("chefer", *C1, 64, BF16), ()),
 }
 RUNS = [(name, provider) for name, (_, peers) in CASES.items() for provider in (OURS, *peers)]
 
@@ -64,34 +61,26 @@ def logsumexp(q: Tensor, k: Tensor) -> Tensor:
     return attend._scaled_dot_product_efficient_attention(q, k, k, None, True)[1][..., : q.shape[2]].contiguous()
 
 
-def ours(problem: Problem, lse: list[Tensor] | None) -> Callable[[], Tensor]:
-    """The kernels without the checks of their inputs, the rows asked for on the device already."""
-    inputs = make_inputs(problem)
-    options: dict[str, Any] = {"backend": "triton", "validate": False}
-    if problem.kind != "full":
-        options["query"] = torch.zeros(problem.shape.B, dtype=torch.long, device=host.DEVICE)
-    if not problem.shape.D:
-        return partial(rollout.attention_rollout, inputs["maps"], **options)
-    options["method"] = "chefer" if problem.kind == "chefer" else "rollout"
-    return partial(rollout.attention_rollout_qk, **inputs, logsumexp=lse, **options)
-
-
 @pytest.mark.parametrize(("name", "provider"), RUNS)
 def test_kernel(name: str, provider: str, measure: Callable[..., None], quick: bool) -> None:
     problem, given = CASES[name][0], name.endswith("given")
-    shape, whole = problem.shape, problem.shape.S <= LONGEST_CHECKED
-    if quick:
-        shape = Shape(4, 4, min(shape.S, 200), 3, shape.D) if ON_CARD else Shape(2, 2, 20, 2, min(shape.D, 16))
-    problem = replace(problem, shape=shape, compared=int(whole))
+    problem = replace(problem, compared=int(problem.S <= LONGEST_CHECKED))
+    if quick and ON_CARD:
+        problem = replace(problem, B=4, H=4, S=min(problem.S, 200), L=3)
+    elif quick:
+        problem = replace(problem, B=2, H=2, S=20, L=2, D=min(problem.D, 16))
     info = SUBJECTS[problem.kind]["ours" if provider == OURS else provider].on(problem)
-    inputs = make_inputs(problem)
-    lse = [logsumexp(q, k) for q, k in zip(inputs["queries"], inputs["keys"], strict=True)] if given else None
+    options: dict[str, Any] = {}
+    if given and provider in (OURS, FLEX):
+        inputs = make_inputs(problem)
+        options["logsumexp"] = [logsumexp(q, k) for q, k in zip(inputs["queries"], inputs["keys"], strict=True)]
     if provider == OURS:
-        info["run"] = ours(problem, lse)
-    elif provider == FLEX:
-        info["run"] = partial(info["run"], lse)
-    if provider in (OURS, FLEX) and shape.D and not given:
+        options |= {"backend": "triton", "validate": False}
+        if problem.kind != "full":
+            options["query"] = torch.zeros(problem.B, dtype=torch.long, device=host.DEVICE)
+    info["run"] = partial(info["run"], **options)
+    if provider in (OURS, FLEX) and problem.D and not given:
         info["flop"] *= 3 if problem.kind == "chefer" else 2  # without the log-sum-exp every score is made twice
-    if not whole:
+    if problem.compared == 0:
         info["tolerance"] = max(info["tolerance"], 1e-3)
     measure(**info, suite="kernels on a GPU", provider=provider, case=name)

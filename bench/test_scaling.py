@@ -9,7 +9,7 @@ import pytest
 
 from bench.machine import host
 from bench.providers.chains import COMPILED, OURS, PRODUCTS, READ, TABLES, skip_large
-from bench.providers.oracle import Problem, Shape
+from bench.providers.oracle import Problem
 from rollout.bench.measure import does_not_fit
 
 DIM = 64
@@ -32,7 +32,7 @@ def test_scaling(seq: int, case: str, provider: str, measure: Callable[..., None
     whole = seq <= LARGEST
     if lacking := does_not_fit(4 * 4 * 8 * 4 * seq * (seq if whole else DIM), host.DEVICE):
         pytest.skip(lacking)
-    shape = Shape(1, 8, seq, 4, DIM if case == "Q,K" else 0)
-    given = TABLES[case][provider].on(Problem(case, shape, compared=int(whole)), "rollout") | {"tolerance": 1e-5}
+    problem = Problem(case, 1, 8, seq, 4, DIM if case == "Q,K" else 0, compared=int(whole))
+    given = TABLES[case][provider].on(problem, "rollout") | {"tolerance": 1e-5}
     checked = "float64" if whole else "sum of the row"
     measure(**given, suite="scaling", provider=provider, case=case, checked=checked)

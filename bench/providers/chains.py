@@ -15,8 +15,7 @@ from torch import Tensor
 import rollout
 from bench.machine import host
 from bench.providers import kernels, peers
-from bench.providers.kernels import compile_once
-from bench.providers.oracle import COLUMNS, Problem, Shape, expect, make_inputs
+from bench.providers.oracle import COLUMNS, Problem, expect, make_inputs
 from rollout.bench import chains as naive
 from rollout.bench.chains import NAIVE, PRODUCTS, READ
 from rollout.bench.measure import OURS
@@ -33,7 +32,7 @@ def skip_large(quick: bool, seq: int, provider: str = "", largest: int = QUICK) 
         pytest.skip("left out of the quick run")
 
 
-Work = Callable[[Shape], tuple[int, int]]  # map entries read, and operations multiplied
+Work = Callable[[Problem], tuple[int, int]]  # map entries read, and operations multiplied
 
 EVERY_MAP: Work = lambda s: (s.entries, s.product_flop)  # noqa: E731
 EVERY_SCORE: Work = lambda s: (0, 2 * s.D * s.entries + s.product_flop)  # noqa: E731
@@ -43,7 +42,7 @@ ROW_OF_SCORES: Work = lambda s: (0, 2 * s.D * s.row_entries)  # noqa: E731
 
 @dataclass(frozen=True)
 class Provider:
-    """`run(*inputs)` gives the result; `method` names the oracle it is held to; None: a floor.
+    """`run(**inputs)` gives the result; `method` names the oracle it is held to; None: a floor.
 
     `tolerance` is of float32 inputs, `tolerance_bf16` of bfloat16 ones, in which most providers also add. `work` is
     what this provider must itself read and multiply: the naive ones every map and the full product. `problem()` says
@@ -58,19 +57,20 @@ class Provider:
     tolerance_bf16: float = 5e-2
 
     def on(self, given: Problem, method: str | None = None) -> dict[str, Any]:
-        """What `measure` is to be given for these inputs; `method` where all rows are those of another method."""
-        inputs, shape = make_inputs(given).values(), given.shape
-        entries, flop = self.work(shape)
+        """What `measure` is to be given for this problem; `method` where another one has the same rows."""
+        inputs = make_inputs(given)
+        entries, flop = self.work(given)
         return {
-            "run": partial(self.run, *inputs),
+            "run": partial(self.run, **inputs),
             "tolerance": self.tolerance if given.dtype == torch.float32 else self.tolerance_bf16,
-            "shape": shape.sizes,
+            "shape": given.shape,
             "dtype": str(given.dtype).removeprefix("torch."),
-            "inputs": sum(layer.nbytes for layers in inputs for layer in layers),
+            "inputs": sum(layer.nbytes for layers in inputs.values() for layer in layers),
             "bytes": entries * given.dtype.itemsize,
             "flop": flop,
             "problem": self.problem,
-        } | (expect(given, method or self.method) if self.method else {})
+            **(expect(given, method or self.method) if self.method else {}),
+        }
 
 
 @cache
@@ -86,7 +86,7 @@ def compiler_problem() -> str | None:
 def _naive(function: Callable[..., Tensor], work: Work = EVERY_MAP) -> dict[str, Provider]:
     """Beside the chain itself the same compiled when it is first called, one kernel set per shape."""
     plain = Provider(function, work=work)
-    compiled = replace(plain, run=lambda *inputs: compile_once(function)(*inputs), problem=compiler_problem)
+    compiled = replace(plain, run=lambda **inputs: kernels.compile_once(function)(**inputs), problem=compiler_problem)
     return {NAIVE: plain, COMPILED: compiled}
 
 
@@ -102,9 +102,14 @@ def _ours(run: Callable[..., Tensor], tolerance: float, work: Work) -> dict[str,
     return {name: replace(made, run=partial(run, backend=backend)) for name, backend in backends.items()}
 
 
+def _from_maps(maps: Sequence[Tensor], **options: Any) -> Tensor:
+    """Of ours, the input by the name that the others give it."""
+    return rollout.attention_rollout(maps, **options)
+
+
 def _row_of(full: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Of a full product the row of position 0."""
-    return lambda *inputs: full(*inputs)[:, 0]
+    return lambda **inputs: full(**inputs)[:, 0]
 
 
 PUBLISHED = {
@@ -112,10 +117,10 @@ PUBLISHED = {
     "Abnar & Zuidema 2020": Provider(peers.abnar_zuidema),
     "Chefer 2021 (CVPR) rollout": Provider(peers.chefer_rollout, "chefer_rollout"),
 }
-FULL = _ours(rollout.attention_rollout, 1e-6, EVERY_MAP) | _naive(naive.naive_full) | PUBLISHED
+FULL = _ours(_from_maps, 1e-6, EVERY_MAP) | _naive(naive.naive_full) | PUBLISHED
 MAPS = (
     {READ: Provider(naive.read_maps, None, work=ROW_OF_MAPS)}
-    | _ours(partial(rollout.attention_rollout, query=0), 1e-6, ROW_OF_MAPS)
+    | _ours(partial(_from_maps, query=0), 1e-6, ROW_OF_MAPS)
     | _naive(naive.naive_chain)
     | {name: replace(each, run=_row_of(each.run)) for name, each in PUBLISHED.items()}
 )
@@ -133,20 +138,15 @@ KERNELS = {
         kernels.column_means, COLUMNS, 1e-2, lambda s: (0, 4 * s.D * s.entries), kernels.columns_problem
     ),
 }
-
-
-def _ours_by(method: str, maps: Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> Tensor:
-    return rollout.attention_rollout(maps, query=0, gradients=gradients, method=method, backend="torch")
-
-
+_row_by = partial(_from_maps, query=0, backend="torch")
 METHODS = {
     "discard": {
         GILDENBLAT: Provider(_row_of(peers.gildenblat_discard), "discard"),
-        OURS: Provider(partial(_ours_by, "discard"), "discard", 1e-6, lambda s: (s.entries, 0)),
+        OURS: Provider(partial(_row_by, method="discard"), "discard", 1e-6, lambda s: (s.entries, 0)),
     },
     "chefer": {
         CHEFER: Provider(_row_of(peers.chefer_gradients), "chefer", work=lambda s: (2 * s.entries, s.product_flop)),
-        OURS: Provider(partial(_ours_by, "chefer"), "chefer", 1e-6, lambda s: (2 * s.row_entries, 0)),
+        OURS: Provider(partial(_row_by, method="chefer"), "chefer", 1e-6, lambda s: (2 * s.row_entries, 0)),
     },
 }
 """The other methods; Chefer's has the gradients for a second input."""

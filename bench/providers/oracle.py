@@ -19,21 +19,31 @@ COLUMNS = "column means"  # of every layer's softmax, over heads and layers too:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of one problem; D is 0 where there are only maps."""
+class Problem:
+    """L layers of maps, or of queries and keys where there is a D.
 
+    Attributes:
+        kind: `"full"` asks for all of R, any other for the row of position 0; `"chefer"` has gradients beside.
+        B, H, S, L, D: sizes.
+        dtype: of the inputs.
+        compared: how many samples are held to the oracle; of 0 the sums of the rows alone, which are 1.
+    """
+
+    kind: str
     B: int
     H: int
     S: int
     L: int
     D: int = 0
+    dtype: torch.dtype = torch.float32
+    compared: int | None = None
 
     def __str__(self) -> str:
-        return "-".join(f"{name}{size}" for name, size in self.sizes.items())
+        return "-".join([self.kind, *(f"{letter}{size}" for letter, size in self.shape.items())])
 
     @property
-    def sizes(self) -> dict[str, int]:
-        return {key: size for key, size in vars(self).items() if size}
+    def shape(self) -> dict[str, int]:
+        return {letter: size for letter, size in vars(self).items() if letter in "BHSLD" and size}
 
     @property
     def entries(self) -> int:
@@ -51,42 +61,25 @@ class Shape:
         return 2 * self.B * (self.L - 1) * self.S**3
 
 
-@dataclass(frozen=True)
-class Problem:
-    """L layers of maps, or of queries and keys where the shape has a D.
-
-    Attributes:
-        kind: `"full"` asks for all of R, any other for the row of position 0; `"chefer"` has gradients beside.
-        dtype: of the inputs.
-        compared: how many samples are held to the oracle; of 0 the sums of the rows alone, which are 1.
-    """
-
-    kind: str
-    shape: Shape
-    dtype: torch.dtype = torch.float32
-    compared: int | None = None
-
-
 @lru_cache(1)  # the longest are gigabytes
-def make_inputs(problem: Problem) -> dict[str, list[Tensor]]:
+def make_inputs(of: Problem) -> dict[str, list[Tensor]]:
     """Normal numbers, of which maps are the softmax, by name: L tensors each."""
-    shape = problem.shape
-    names = ["queries", "keys", "values", "output_gradients"] if shape.D else ["maps", "gradients"]
-    if problem.kind != "chefer":
+    names = ["queries", "keys", "values", "output_gradients"] if of.D else ["maps", "gradients"]
+    if of.kind != "chefer":
         names = names[: len(names) // 2]
-    generator = torch.Generator(host.DEVICE).manual_seed(shape.S)
+    generator = torch.Generator(host.DEVICE).manual_seed(of.S)
 
     def draw(name: str) -> Tensor:
-        sizes = (shape.B, shape.H, shape.S, shape.D or shape.S)
-        drawn = torch.randn(sizes, generator=generator, device=host.DEVICE)
-        return (drawn.softmax(-1) if name == "maps" else drawn).to(problem.dtype)
+        drawn = torch.randn(of.B, of.H, of.S, of.D or of.S, generator=generator, device=host.DEVICE)
+        return (drawn.softmax(-1) if name == "maps" else drawn).to(of.dtype)
 
-    return {name: [draw(name) for _ in range(shape.L)] for name in names}
+    return {name: [draw(name) for _ in range(of.L)] for name in names}
 
 
 def from_maps(maps: Sequence[Tensor], method: str = "rollout", query: int | None = 0, **options: Any) -> Tensor:
     """Row `query` [B, S], or all of R [B, S, S] when None; options are those of `rollout.attention_rollout`."""
-    return rollout.attention_rollout(_widen(maps), query=query, method=method, backend="reference", **options)
+    wide = [maps[0].double(), *maps[1:]]  # for a float64 result; the backend computes in it anyway, sample by sample
+    return rollout.attention_rollout(wide, query=query, method=method, backend="reference", **options)
 
 
 def from_qk(queries: Sequence[Tensor], keys: Sequence[Tensor], method: str = "rollout", **options: Any) -> Tensor:
@@ -94,23 +87,19 @@ def from_qk(queries: Sequence[Tensor], keys: Sequence[Tensor], method: str = "ro
     if method == COLUMNS:
         maps = softmax_maps([q.double() for q in queries], [k.double() for k in keys])
         return torch.stack([layer.mean((1, 2)) for layer in maps]).mean(0)
-    return rollout.attention_rollout_qk(_widen(queries), keys, query=0, method=method, backend="reference", **options)
-
-
-def _widen(layers: Sequence[Tensor]) -> list[Tensor]:
-    """One layer in float64, which the result then is too; the backend computes in it anyway, sample by sample."""
-    return [layers[0].double(), *layers[1:]]
+    wide = [queries[0].double(), *queries[1:]]
+    return rollout.attention_rollout_qk(wide, keys, query=0, method=method, backend="reference", **options)
 
 
 @lru_cache(4)
-def expect(problem: Problem, method: str) -> dict[str, Any]:
+def expect(of: Problem, method: str) -> dict[str, Any]:
     """The `reference` by this method, and the `part` of a result that it is compared with, as `measure` takes them."""
-    if problem.compared == 0:
-        ones = torch.ones(problem.shape.B, dtype=torch.float64, device=host.DEVICE)
+    if of.compared == 0:
+        ones = torch.ones(of.B, dtype=torch.float64, device=host.DEVICE)
         return {"reference": ones, "part": lambda row: row.double().sum(-1)}
-    first = {name: [layer[: problem.compared] for layer in layers] for name, layers in make_inputs(problem).items()}
-    if problem.shape.D:
+    first = {name: [layer[: of.compared] for layer in layers] for name, layers in make_inputs(of).items()}
+    if of.D:
         exact = from_qk(**first, method=method)
     else:
-        exact = from_maps(**first, method=method, query=None if problem.kind == "full" else 0)
-    return {"reference": exact, "part": lambda result: result[: problem.compared]}
+        exact = from_maps(**first, method=method, query=None if of.kind == "full" else 0)
+    return {"reference": exact, "part": lambda result: result[: of.compared]}

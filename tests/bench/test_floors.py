@@ -29,7 +29,7 @@ FROM_CARD = [target for target in TARGETS if target.suite == KERNELS and target.
 def work(target: Target) -> tuple[Problem, int, int]:
     """The case, and the bytes read and operations multiplied that its rates are counted in."""
     case, _ = test_gpu.CASES[target.case]
-    entries, flop = TABLES[case.kind]["ours"].work(case.shape)
+    entries, flop = TABLES[case.kind]["ours"].work(case)
     return case, entries * case.dtype.itemsize, flop
 
 
@@ -61,10 +61,10 @@ def floor_seconds(target: Target) -> float:
     if case.kind == "maps":
         return size / BANDWIDTH
     if case.kind == "Q,K":
-        scores = flop / (2 * case.shape.D)
+        scores = flop / (2 * case.D)
         return max(products, scores / EXPONENTIALS)
-    matrix = 4 * case.shape.B * case.shape.S**2
-    moved = size + (case.shape.L + 3 * (case.shape.L - 1)) * matrix
+    matrix = 4 * case.B * case.S**2
+    moved = size + (case.L + 3 * (case.L - 1)) * matrix
     return moved / BANDWIDTH + products
 
 

@@ -6,9 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,16 +18,14 @@ from bench import suites, test_gpu
 from bench.providers import kernels, oracle, peers
 from bench.providers.chains import COMPILED, KERNELS, MAPS, QK, TABLES, Provider
 from bench.providers.kernels import COLUMNS, FLEX
-from bench.providers.oracle import Problem, Shape, make_inputs
+from bench.providers.oracle import Problem, make_inputs
 from rollout.bench.measure import relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPES = {"Q,K": Shape(2, 3, 17, 3, 8)}
-PLAIN = Shape(2, 3, 17, 3)
 
 
-def problem(kind: str, dtype: torch.dtype = torch.float32) -> Problem:
-    return Problem(kind, SHAPES.get(kind, PLAIN), dtype)
+def problem(kind: str, **other: Any) -> Problem:
+    return Problem(kind, 2, 3, 17, 3, 8 if kind == "Q,K" else 0, **other)
 
 
 def random_maps() -> list[Tensor]:
@@ -128,7 +126,7 @@ def test_a_wrong_provider_reports_no_number(tmp_path: Path) -> None:
 
 
 def test_work_counts_what_is_read_and_multiplied() -> None:
-    shape = Shape(B=2, H=3, S=5, L=4, D=7)
+    shape = Problem("Q,K", B=2, H=3, S=5, L=4, D=7)
     row, every = 2 * 3 * 25 * 3 + 2 * 3 * 5, 2 * 3 * 25 * 4
     assert MAPS["ours"].work(shape) == MAPS["one read of the maps"].work(shape) == (row, 0)
     assert MAPS["naive chain"].work(shape) == (every, 2 * 2 * 125 * 3)
@@ -137,14 +135,14 @@ def test_work_counts_what_is_read_and_multiplied() -> None:
 
 
 def test_what_a_suite_records_of_its_inputs() -> None:
-    given = MAPS["ours"].on(problem("maps", torch.bfloat16))
-    maps = make_inputs(problem("maps", torch.bfloat16))["maps"]
+    given = MAPS["ours"].on(problem("maps", dtype=torch.bfloat16))
+    maps = make_inputs(problem("maps", dtype=torch.bfloat16))["maps"]
     assert given["dtype"] == "bfloat16"
     assert given["shape"] == {"B": 2, "H": 3, "S": 17, "L": 3}
     assert given["inputs"] == sum(layer.nbytes for layer in maps)
     assert given["bytes"] == 2 * 2 * 3 * (2 * 17 * 17 + 17)
     assert relative_error(given["run"](), oracle.from_maps(maps)) <= given["tolerance"] == 1e-6
-    assert MAPS["naive chain"].on(problem("maps", torch.bfloat16))["tolerance"] == 5e-2  # it adds in bfloat16
+    assert MAPS["naive chain"].on(problem("maps", dtype=torch.bfloat16))["tolerance"] == 5e-2  # it adds in bfloat16
 
 
 def test_every_layer_is_memory_of_its_own() -> None:
@@ -157,7 +155,7 @@ def test_every_layer_is_memory_of_its_own() -> None:
 @pytest.mark.parametrize("kind", ["maps", "Q,K"])
 @pytest.mark.parametrize("compared", [0, 1, 2])
 def test_some_samples_or_the_sums_of_all_rows_are_compared(kind: str, compared: int) -> None:
-    given = TABLES[kind]["ours"].on(replace(problem(kind), compared=compared))
+    given = TABLES[kind]["ours"].on(problem(kind, compared=compared))
     assert given["reference"].shape == ((compared, 17) if compared else (2,))
     assert relative_error(given["part"](given["run"]()), given["reference"]) <= 1e-6
     assert relative_error(given["part"](1.01 * given["run"]()), given["reference"]) > 1e-3
