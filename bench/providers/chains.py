@@ -34,10 +34,10 @@ def skip_large(quick: bool, seq: int, provider: str = "", largest: int = QUICK) 
 
 Work = Callable[[Problem], tuple[int, int]]  # map entries read, and operations multiplied
 
-EVERY_MAP: Work = lambda s: (s.entries, s.product_flop)  # noqa: E731
-EVERY_SCORE: Work = lambda s: (0, 2 * s.D * s.entries + s.product_flop)  # noqa: E731
-ROW_OF_MAPS: Work = lambda s: (s.row_entries, 0)  # noqa: E731
-ROW_OF_SCORES: Work = lambda s: (0, 2 * s.D * s.row_entries)  # noqa: E731
+EVERY_MAP: Work = lambda p: (p.entries, p.product_flop)  # noqa: E731
+EVERY_SCORE: Work = lambda p: (0, 2 * p.D * p.entries + p.product_flop)  # noqa: E731
+ROW_OF_MAPS: Work = lambda p: (p.row_entries, 0)  # noqa: E731
+ROW_OF_SCORES: Work = lambda p: (0, 2 * p.D * p.row_entries)  # noqa: E731
 
 
 @dataclass(frozen=True)
@@ -135,18 +135,18 @@ QK = (
 KERNELS = {
     kernels.FLEX: Provider(kernels.flex_rows, work=ROW_OF_SCORES),
     kernels.COLUMNS: Provider(
-        kernels.column_means, COLUMNS, 1e-2, lambda s: (0, 4 * s.D * s.entries), kernels.columns_problem
+        kernels.column_means, COLUMNS, 1e-2, lambda p: (0, 4 * p.D * p.entries), kernels.columns_problem
     ),
 }
 _row_by = partial(_from_maps, query=0, backend="torch")
 METHODS = {
     "discard": {
         GILDENBLAT: Provider(_row_of(peers.gildenblat_discard), "discard"),
-        OURS: Provider(partial(_row_by, method="discard"), "discard", 1e-6, lambda s: (s.entries, 0)),
+        OURS: Provider(partial(_row_by, method="discard"), "discard", 1e-6, lambda p: (p.entries, 0)),
     },
     "chefer": {
-        CHEFER: Provider(_row_of(peers.chefer_gradients), "chefer", work=lambda s: (2 * s.entries, s.product_flop)),
-        OURS: Provider(partial(_row_by, method="chefer"), "chefer", 1e-6, lambda s: (2 * s.row_entries, 0)),
+        CHEFER: Provider(_row_of(peers.chefer_gradients), "chefer", work=lambda p: (2 * p.entries, p.product_flop)),
+        OURS: Provider(partial(_row_by, method="chefer"), "chefer", 1e-6, lambda p: (2 * p.row_entries, 0)),
     },
 }
 """The other methods; Chefer's has the gradients for a second input."""

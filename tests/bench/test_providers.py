@@ -200,6 +200,33 @@ def test_what_runs_on_a_gpu_beside_ours() -> None:
     assert found["qk-bf16-c4-given"] == [test_gpu.OURS]
 
 
+def timed_on_a_gpu(name: str, provider: str) -> dict[str, Any]:
+    """What a case hands to `measure`, small."""
+    found: dict[str, Any] = {}
+    test_gpu.test_kernel(name, provider, found.update, quick=True)
+    return found
+
+
+def test_ours_on_a_gpu_are_the_kernels_with_a_forwards_logsumexp_where_it_is_given() -> None:
+    given = timed_on_a_gpu("qk-bf16-c1-given", test_gpu.OURS)
+    options = given["run"].keywords
+    assert (options["backend"], options["validate"], options["query"].tolist()) == ("triton", False, [0, 0])
+    pairs = zip(options["queries"], options["keys"], strict=True)
+    wanted = [(q.float() @ k.float().mT / 4).logsumexp(-1) for q, k in pairs]
+    torch.testing.assert_close(options["logsumexp"], wanted)
+    assert timed_on_a_gpu("qk-bf16-c1-given", FLEX)["run"].keywords.keys() == {"queries", "keys", "logsumexp"}
+    assert timed_on_a_gpu("full-fp32-c1", test_gpu.OURS)["run"].keywords.keys() == {"maps", "backend", "validate"}
+    # Without it every score is made twice, and Chefer's method takes as much again for the gradients.
+    for name, times in (("qk-bf16-c1", 2), ("chefer-bf16-c1", 3)):
+        made = timed_on_a_gpu(name, test_gpu.OURS)
+        assert made["flop"] == times * given["flop"]
+        assert made["run"].keywords.get("logsumexp") is None
+    assert made["run"].keywords["method"] == "chefer"
+    # Of long rows their sums.
+    long = timed_on_a_gpu("qk-bf16-c3", test_gpu.OURS)
+    assert (long["reference"].tolist(), long["tolerance"], given["tolerance"]) == ([1.0, 1.0], 1e-3, 3e-6)
+
+
 def test_every_suite_names_a_test_that_records_it() -> None:
     for name, node in suites.SUITES.items():
         file, _, function = node.partition("::")  # or all tests of a file
