@@ -54,12 +54,15 @@ def test_providers_agree_with_the_oracle(kind: str, provider: Provider) -> None:
 
 
 def test_the_oracle_takes_lengths() -> None:
-    """Of a ragged batch each row is that of the sample alone, and 0 beyond its length."""
-    maps = [layer.double() for layer in random_maps()]
+    """Of a ragged batch each row is that of the sample alone, and 0 beyond its length; in float64 all the way."""
+    maps = random_maps()
     exact = oracle.from_maps(maps, lengths=torch.tensor([17, 5]))
-    alone = oracle.from_maps([layer[1:, :, :5, :5] for layer in maps])
+    alone = oracle.from_maps([layer[1:, :, :5, :5].double() for layer in maps])
     torch.testing.assert_close(exact[1, :5], alone[0], atol=1e-14, rtol=0)
     assert exact[1, 5:].tolist() == [0.0] * 12
+    queries, keys = random_qk()
+    wide = oracle.from_qk([q.double() for q in queries], [k.double() for k in keys])
+    torch.testing.assert_close(oracle.from_qk(queries, keys), wide, atol=1e-14, rtol=0)
 
 
 def test_peers_on_a_case_done_by_hand() -> None:
