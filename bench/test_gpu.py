@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU, case by case: ours and the peers on the same inputs, between CUDA events.
+"""The Triton kernels on a GPU, case by case: ours and the peers on the same maps, between CUDA events.
 
 Checked against float64: the first sample where S ≤ 1024, the sums of the rows beyond. Without a GPU every case runs
 tiny in Triton's interpreter, and nothing is timed (`make gpu-dry-run`).

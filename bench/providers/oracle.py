@@ -1,7 +1,4 @@
-"""The problems that are set to the providers of a chain, and what each is checked against before it is timed.
-
-That is float64, from the package's reference backend.
-"""
+"""The problems of a chain, and what each provider is checked against first: float64, from the reference backend."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
