@@ -60,15 +60,19 @@ class Problem:
 
 @lru_cache(1)  # the longest are gigabytes
 def make_inputs(of: Problem) -> dict[str, list[Tensor]]:
-    """Normal numbers, of which maps are the softmax, by name: L tensors each."""
+    """L tensors of each name: maps whose rows sum to 1, and what is no map normal.
+
+    Rows are of uniform numbers: in float32 a long sum of a softmax's skewed ones is rounded to one side.
+    """
     names = ["queries", "keys", "values", "output_gradients"] if of.D else ["maps", "gradients"]
     if of.kind != "chefer":
         names = names[: len(names) // 2]
     generator = torch.Generator(host.DEVICE).manual_seed(of.S)
 
     def draw(name: str) -> Tensor:
-        drawn = torch.randn(of.B, of.H, of.S, of.D or of.S, generator=generator, device=host.DEVICE)
-        return (drawn.softmax(-1) if name == "maps" else drawn).to(of.dtype)
+        random = torch.rand if name == "maps" else torch.randn
+        drawn = random(of.B, of.H, of.S, of.D or of.S, generator=generator, device=host.DEVICE)
+        return (drawn.div_(drawn.sum(-1, keepdim=True)) if name == "maps" else drawn).to(of.dtype)
 
     return {name: [draw(name) for _ in range(of.L)] for name in names}
 
