@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import suites, test_gpu
+from bench import suites, test_chains, test_gpu
 from bench.providers import kernels, oracle, peers
 from bench.providers.chains import COMPILED, KERNELS, MAPS, QK, TABLES, Provider
 from bench.providers.kernels import COLUMNS, FLEX
@@ -201,6 +201,21 @@ def test_what_runs_on_a_gpu_beside_ours() -> None:
     assert found["qk-bf16-c1"] == [test_gpu.OURS, "naive chain", COMPILED, FLEX, COLUMNS]
     assert found["qk-bf16-c3-given"] == [test_gpu.OURS, FLEX]
     assert found["qk-bf16-c4-given"] == [test_gpu.OURS]
+
+
+def test_what_a_suite_of_chains_records_beside_its_problem() -> None:
+    for test, kind, wanted in (
+        (test_chains.test_rows_from_maps, "maps", {"suite": "rows from maps"}),
+        (test_chains.test_warm, "maps", {"suite": "rows from maps, warm", "cold": False}),
+        (test_chains.test_methods, "chefer", {"suite": "other methods", "method": "chefer"}),
+    ):
+        found: dict[str, Any] = {}
+        test(problem(kind), "ours", found.update, quick=False)
+        unnamed = TABLES[kind]["ours"].on(problem(kind)).keys()
+        assert {key: found[key] for key in found.keys() - unnamed} == {"provider": "ours", **wanted}
+        assert found["shape"] == {"B": 2, "H": 3, "S": 17, "L": 3}
+    with pytest.raises(pytest.skip.Exception, match="left out of the quick run"):
+        test_chains.test_warm(problem("maps"), "ours", found.update, quick=True)
 
 
 def timed_on_a_gpu(name: str, provider: str) -> dict[str, Any]:
