@@ -64,7 +64,7 @@ def logsumexp(q: Tensor, k: Tensor) -> Tensor:
 @pytest.mark.parametrize(("name", "provider"), RUNS)
 def test_kernel(name: str, provider: str, measure: Callable[..., None], quick: bool) -> None:
     problem, given = CASES[name][0], name.endswith("given")
-    problem = replace(problem, compared=int(problem.S <= LONGEST_CHECKED))
+    problem = replace(problem, compared=int(problem.S <= LONGEST_CHECKED), drawn_on=host.DEVICE.type)
     if quick and ON_CARD:
         problem = replace(problem, B=4, H=4, S=min(problem.S, 200), L=3)
     elif quick:

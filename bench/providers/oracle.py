@@ -24,6 +24,7 @@ class Problem:
         B, H, S, L, D: sizes.
         dtype: of the inputs.
         compared: how many samples are held to the oracle; of 0 the sums of the rows alone, which are 1.
+        drawn_on: the CPU, so that all devices get the same numbers, or what is faster.
     """
 
     kind: str
@@ -34,6 +35,7 @@ class Problem:
     D: int = 0
     dtype: torch.dtype = torch.float32
     compared: int | None = None
+    drawn_on: str = "cpu"
 
     def __str__(self) -> str:
         return "-".join([self.kind, *(f"{letter}{size}" for letter, size in self.shape.items())])
@@ -62,17 +64,21 @@ class Problem:
 def make_inputs(of: Problem) -> dict[str, list[Tensor]]:
     """L tensors of each name: maps whose rows sum to 1, and what is no map normal.
 
-    Rows are of uniform numbers: in float32 a long sum of a softmax's skewed ones is rounded to one side.
+    Rows are of uniform numbers: a long float32 sum of a softmax's skewed ones is rounded to one side. But of discard
+    rollout they are a softmax, with hardly two entries alike, of which either may go.
     """
     names = ["queries", "keys", "values", "output_gradients"] if of.D else ["maps", "gradients"]
     if of.kind != "chefer":
         names = names[: len(names) // 2]
-    generator = torch.Generator(host.DEVICE).manual_seed(of.S)
+    generator = torch.Generator(of.drawn_on).manual_seed(of.S)
 
     def draw(name: str) -> Tensor:
-        random = torch.rand if name == "maps" else torch.randn
-        drawn = random(of.B, of.H, of.S, of.D or of.S, generator=generator, device=host.DEVICE)
-        return (drawn.div_(drawn.sum(-1, keepdim=True)) if name == "maps" else drawn).to(of.dtype)
+        uniform = name == "maps" and of.kind != "discard"
+        random = torch.rand if uniform else torch.randn
+        drawn = random(of.B, of.H, of.S, of.D or of.S, generator=generator, device=of.drawn_on)
+        if name == "maps":
+            drawn = drawn.div_(drawn.sum(-1, keepdim=True)) if uniform else drawn.softmax(-1)
+        return drawn.to(host.DEVICE, of.dtype)
 
     return {name: [draw(name) for _ in range(of.L)] for name in names}
 
