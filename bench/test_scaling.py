@@ -34,5 +34,5 @@ def test_scaling(seq: int, case: str, provider: str, measure: Callable[..., None
         pytest.skip(lacking)
     problem = Problem(case, 1, 8, seq, 4, DIM if case == "Q,K" else 0, compared=int(whole))
     given = TABLES[case][provider].on(problem, "rollout") | {"tolerance": 1e-5}
-    given["checked"] = "float64" if whole else "sum of the row"
-    measure(**given, suite="scaling", provider=provider, case=case)
+    checked = "float64" if whole else "sum of the row"
+    measure(**given, suite="scaling", provider=provider, case=case, checked=checked)

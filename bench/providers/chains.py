@@ -124,8 +124,7 @@ MAPS = (
     | _naive(naive.naive_chain)
     | {name: replace(each, run=_row_of(each.run)) for name, each in PUBLISHED.items()}
 )
-FEW = [name for name in (READ, OURS, NATIVE, NAIVE) if name in MAPS]
-"""Of these the ones that stand beside ours where there is room for few."""
+FEW = [name for name in (READ, OURS, NATIVE, NAIVE) if name in MAPS]  # where there is room for few beside ours
 QK = (
     {PRODUCTS: Provider(naive.multiply, None, work=ROW_OF_SCORES)}
     | _ours(partial(rollout.attention_rollout_qk, query=0), 3e-6, ROW_OF_SCORES)
@@ -139,7 +138,7 @@ KERNELS = {
     ),
 }
 _row_by = partial(_from_maps, query=0, backend="torch")
-METHODS = {
+METHODS = {  # the other ones; Chefer's has the gradients for a second input
     "discard": {
         GILDENBLAT: Provider(_row_of(peers.gildenblat_discard), "discard"),
         OURS: Provider(partial(_row_by, method="discard"), "discard", 1e-6, lambda p: (p.entries, 0)),
@@ -149,6 +148,4 @@ METHODS = {
         OURS: Provider(partial(_row_by, method="chefer"), "chefer", 1e-6, lambda p: (2 * p.row_entries, 0)),
     },
 }
-"""The other methods; Chefer's has the gradients for a second input."""
-TABLES = {"maps": MAPS, "full": FULL, "Q,K": QK} | METHODS
-"""Who computes each kind of problem."""
+TABLES = {"maps": MAPS, "full": FULL, "Q,K": QK} | METHODS  # who computes each kind of problem
