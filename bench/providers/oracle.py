@@ -62,23 +62,15 @@ class Problem:
 
 @lru_cache(1)  # the longest are gigabytes
 def make_inputs(of: Problem) -> dict[str, list[Tensor]]:
-    """L tensors of each name: maps whose rows sum to 1, and what is no map normal.
-
-    Rows are of uniform numbers: a long float32 sum of a softmax's skewed ones is rounded to one side. But of discard
-    rollout they are a softmax, with hardly two entries alike, of which either may go.
-    """
+    """L tensors of each name, normal; maps are the softmax of such."""
     names = ["queries", "keys", "values", "output_gradients"] if of.D else ["maps", "gradients"]
     if of.kind != "chefer":
         names = names[: len(names) // 2]
     generator = torch.Generator(of.drawn_on).manual_seed(of.S)
 
     def draw(name: str) -> Tensor:
-        uniform = name == "maps" and of.kind != "discard"
-        random = torch.rand if uniform else torch.randn
-        drawn = random(of.B, of.H, of.S, of.D or of.S, generator=generator, device=of.drawn_on)
-        if name == "maps":
-            drawn = drawn.div_(drawn.sum(-1, keepdim=True)) if uniform else drawn.softmax(-1)
-        return drawn.to(host.DEVICE, of.dtype)
+        drawn = torch.randn(of.B, of.H, of.S, of.D or of.S, generator=generator, device=of.drawn_on)
+        return (drawn.softmax(-1) if name == "maps" else drawn).to(host.DEVICE, of.dtype)
 
     return {name: [draw(name) for _ in range(of.L)] for name in names}
 
