@@ -62,7 +62,7 @@ def measure(benchmark: Any, quick: bool, flush: Flush, ceilings: dict[str, Any] 
         run: Callable[[], Tensor],
         *,
         reference: Tensor | None = None,
-        tolerance: float = 1e-5,
+        tolerance: float = 0.0,
         part: Callable[[Tensor], Tensor] = lambda result: result,
         cold: bool = True,
         problem: Callable[[], str | None] = lambda: None,

@@ -1,7 +1,8 @@
 # All that needs a GPU, in less than 25 minutes: `make gpu`. Not yet run on a GPU.
 #
-# A stage that passed leaves a mark in a folder of .gpu/ that is named after all the stage depends on: device, torch,
-# Triton, code, and launch tables (but for the tuning, which writes one). While the mark is there it is not run again.
+# A stage that passed leaves a mark in a folder of .gpu/<device>/ that is named after all else the stage depends on:
+# torch, Triton, code, and launch tables (but for the tuning, which writes one). While the mark is there it is not run
+# again; a run removes the device's other marks of its stage, as the record holds the figures of the last run alone.
 # `make gpu-dry-run` needs no GPU: the stages as far as they go, tiny, in Triton's interpreter.
 PYTHON ?= python3
 export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH)
@@ -16,14 +17,15 @@ chains := 2m $(PYTHON) -m bench.run --device cuda --suite 'rows from maps' --sui
 tuning := 5m $(PYTHON) -m rollout_kernels._triton.tune --minutes 4
 pages := 1m $(PYTHON) -m bench.pages
 
-DEVICE := $(shell $(PYTHON) -c 'import torch, triton; torch.cuda.is_available() and \
-	print(torch.cuda.get_device_name(), torch.__version__, triton.__version__)')
+DEVICE := $(shell $(PYTHON) -c 'import re, torch; torch.cuda.is_available() and \
+	print(re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()))')
 $(if $(DEVICE)$(filter gpu-dry-run,$(MAKECMDGOALS)),,\
 	$(error no CUDA device is available; nothing was run (make gpu-dry-run needs none)))
-digest = $(shell (echo '$(DEVICE)'; find kernels rollout bench tests/kernels tests/support \
-	\( -name '*.py' -o -name gpu.mk $(1) \) -exec sha256sum {} + | LC_ALL=C sort) | sha256sum | cut -c -16)
-WITH_TABLES := .gpu/$(call digest,-o -path '*/tuned/*.json')
-WITHOUT_TABLES := .gpu/$(call digest)
+digest = $(shell ($(PYTHON) -c 'import torch, triton; print(torch.__version__, triton.__version__)'; \
+	find kernels rollout bench tests/kernels tests/support \( -name '*.py' -o -name gpu.mk $(1) \) \
+	-exec sha256sum {} + | LC_ALL=C sort) | sha256sum | cut -c -16)
+WITH_TABLES := .gpu/$(DEVICE)/$(call digest,-o -path '*/tuned/*.json')
+WITHOUT_TABLES := .gpu/$(DEVICE)/$(call digest)
 AFTER := $(addprefix $(WITH_TABLES)/,kernels end-to-end chains) $(WITHOUT_TABLES)/tuning
 
 gpu: $(WITH_TABLES)/correctness $(AFTER) pages
@@ -35,7 +37,7 @@ $(AFTER): | $(WITH_TABLES)/correctness  # no time is taken of kernels that are w
 within = timeout -s KILL $($(@F)) & trap "kill $$!" INT TERM HUP; wait $$!
 
 .gpu/%:
-	@mkdir -p $(@D)
+	@mkdir -p $(@D) && rm -f .gpu/$(DEVICE)/*/$(@F)
 	$(within) && touch $@
 
 pages:

@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def time_files(selected: dict[str, list[str]], path: Path) -> list[str]:
     """Times the suites file by file and puts them in the stored record; the files that failed, which are not kept."""
     empty = {"schema": record.SCHEMA, "device": device_name(host.DEVICE), "cores": os.cpu_count(), "suites": {}}
-    kept, failed = record.load(path) if path.exists() else empty, []
+    kept = record.load(path) if path.exists() else empty
+    failed = []
     for file, nodes in selected.items():
         started = time.perf_counter()
         if (found := time_file(nodes)) is None:

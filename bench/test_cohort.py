@@ -41,11 +41,7 @@ def measured(plan: str, samples: int) -> dict[str, Any]:
 def test_cohort(case: str, provider: str, benchmark: Any, quick: bool) -> None:
     plan, samples, _ = CASES[case]
     benchmark.pedantic(lambda: None)  # the child's seconds are the timing: `elapsed`
-    benchmark.extra_info.update(
-        measured(plan, QUICK if quick else samples)[provider],
-        suite="cohort run",
-        case=case,
-        provider=provider,
-        threads=1 if plan == "workers" else host.THREADS,
-        shape={"H": cohort.HEADS, "L": cohort.LAYERS, "E": cohort.EMBEDDING},
-    )
+    found = measured(plan, QUICK if quick else samples)[provider]
+    info = {"suite": "cohort run", "case": case, "provider": provider}
+    info["shape"] = {"H": cohort.HEADS, "L": cohort.LAYERS, "E": cohort.EMBEDDING}
+    benchmark.extra_info.update(found, threads=1 if plan == "workers" else host.THREADS, **info)

@@ -42,7 +42,6 @@ GIVEN, WHOLE = "given attributions", "whole"
 CASES = [*itertools.product([SMALL], [UNSORTED, SORTED], [GIVEN, WHOLE]), (LARGE, UNSORTED, WHOLE)]
 TIES = 0.1  # of a mean, where each side ranks by its own attributions: rounding decides between equal codes
 SHARES = (1, 5, 10, 20, 50)
-METRICS = ("comprehensiveness", "sufficiency")
 
 
 def everybody(probability: Tensor, kind: str) -> Tensor:
@@ -76,18 +75,17 @@ def make_batches(case: str, batch: int) -> end_to_end.Batches:
     return batches_of(records, batch)
 
 
+@torch.no_grad()
 def probability(model: Any, ids: Tensor) -> Tensor:
     """Of class 1, one version of a batch at a time. PyHealth's `evaluate_attribution` is float32 only."""
-    with torch.no_grad():
-        found: Tensor = model(codes=ids)["y_prob"][:, 0]
-    return found
+    return model(codes=ids)["y_prob"][:, 0]
 
 
 def by(evaluate: Callable[..., dict[str, float]], model: Any, data: end_to_end.Batches, method: Any) -> Tensor:
     with torch.inference_mode(False), torch.enable_grad(), contextlib.redirect_stdout(io.StringIO()):
         found = evaluate(model, data, method, sample_filter=everybody)
     end_to_end.drop_maps(model)
-    return torch.tensor([found[name] for name in METRICS], dtype=torch.float64)
+    return torch.tensor([found["comprehensiveness"], found["sufficiency"]], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("provider", [STOCK, OURS])
@@ -96,10 +94,8 @@ def test_evaluate(size: str, case: str, part: str, provider: str, measure: Calla
     if quick and (size, case) != (SMALL, SORTED):
         pytest.skip("left out of the quick run")
     model, data, attributions, exact = prepared(size, case, QUICK_BATCH if quick else BATCH)
-    evaluate, kind = {
-        STOCK: (stock_evaluate, methods.AttentionRollout),
-        OURS: (evaluate_attribution, AttentionRollout),
-    }[provider]
+    sides = {STOCK: (stock_evaluate, methods.AttentionRollout), OURS: (evaluate_attribution, AttentionRollout)}
+    evaluate, kind = sides[provider]
     turns = itertools.cycle(attributions)
     given = SimpleNamespace(attribute=lambda **batch: next(turns))
     run = partial(by, evaluate, model, data, given if part == GIVEN else kind(model))

@@ -31,7 +31,7 @@ CHAINS = (NAIVE, COMPILED)  # where their maps fit
 MAPS_PEERS = (*CHAINS, "PyHealth's arithmetic")
 CHEFER = replace(QK["ours"], run=partial(QK["ours"].run, method="chefer"), method="chefer")
 SUBJECTS = TABLES | {"Q,K": QK | KERNELS, "chefer": {"ours": CHEFER}}
-C1, C3, C4 = (256, 8, 512, 4), (8, 16, 4096, 24, 64), (1, 32, 65536, 32, 128)
+C1, C3, C4 = (256, 8, 512, 4), (8, 16, 4096, 24), (1, 32, 65536, 32)  # B, H, S, L
 # What is to be computed, and who is timed beside ours; "given" is the log-sum-exp of a model's own forward.
 CASES = {
     "maps-fp32-c1": (Problem("maps", *C1), MAPS_PEERS),
@@ -40,13 +40,13 @@ CASES = {
     "maps-fp32-S197": (Problem("maps", 256, 12, 197, 12), MAPS_PEERS),
     "maps-fp32-small": (Problem("maps", 8, 12, 197, 12), MAPS_PEERS),
     "full-fp32-c1": (Problem("full", *C1), MAPS_PEERS),
-    "qk-bf16-c1-given": (Problem("Q,K", *C1, 64, BF16), (*CHAINS, FLEX)),
-    "qk-bf16-c1": (Problem("Q,K", *C1, 64, BF16), (*CHAINS, FLEX, COLUMNS)),
-    "qk-fp32-c1-given": (Problem("Q,K", *C1, 64), (*CHAINS, FLEX)),
-    "qk-bf16-c3-given": (Problem("Q,K", *C3, BF16), (FLEX,)),
-    "qk-bf16-c3": (Problem("Q,K", *C3, BF16), (FLEX, COLUMNS)),
-    "qk-bf16-c4-given": (Problem("Q,K", *C4, BF16), ()),
-    "chefer-bf16-c1": (Problem("chefer", *C1, 64, BF16), ()),
+    "qk-bf16-c1-given": (Problem("Q,K", *C1, D=64, dtype=BF16), (*CHAINS, FLEX)),
+    "qk-bf16-c1": (Problem("Q,K", *C1, D=64, dtype=BF16), (*CHAINS, FLEX, COLUMNS)),
+    "qk-fp32-c1-given": (Problem("Q,K", *C1, D=64), (*CHAINS, FLEX)),
+    "qk-bf16-c3-given": (Problem("Q,K", *C3, D=64, dtype=BF16), (FLEX,)),
+    "qk-bf16-c3": (Problem("Q,K", *C3, D=64, dtype=BF16), (FLEX, COLUMNS)),
+    "qk-bf16-c4-given": (Problem("Q,K", *C4, D=128, dtype=BF16), ()),
+    "chefer-bf16-c1": (Problem("chefer", *C1, D=64, dtype=BF16), ()),
 }
 RUNS = [(name, provider) for name, (_, peers) in CASES.items() for provider in (OURS, *peers)]
 

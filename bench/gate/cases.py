@@ -56,7 +56,7 @@ def _captured(batch: int, seq: int) -> Case:
 
 
 def _attributed(embedding: int, heads: int, layers: int, *, real: bool) -> Case:
-    """PyHealth's Transformer on codes: records of log-normal lengths, sorted, or the drugs of EHR_ROOT's tables."""
+    """PyHealth's Transformer, its interpreter made in the call: log-normal lengths, sorted, or EHR_ROOT's drugs."""
     from rollout.bench import end_to_end
 
     cpu, vocabulary = torch.device("cpu"), end_to_end.VOCABULARY

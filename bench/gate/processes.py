@@ -48,15 +48,17 @@ class Duel(ExitStack):
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as they inherit it: Ctrl-C is for the gate alone
         # What a killed process leaves lies with the trees, and goes with them.
         inherited = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": str(threads), "TMPDIR": str(folder)}
-        with mock.patch.dict(os.environ, inherited):
-            for side in SIDES:
-                self._pipes[side], theirs = SPAWN.Pipe()
-                given = (theirs, folder / side, device, threads)
-                self._processes[side] = SPAWN.Process(target=serve, args=given, name=side, daemon=True)
-                self._processes[side].start()
-                theirs.close()  # or the pipe would outlive the process
-                self.callback(self._end, side)
-        signal.signal(signal.SIGINT, previous)
+        try:
+            with mock.patch.dict(os.environ, inherited):
+                for side in SIDES:
+                    self._pipes[side], theirs = SPAWN.Pipe()
+                    given = (theirs, folder / side, device, threads)
+                    self._processes[side] = SPAWN.Process(target=serve, args=given, name=side, daemon=True)
+                    self._processes[side].start()
+                    theirs.close()  # or the pipe would outlive the process
+                    self.callback(self._end, side)
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
     def _end(self, side: str) -> None:
         self._pipes[side].close()  # it ends by that, unless a call takes longer

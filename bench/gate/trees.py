@@ -45,19 +45,24 @@ def trees(repository: Path, base: str, head: str) -> Iterator[tuple[Path, dict[s
 
 def _lay_out(repository: Path, revision: str, folder: Path, *, changes: bool = False) -> str:
     """Lay out a revision, with the checkout's changes on it or not, its index left alone; what to call that."""
-    git = partial(_git, repository, folder.with_suffix(".index"))
+    git = partial(_git, repository)
     try:
         commit = git("rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")
-    except GateError:
+    except GateError as error:
         raise GateError(
-            f"{revision!r} is no revision of {repository}; give a commit, a tag or a branch that `git rev-parse` knows "
+            f"{revision!r} is no revision of {repository} ({error}); give a commit, a tag or a branch that git knows "
             f"(a shallow clone lacks older ones: git fetch --unshallow)"
         ) from None
+    objects = git("rev-parse", "--path-format=absolute", "--git-path", "objects")
+    scratch = folder.with_suffix(".git")
+    scratch.mkdir()  # where an index lies, and what is added: nothing comes into the repository
+    own = {"GIT_INDEX_FILE": f"{scratch}/index", "GIT_OBJECT_DIRECTORY": str(scratch)}
+    git = partial(_git, repository, GIT_ALTERNATE_OBJECT_DIRECTORIES=objects, **own)
     git("read-tree", commit)
     if changes:
         git("add", "--update")
         git("add", "--", *(name for name in PACKAGES if (repository / name).exists()))
-        changed = git("diff-index", "--cached", commit, "--", *PACKAGES)
+        changed = git("diff-index", "--cached", commit)
         label = f"{repository.resolve()} at {commit[:10]}{' with changes' if changed else ''}"
     else:
         label = git("log", "-1", "--abbrev=10", "--format=%h (%s)", commit)
@@ -74,13 +79,12 @@ def compile_native(root: Path) -> None:
         subprocess.run(command, cwd=root, capture_output=True, check=False)
 
 
-def _git(repository: Path, index: Path, *arguments: str) -> str:
-    """What git prints, with another index than the checkout's."""
+def _git(repository: Path, *arguments: str, **environment: str) -> str:
+    """What git prints."""
     # Set by git for the hooks it runs, these would point it at another repository.
-    environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
-    environment["GIT_INDEX_FILE"] = str(index)
+    inherited = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
     command = ["git", "-C", str(repository), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=inherited | environment, check=False)
     if done.returncode:
         said = done.stderr.strip() or "no message"
         raise GateError(f"git {arguments[0]} failed: {said.splitlines()[-1]}")

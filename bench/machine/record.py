@@ -30,7 +30,10 @@ def load(path: Path) -> Record:
     Raises:
         ValueError: it is not a record of this schema; the message says what to do.
     """
-    found = read_json(path)
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"bench: {error}; remove it and run `make bench` again") from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise ValueError(f"bench: {path} must have schema {SCHEMA}; remove it and run `make bench` again")
     return found

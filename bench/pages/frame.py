@@ -16,7 +16,7 @@ BASELINES = (NAIVE, STOCK, GILDENBLAT, CHEFER, "one worker", "fused forward", "p
 FLOORS = (READ, PRODUCTS, FUSED)
 ALIKE = ("suite", "case", "method", "shape", "dtype")  # results that agree in these may be compared
 
-COLUMNS: dict[str, type[pl.DataType]] = {
+SCHEMA: dict[str, type[pl.DataType]] = {
     **dict.fromkeys((*ALIKE, "provider", "cache", "bound"), pl.String),
     **dict.fromkeys(("S", "L", "rounds", "samples"), pl.Int64),
     **dict.fromkeys(("median", "q1", "q3", "copy", "reached", "error", "bookkeeping"), pl.Float64),
@@ -34,7 +34,7 @@ def frame_of(record: Record) -> pl.DataFrame:
     rows = [{"suite": name} | _row(suite, each) for name, suite in suites.items() for each in suite["results"]]
     median, provider, place = pl.col("median"), pl.col("provider"), pl.col("place")
     counted = pl.col("samples").is_not_null().all().over(ALIKE)  # all to be compared say how many samples they did
-    reckoned = pl.DataFrame(rows, schema=COLUMNS).with_columns(
+    reckoned = pl.DataFrame(rows, schema=SCHEMA).with_columns(
         low=100 * (pl.col("q1") / median - 1),  # where the middle half of the rounds lies around the median, percent
         high=100 * (pl.col("q3") / median - 1),
         per_second=pl.col("samples") / median,
@@ -42,8 +42,8 @@ def frame_of(record: Record) -> pl.DataFrame:
     )
     compared = reckoned.with_row_index("place").with_columns(
         floor=first_of(FLOORS, "provider"),  # and what part of a result's time it takes:
-        share=pl.when(first_of(FLOORS, "provider") != provider).then(over(*FLOORS)),
-        speed_up=pl.when(first_of(BASELINES, "provider") != provider).then(over(*BASELINES)),
+        share=pl.when(first_of(FLOORS, "provider") != provider).then(ratio(*FLOORS)),
+        speed_up=pl.when(first_of(BASELINES, "provider") != provider).then(ratio(*BASELINES)),
     )
     method, baseline = pl.col("method").fill_null(""), provider.is_in(BASELINES)
     return compared.sort(place.min().over("suite"), method, place.min().over(ALIKE), ~baseline, place)
@@ -65,6 +65,6 @@ def first_of(providers: tuple[str, ...], field: str) -> pl.Expr:
     return pl.coalesce(pl.col(field).filter(provider=name).last().over(ALIKE) for name in providers)
 
 
-def over(*providers: str, field: str = "cost") -> pl.Expr:
+def ratio(*providers: str, field: str = "cost") -> pl.Expr:
     """What the first of these providers takes over what each result takes: of `cost`, how many times as fast it is."""
     return first_of(providers, field) / pl.col(field)

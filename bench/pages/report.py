@@ -12,7 +12,7 @@ import polars as pl
 from bench.machine import host, record
 from bench.machine.record import Record, Suite
 from bench.pages import tables
-from bench.pages.frame import frame_of, over
+from bench.pages.frame import frame_of, ratio
 from bench.pages.plots import draw_all
 from bench.pages.targets import KERNELS, NO_GPU, NO_RUN, TRITON
 from bench.providers.chains import COMPILED, NAIVE, NATIVE
@@ -72,7 +72,7 @@ def readme_table(shown: Record, cuda: Record | None) -> str:
 
 def gpu_table(cuda: Record) -> str:
     """Ours in every case of the kernels: rate, the share of the ceiling that binds, and times as fast as the peers."""
-    times = {f"over the {NAIVE}": over(NAIVE), "over FlexAttention": over(FLEX)}
+    times = {f"over the {NAIVE}": ratio(NAIVE), "over FlexAttention": ratio(FLEX)}
     rows = [
         {"kernel": row["case"], "time": tables.cell(row, "median"), "rate": tables.cell(row, "rate")}
         | {name: tables.NONE if row[name] is None else f"{row[name]:.1f}×" for name in times}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from bench.pages.frame import over
+from bench.pages.frame import ratio
 from bench.providers.chains import NAIVE, NATIVE, PRODUCTS, READ, SEQUENCES
 from rollout.bench.end_to_end import FUSED, STOCK
 from rollout.bench.measure import OURS
@@ -72,31 +72,31 @@ OF_COPY = 100 * pl.col("bytes") / pl.col("copy") / pl.col("median")
 TERA_FLOP = pl.col("flop") / pl.col("median") / 1e12
 
 TARGETS = (
-    *(Target(suite, f"S={seq}, of {READ}", 100 * at(over(READ), S=seq), least=60)
+    *(Target(suite, f"S={seq}, of {READ}", 100 * at(ratio(READ), S=seq), least=60)
       for suite in (MAPS, BF16_MAPS) for seq in LONGER),
-    *(Target(suite, f"native, S={seq}, of {READ}", 100 * at(over(READ), NATIVE, S=seq), least=90)
+    *(Target(suite, f"native, S={seq}, of {READ}", 100 * at(ratio(READ), NATIVE, S=seq), least=90)
       for suite in (MAPS, BF16_MAPS) for seq in SEQUENCES),
-    *(Target(QK, f"S={seq}, of {PRODUCTS}", 100 * at(over(PRODUCTS), S=seq), least=60) for seq in LONGER),
-    *(Target(END_TO_END, f"{case}, of a {FUSED}", 100 * at(over(FUSED), case=case), least=80, device=CPU)
+    *(Target(QK, f"S={seq}, of {PRODUCTS}", 100 * at(ratio(PRODUCTS), S=seq), least=60) for seq in LONGER),
+    *(Target(END_TO_END, f"{case}, of a {FUSED}", 100 * at(ratio(FUSED), case=case), least=80, device=CPU)
       for case in ("log-normal, sorted", "lengths 256-512")),
     Target(COHORT, "time beside model and chain", 100 * at(pl.col("bookkeeping")), most=10),
-    Target(COHORT, "two workers against one", at(over("one worker"), "two workers"), least=1.7, unit="×"),
+    Target(COHORT, "two workers against one", at(ratio("one worker"), "two workers"), least=1.7, unit="×"),
     Target(COHORT, "change of peak memory from 2,000 to 20,000 samples", 100 * (MANY / FEW - 1).abs(), most=10),
     *(Target("scaling", f"from {case}: exponent of extra memory in S", memory_exponent(case), most=1, unit="")
       for case in ("maps", "Q,K")),
     *(Target(suite, "largest error over largest value", LARGEST_ERROR, most=most, unit="")
       for suite, most in ((MAPS, 1e-6), ("full matrix", 1e-6), (QK, 3e-6))),
-    *(Target("overhead of capture", f"{case}, of its forward", 1 / at(over("plain forward"), "capture", case=case),
+    *(Target("overhead of capture", f"{case}, of its forward", 1 / at(ratio("plain forward"), "capture", case=case),
              most=1.4, unit="×") for case in ("BERT-base", "PyHealth Transformer")),
-    Target("BERT-base from tokens", "extra memory, of that of stored maps", 100 / at(over(NAIVE, field=EXTRA)),
+    Target("BERT-base from tokens", "extra memory, of that of stored maps", 100 / at(ratio(NAIVE, field=EXTRA)),
            most=25),
-    Target(CLASSES, "S=512, different codes, extra memory, of PyHealth's", 100 / at(over(STOCK, field=EXTRA), S=512),
+    Target(CLASSES, "S=512, different codes, extra memory, of PyHealth's", 100 / at(ratio(STOCK, field=EXTRA), S=512),
            most=25),
-    *(Target("evaluation", f"{case}, of PyHealth's time", at(over(STOCK), case=case), least=least, unit="×")
+    *(Target("evaluation", f"{case}, of PyHealth's time", at(ratio(STOCK), case=case), least=least, unit="×")
       for case, least in (
           ("whole, log-normal, unsorted, E64 H2 L2", 25), ("whole, log-normal, unsorted, E128 H8 L4", 25),
           ("whole, log-normal, sorted, E64 H2 L2", 5), ("three methods, log-normal, sorted, E64 H2 L2", 15))),
-    Target(CLASSES, "different codes, S=512, of PyHealth's time", at(over(STOCK), case="different codes", S=512),
+    Target(CLASSES, "different codes, S=512, of PyHealth's time", at(ratio(STOCK), case="different codes", S=512),
            least=4, unit="×"),
     _kernel("maps-fp32-c1", "rows from maps, ≥ 1 GB, of copy bandwidth", OF_COPY, least=95),
     _kernel("full-fp32-c1", "full matrix from fp32 maps, S=512, products as bf16x6, of copy bandwidth", OF_COPY,
@@ -104,6 +104,6 @@ TARGETS = (
     _kernel("qk-bf16-c1-given", "rows from Q,K, bf16, D=64", TERA_FLOP, least=340, unit=" TFLOP/s", precision="bf16"),
     _kernel("maps-fp32-small", "small batch B8 H12 S197 L12, validate=False", 1e3 * pl.col("median"), most=0.07,
             unit=" ms"),
-    *(Target(END_TO_END, f"{case}, of a {FUSED}", 100 * at(over(FUSED), case=case), least=80, device=GPU)
+    *(Target(END_TO_END, f"{case}, of a {FUSED}", 100 * at(ratio(FUSED), case=case), least=80, device=GPU)
       for case in ("log-normal, sorted", "lengths 256-512")),
 )  # fmt: skip

@@ -42,7 +42,7 @@ class Problem:
 
     @property
     def shape(self) -> dict[str, int]:
-        return {letter: size for letter, size in vars(self).items() if letter in "BHSLD" and size}
+        return {letter: size for letter in "BHSLD" if (size := getattr(self, letter))}
 
     @property
     def entries(self) -> int:
