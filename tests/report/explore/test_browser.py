@@ -14,6 +14,8 @@ from tests.support.explored import TOKEN, explorer_of, written
 from tests.support.toy_cohort import attribute
 
 playwright = pytest.importorskip("playwright.sync_api")
+expect = playwright.expect  # asks again until the next page is there
+expect.set_options(timeout=30_000)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 WIDTHS = (390, 1280)
@@ -81,15 +83,15 @@ def fits(page: Any) -> None:
 def test_from_a_search_to_a_record_to_a_codes_patients(page: Any, addresses: dict[str, str]) -> None:
     page.goto(addresses["hand"])
     fits(page)
-    assert page.locator("tbody tr").count() == 5
+    expect(page.locator("tbody tr")).to_have_count(5)
     page.get_by_label("code", exact=True).fill("Metformin")
     page.get_by_label("order by").select_option("prediction")
     page.get_by_label("direction").select_option("desc")
     page.get_by_role("button", name="Search").click()
+    expect(page.locator("tbody td a")).to_have_text(["p0", "p1", "p1"])
     fits(page)
-    assert page.locator("tbody td a").all_inner_texts() == ["p0", "p1", "p1"]
     page.locator("tbody td a").nth(2).click()
-    assert page.locator("h1").inner_text() == "Patient p1"
+    expect(page.locator("h1")).to_have_text("Patient p1")
     fits(page)
     shown = [chart for chart in page.locator(".lanes svg").all() if chart.is_visible()]
     assert len(shown) == 2  # by time and by place, in one of the two widths
@@ -99,24 +101,24 @@ def test_from_a_search_to_a_record_to_a_codes_patients(page: Any, addresses: dic
     assert box
     assert box["width"] > 0.85 * page.viewport_size["width"] - 180
     page.locator(".chips a", has_text="d1").first.click()
-    assert page.locator("h1").inner_text() == "d1"
+    expect(page.locator("h1")).to_have_text("d1")
+    expect(page.locator("tbody tr")).to_have_count(3)
     fits(page)
-    assert page.locator("tbody tr").count() == 3
     page.get_by_role("link", name="relevance", exact=True).click()
-    assert page.locator("tbody td a").all_inner_texts() == ["p1", "p0", "p1"]
+    expect(page.locator("tbody td a")).to_have_text(["p1", "p0", "p1"])
     page.get_by_role("link", name="low first").click()
-    assert page.locator("tbody td:nth-child(2)").all_inner_texts() == ["30.0 %", "40.0 %", "60.0 %"]
+    expect(page.locator("tbody td:nth-child(2)")).to_have_text(["30.0 %", "40.0 %", "60.0 %"])
     page.get_by_role("link", name="Codes").click()
     page.get_by_label("code", exact=True).fill("kidney")
     page.get_by_role("button", name="Search").click()
-    assert page.locator("tbody td a").all_inner_texts() == ["N18"]
+    expect(page.locator("tbody td a")).to_have_text(["N18"])
     fits(page)
     page.get_by_role("link", name="Patients").click()
     page.get_by_label("label", exact=True).fill("1")
     page.get_by_role("button", name="Search").press("Enter")
-    assert page.locator("tbody tr").count() == 2
+    expect(page.locator("tbody tr")).to_have_count(2)
     page.get_by_role("link", name="Clear").click()
-    assert page.locator("tbody tr").count() == 5
+    expect(page.locator("tbody tr")).to_have_count(5)
 
 
 def test_downloads(page: Any, addresses: dict[str, str], tmp_path: Path) -> None:
@@ -134,9 +136,9 @@ def test_pages_of_a_list_and_two_runs_of_hostile_records(page: Any, addresses: d
     fits(page)
     first = page.locator("tbody td a").all_inner_texts()
     page.get_by_role("link", name="next →").first.click()
-    assert "51–90 of 90 samples" in page.locator(".pager").first.inner_text()
-    assert len(first + page.locator("tbody td a").all_inner_texts()) == 90
+    expect(page.locator(".pager").first).to_contain_text("51–90 of 90 samples")
     fits(page)
+    assert len(first + page.locator("tbody td a").all_inner_texts()) == 90
     for number in (0, 1, 3, 21):
         page.goto(addresses["toy"] + f"record?sample={number}")
         fits(page)
@@ -152,5 +154,5 @@ def test_a_wrong_question_is_a_clear_page(browser: Any, addresses: dict[str, str
     assert "got '<b>x</b>'" in opened.locator(".message").inner_text()
     fits(opened)
     opened.get_by_role("link", name="All patients").click()
-    assert opened.locator("tbody tr").count() == 5
+    expect(opened.locator("tbody tr")).to_have_count(5)
     opened.close()
