@@ -33,7 +33,8 @@ def test_scaling(seq: int, case: str, provider: str, measure: Callable[..., None
     if lacking := does_not_fit(4 * 4 * 8 * 4 * seq * (seq if whole else DIM), host.DEVICE):
         pytest.skip(lacking)
     problem = Problem(case, 1, 8, seq, 4, DIM if case == "Q,K" else 0, compared=int(whole))
-    tolerance = 1e-5 * max(1, seq / 1024)  # a float32 sum of more terms is further off
+    # A plain float32 sum of more terms is further off; ours, in tiles, are not.
+    tolerance = 1e-5 if provider.startswith(OURS) else 1e-5 * max(1, seq / 1024)
     given = TABLES[case][provider].on(problem, "rollout") | {"tolerance": tolerance}
     checked = "float64" if whole else "sum of the row"
     measure(**given, suite="scaling", provider=provider, case=case, checked=checked)
